@@ -1,0 +1,60 @@
+"""One command each: `nox -s test`, `lint`, `types`, `docs`, `bench`, and `lowest` for the oldest dependencies."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "types", "test", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install the package, editable, with dependency groups of pyproject.toml."""
+    session.install("--upgrade", "pip>=25.1")  # the first that reads dependency groups
+    session.install("--editable", ".", *(f"--group={group}" for group in groups))
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """The tests; arguments after `--` go to pytest."""
+    install(session, "test")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and likely mistakes; `-- --fix` mends what can be mended."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", *(() if session.posargs else ("--check",)))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict types outside the kernels."""
+    install(session, "lint")
+    session.install("nox")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/; a warning is an error. `-- serve` shows it while you write."""
+    install(session, "docs")
+    session.run("mkdocs", *(session.posargs or ("build", "--strict")))
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks; arguments after `--` go to pytest."""
+    install(session, "bench")
+    session.run("pytest", "bench", "--override-ini=python_files=bench_*.py", *session.posargs)
+
+
+@nox.session(venv_backend="uv", python="3.10")
+def lowest(session: nox.Session) -> None:
+    """The tests on the oldest Python and the oldest dependencies that pyproject.toml allows."""
+    session.install("--resolution=lowest-direct", "--editable", ".", "--group=test")
+    session.run("pytest", *session.posargs)
