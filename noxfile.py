@@ -35,7 +35,6 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Strict types outside the kernels."""
     install(session, "lint")
-    session.install("nox")
     session.run("mypy", *session.posargs)
 
 
