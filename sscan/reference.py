@@ -1,9 +1,9 @@
 """The definition: every op of sscan and its gradient in plain NumPy, sequential in time.
 
-Read it beside the paper (Gu and Dao, "Mamba", arXiv 2312.00752v2): each function states the equation it computes and then
-loops. It imports nothing of ours, so it cannot share a bug with the kernels, and it is the yardstick of the tests twice:
-float64 inputs give the exact values, and float32, float16 or bfloat16 inputs give what plain arithmetic in the same
-storage and accumulation dtypes can reach.
+Read it beside the paper (Gu and Dao, "Mamba", arXiv 2312.00752v2): each function states the equation it computes and
+then loops. It imports nothing of ours, so it cannot share a bug with the kernels, and it is the yardstick of the tests
+twice: float64 inputs give the exact values, and float32, float16 or bfloat16 inputs give what plain arithmetic in the
+same storage and accumulation dtypes can reach.
 
 Conventions
 -----------
@@ -22,18 +22,19 @@ Arguments are taken as valid: the public ops check them. No input is written, ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 Array = npt.NDArray[Any]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dtypes
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Dtypes -----------------------------------------------------------------------------------------------------------
 
 
 def accumulation_dtype(*arrays: Array | None) -> np.dtype[Any]:
@@ -47,16 +48,15 @@ def _cast_like(gradient: Array, x: Array) -> Array:
     return (gradient.real if real else gradient).astype(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scalar functions: stable for every finite argument, real or complex
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Scalar functions: stable for every finite argument, real or complex ----------------------------------------------
 
 
 def sigmoid(v: Array) -> Array:
     """1 / (1 + exp(-v)), through exp of a number whose real part is never positive."""
     positive = v.real >= 0
     e = np.exp(np.where(positive, -v, v))
-    return np.where(positive, 1, e) / (1 + e)
+    result: Array = np.where(positive, 1, e) / (1 + e)
+    return result
 
 
 def softplus(v: Array) -> Array:
@@ -66,26 +66,28 @@ def softplus(v: Array) -> Array:
 
 
 def silu(v: Array) -> Array:
-    """v sigmoid(v)."""
+    """The gate of the block, v sigmoid(v)."""
     return v * sigmoid(v)
 
 
 def silu_derivative(v: Array) -> Array:
-    """d silu / dv = s (1 + v (1 - s)) with s = sigmoid(v)."""
+    """Derivative s (1 + v (1 - s)) of silu, with s = sigmoid(v)."""
     s = sigmoid(v)
-    return s * (1 + v * (1 - s))
+    result: Array = s * (1 + v * (1 - s))
+    return result
 
 
 def expm1(z: Array) -> Array:
     """exp(z) - 1 without cancellation; z = p + iq gives (expm1(p) cos q - 2 sin^2(q/2)) + i exp(p) sin q."""
-    if not np.iscomplexobj(z):
-        return np.expm1(z)
     p, q = z.real, z.imag
-    return np.expm1(p) * np.cos(q) - 2 * np.sin(q / 2) ** 2 + 1j * (np.exp(p) * np.sin(q))
+    result: Array = np.expm1(p)
+    if np.iscomplexobj(z):
+        result = result * np.cos(q) - 2 * np.sin(q / 2) ** 2 + 1j * (np.exp(p) * np.sin(q))
+    return result
 
 
 def phi1(z: Array) -> Array:
-    """expm1(z) / z, the zero-order hold's factor; 1 + z/2 + z^2/6 + z^3/24 near 0."""
+    """Factor expm1(z) / z of the zero-order hold; 1 + z/2 + z^2/6 + z^3/24 near 0."""
     near = np.abs(z) < 1e-4
     small, large = np.where(near, z, 0), np.where(near, 1, z)  # neither branch meets an argument it cannot take
     return np.where(near, 1 + small * (1 / 2 + small * (1 / 6 + small / 24)), expm1(large) / large)
@@ -96,7 +98,7 @@ _PSI_SERIES = [(k + 1) / float(np.prod(np.arange(1.0, k + 3))) for k in range(18
 
 
 def psi(z: Array) -> Array:
-    """d phi1 / dz = (z exp(z) - expm1(z)) / z^2 = (exp(z) - phi1(z)) / z; 1/2 + z/3 + z^2/8 + ... for |z| < 1."""
+    """Derivative (z exp(z) - expm1(z)) / z^2 = (exp(z) - phi1(z)) / z of phi1; 1/2 + z/3 + z^2/8 + ... for |z| < 1."""
     near = np.abs(z) < 1
     small, large = np.where(near, z, 0), np.where(near, 1, z)
     series = np.zeros_like(z)
@@ -105,17 +107,15 @@ def psi(z: Array) -> Array:
     return np.where(near, series, (np.exp(large) - phi1(large)) / large)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# B and C: constant (dim, state), shared (batch, state, length) or grouped (batch, groups, state, length)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- B and C: constant (dim, state), shared (batch, state, length) or grouped (batch, groups, state, length) ----------
 
 
 def _as_matrix(M: Array, A: Array, dtype: np.dtype[Any]) -> Array:
     """B or C in ``dtype``; with complex A a real varying one interleaves (re, im) along its last axis."""
+    result = M.astype(dtype)
     if np.iscomplexobj(A) and not np.iscomplexobj(M) and M.ndim > 2:
-        M = M.astype(np.empty(0, dtype).real.dtype)
-        M = M[..., 0::2] + 1j * M[..., 1::2]
-    return M.astype(dtype)
+        result = result[..., 0::2] + 1j * result[..., 1::2]
+    return result
 
 
 def _as_matrix_gradient(dM: Array, M: Array) -> Array:
@@ -136,11 +136,12 @@ def spread(M: Array, dim: int) -> Array:
 def gather(dM: Array, M: Array) -> Array:
     """Adjoint of `spread`: sums (batch, dim, length, state) back to the form of ``M``."""
     if M.ndim == 2:
-        return dM.sum(axis=(0, 2))
+        total: Array = dM.sum(axis=(0, 2))
+        return total
     batch, dim, length, state = dM.shape
     groups = 1 if M.ndim == 3 else M.shape[1]
-    summed = dM.reshape(batch, groups, dim // groups, length, state).sum(axis=2).swapaxes(2, 3)
-    return summed[:, 0] if M.ndim == 3 else summed
+    total = dM.reshape(batch, groups, dim // groups, length, state).sum(axis=2).swapaxes(2, 3)
+    return total[:, 0] if M.ndim == 3 else total
 
 
 def _at(M: Array, t: int) -> Array:
@@ -148,12 +149,12 @@ def _at(M: Array, t: int) -> Array:
     return M if M.ndim == 2 else M[..., t : t + 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Discretisation (2.2): every rule is A_bar = f(z), B_bar = Delta s(z) B with z = Delta A
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Discretisation (2.2): every rule is A_bar = f(z), B_bar = Delta s(z) B with z = Delta A --------------------------
 
 
 class DiscretizeGradients(NamedTuple):
+    """What `discretize_backward` returns."""
+
     ddelta: Array
     dA: Array
     dB: Array
@@ -226,12 +227,12 @@ def discretize_backward(
     return DiscretizeGradients(_cast_like(ddelta, delta), _cast_like(dA, A), _as_matrix_gradient(dB, B))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The recurrence alone
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The recurrence alone ---------------------------------------------------------------------------------------------
 
 
 class LinearScanGradients(NamedTuple):
+    """What `linear_scan_backward` returns; None where the input was None."""
+
     da: Array
     db: Array
     dinitial_state: Array | None
@@ -271,9 +272,7 @@ def linear_scan_backward(
     return LinearScanGradients(_cast_like(da, a), _cast_like(db, h), dinitial_state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed sequences: states are reset at borders, nothing leaks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Packed sequences: states are reset at borders, nothing leaks -----------------------------------------------------
 
 
 def sequence_starts(seq_idx: Array | None, batch: int, length: int) -> npt.NDArray[np.bool_]:
@@ -289,15 +288,15 @@ def _spans(cu_seqlens: Array | None, length: int) -> list[tuple[slice, slice]]:
     if cu_seqlens is None:
         return [(slice(None), slice(0, length))]
     borders = [int(c) for c in cu_seqlens]
-    return [(slice(s, s + 1), slice(i, j)) for s, (i, j) in enumerate(zip(borders[:-1], borders[1:], strict=True))]
+    return [(slice(s, s + 1), slice(i, j)) for s, (i, j) in enumerate(pairwise(borders))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Selective scan (Algorithm 2)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Selective scan (Algorithm 2) -------------------------------------------------------------------------------------
 
 
 class SelectiveScanGradients(NamedTuple):
+    """What `selective_scan_backward` returns; None where the input was None."""
+
     du: Array
     ddelta: Array
     dA: Array
@@ -357,7 +356,7 @@ def _recurrence(system: _System, starts: Array, method: str) -> Iterator[tuple[i
 
 def _read_out(C_t: Array, h: Array, is_complex: bool) -> Array:
     """Eq. (2b), y_t = C_t h_t, or 2 Re(C_t h_t) where h stands for conjugate pairs."""
-    y = (C_t * h).sum(axis=-1)
+    y: Array = (C_t * h).sum(axis=-1)
     return 2 * y.real if is_complex else y
 
 
@@ -401,16 +400,14 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
-def _recurrence_backward(
-    run: _System, grad: _System, starts: Array, method: str, dy: Array, G: Array, is_complex: bool
-) -> Array:
+def _recurrence_backward(run: _System, grad: _System, starts: Array, method: str, dy: Array, G: Array) -> Array:
     """Adjoint of `_recurrence` and `_read_out` (3.3): adds to ``grad`` and returns the scan's own output y.
 
     ``G`` is the gradient of the last state. Going back in time, G_t = C_t dy_t + A_bar_{t+1} G_{t+1} (conjugates where
     complex), and every gradient is G_t times the derivative of A_bar_t h_{t-1} + B_bar_t u_t. The product with h_{t-1}
     is formed as such: h_t - B_bar_t u_t would cancel where the input dominates.
     """
-    dim = run.A.shape[0]
+    dim, is_complex = run.A.shape[0], np.iscomplexobj(run.A)
     y = np.empty(dy.shape, dy.dtype)
     for t, h_previous, h in reversed(list(_recurrence(run, starts, method))):
         delta_t, u_t, dy_t = run.delta[:, :, t, None], run.u[:, :, t, None], dy[:, :, t, None]
@@ -418,9 +415,9 @@ def _recurrence_backward(
         y[..., t] = _read_out(C_t, h, is_complex)
         dy_t = 2 * dy_t if is_complex else dy_t
         G = G + C_t.conj() * dy_t
-        x = delta_t * run.A
-        A_bar, s = rule(x, method)
-        df, ds, dstep = rule_derivatives(x, method)
+        z = delta_t * run.A
+        A_bar, s = rule(z, method)
+        df, ds, dstep = rule_derivatives(z, method)
         G_h, G_Bu = G * h_previous.conj(), G * (B_t * u_t).conj()
         grad.u[..., t] = (G * (delta_t * s * B_t).conj()).sum(axis=-1).real
         grad.delta[..., t] = (G_h * (df * run.A).conj() + G_Bu * dstep.conj()).sum(axis=-1).real
@@ -462,10 +459,8 @@ def selective_scan_backward(
     d_ungated = dy if gate is None else dy * silu(gate)
     y = np.empty_like(dy)
     for rows, times in _spans(cu_seqlens, u.shape[2]):
-        y[..., times] = _recurrence_backward(
-            system.part(rows, times), grad.part(rows, times), starts[:, times], discretization,
-            d_ungated[..., times], dlast[rows], np.iscomplexobj(A),
-        )  # fmt: skip
+        run, grad_run, dy_run = system.part(rows, times), grad.part(rows, times), d_ungated[..., times]
+        y[..., times] = _recurrence_backward(run, grad_run, starts[:, times], discretization, dy_run, dlast[rows])
     du, ddelta = grad.u, grad.delta * slope
     if D is not None:
         y, du = y + D[:, None] * system.u, du + D[:, None] * d_ungated
@@ -502,23 +497,20 @@ def selective_state_update(
     """
     slots = np.arange(x.shape[0]) if state_batch_indices is None else state_batch_indices
     rows = np.flatnonzero(slots >= 0)
-    token = [None if v is None else v[rows, ..., None] for v in (x, dt, B, C, z)]
-    result = selective_scan(
-        token[0], token[1], A, token[2], token[3], D, token[4], dt_bias, dt_softplus, True,  # type: ignore[arg-type]
-        initial_state=state[slots[rows]],
-    )  # fmt: skip
+    u, delta, B, C = (v[rows][..., None] for v in (x, dt, B, C))
+    gate = None if z is None else z[rows][..., None]
+    y_rows, h = selective_scan(u, delta, A, B, C, D, gate, dt_bias, dt_softplus, True, initial_state=state[slots[rows]])
     y = np.zeros_like(x)
-    y[rows] = result[0][..., 0]
-    state[slots[rows]] = result[1].astype(state.dtype)
+    y[rows], state[slots[rows]] = y_rows[..., 0], h.astype(state.dtype)
     return y
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Causal depthwise convolution
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Causal depthwise convolution -------------------------------------------------------------------------------------
 
 
 class CausalConv1dGradients(NamedTuple):
+    """What `causal_conv1d_backward` returns; None where the input was None."""
+
     dx: Array
     dweight: Array
     dbias: Array | None
@@ -551,7 +543,7 @@ def _conv_runs(
 
 
 def _conv_sum(window: Array, taps: list[Array], weight: Array, bias: Array | None) -> Array:
-    """bias + sum_k weight_k x_{t - (width - 1) + k}."""
+    """Before the activation: bias + sum_k weight_k x_{t - (width - 1) + k}."""
     length = window.shape[2] - weight.shape[1] + 1
     y = np.zeros((*window.shape[:2], length), window.dtype)
     for k, seen in enumerate(taps):
@@ -632,12 +624,12 @@ def causal_conv1d_update(
     return np.asarray(y)[..., 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# RMSNorm
-# ---------------------------------------------------------------------------------------------------------------------
+# --- RMSNorm ----------------------------------------------------------------------------------------------------------
 
 
 class RMSNormGradients(NamedTuple):
+    """What `rms_norm_backward` returns; None where the input was None."""
+
     dx: Array
     dweight: Array
     dresidual: Array | None
@@ -648,10 +640,8 @@ def _residual_sum(x: Array, residual: Array | None) -> Array:
     return total if residual is None else total + residual.astype(total.dtype)
 
 
-def rms_norm(
-    x: Array, weight: Array, residual: Array | None = None, eps: float = 1e-5
-) -> Array | tuple[Array, Array]:
-    """y = s / sqrt(mean(s^2) + eps) * weight over the last axis, s = x + residual (also returned, if given)."""
+def rms_norm(x: Array, weight: Array, residual: Array | None = None, eps: float = 1e-5) -> Array | tuple[Array, Array]:
+    """Returns y = s / sqrt(mean(s^2) + eps) * weight over the last axis, s = x + residual (also returned, if given)."""
     s = _residual_sum(x, residual)
     y = (s / np.sqrt((s * s).mean(axis=-1, keepdims=True) + eps) * weight.astype(s.dtype)).astype(x.dtype)
     return y if residual is None else (y, s)
@@ -678,12 +668,12 @@ def rms_norm_backward(
     return RMSNormGradients(_cast_like(ds, x), _cast_like(dweight, weight), dresidual)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The LTI system (Algorithm 1): delta (dim,), A, B, C (dim, state)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The LTI system (Algorithm 1): delta (dim,), A, B, C (dim, state) -------------------------------------------------
 
 
 class SSMKernelGradients(NamedTuple):
+    """What `ssm_kernel_backward` returns."""
+
     ddelta: Array
     dA: Array
     dB: Array
@@ -691,6 +681,8 @@ class SSMKernelGradients(NamedTuple):
 
 
 class SSMConvolutionGradients(NamedTuple):
+    """What `ssm_convolution_backward` returns."""
+
     du: Array
     dkernel: Array
 
