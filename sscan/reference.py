@@ -45,7 +45,7 @@ def accumulation_dtype(*arrays: Array | None) -> np.dtype[Any]:
 def _cast_like(gradient: Array, x: Array) -> Array:
     """A gradient in the dtype of the input ``x`` it belongs to (real inputs have real gradients)."""
     real = np.iscomplexobj(gradient) and not np.iscomplexobj(x)
-    return (gradient.real if real else gradient).astype(x.dtype)
+    return np.asarray(gradient.real if real else gradient, x.dtype)
 
 
 # --- Scalar functions: stable for every finite argument, real or complex ----------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -188,7 +189,7 @@ def normal(rng: Generator, shape: tuple[int, ...], dtype: Any, scale: float = 1.
     x = rng.standard_normal(shape)
     if np.dtype(dtype).kind == "c":
         x = x + 1j * rng.standard_normal(shape)
-    return (scale * x).astype(dtype)
+    return np.asarray(scale * x).astype(dtype)
 
 
 def with_layout(x: Array, layout: str) -> Array:
@@ -762,20 +763,20 @@ SSM_CONVOLUTIONS: dict[str, dict[str, Any]] = {
 
 
 def _cases(op: str, problem: Callable[..., Arguments], changes: dict[str, dict[str, Any]]) -> list[Case]:
-    return [Case(name, op, lambda rng, change=change: problem(rng, **change)) for name, change in changes.items()]
+    return [Case(name, op, partial(problem, **change)) for name, change in changes.items()]
 
 
 CASES: list[Case] = [
     *_cases("selective_scan", scan_problem, SCANS),
-    Case("no gradient on the last state", "selective_scan", lambda rng: scan_problem(rng, initial_state=True), False),
+    Case("no gradient on the last state", "selective_scan", partial(scan_problem, initial_state=True), False),
     *_cases("selective_state_update", update_problem, UPDATES),
     *_cases("discretize", discretize_problem, DISCRETIZATIONS),
     *_cases("linear_scan", linear_scan_problem, LINEAR_SCANS),
     *_cases("causal_conv1d", conv_problem, CONVOLUTIONS),
-    Case("no gradient on the final state", "causal_conv1d", lambda rng: conv_problem(rng, initial_state=True), False),
+    Case("no gradient on the final state", "causal_conv1d", partial(conv_problem, initial_state=True), False),
     *_cases("causal_conv1d_update", conv_update_problem, CONVOLUTION_UPDATES),
     *_cases("rms_norm", norm_problem, NORMS),
-    Case("no gradient on residual_out", "rms_norm", lambda rng: norm_problem(rng, residual="float32"), False),
+    Case("no gradient on residual_out", "rms_norm", partial(norm_problem, residual="float32"), False),
     *_cases("ssm_kernel", kernel_problem, KERNELS),
     *_cases("ssm_convolution", convolution_problem, SSM_CONVOLUTIONS),
 ]
