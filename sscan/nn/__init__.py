@@ -1,0 +1,40 @@
+"""Mamba blocks and language models on NumPy or CuPy arrays, with the little automatic differentiation they need."""
+
+from sscan.nn.autodiff import Tensor, defvjp, defvjp_all, no_grad, primitive
+from sscan.nn.gradient_check import check_gradients
+from sscan.nn.language_model import MambaConfig, MambaLM
+from sscan.nn.losses import cross_entropy, linear_cross_entropy
+from sscan.nn.mamba import Mamba, MambaState
+from sscan.nn.modules import Embedding, Linear, Module, Parameter, RMSNorm
+from sscan.nn.optim import AdamW, clip_gradients, decay_groups, warmup_cosine
+from sscan.nn.sampling import Sampler
+from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selective_scan
+
+__all__ = [
+    "AdamW",
+    "Embedding",
+    "Linear",
+    "Mamba",
+    "MambaConfig",
+    "MambaLM",
+    "MambaState",
+    "Module",
+    "Parameter",
+    "RMSNorm",
+    "Sampler",
+    "Tensor",
+    "causal_conv1d",
+    "check_gradients",
+    "clip_gradients",
+    "cross_entropy",
+    "decay_groups",
+    "defvjp",
+    "defvjp_all",
+    "linear_cross_entropy",
+    "linear_scan",
+    "no_grad",
+    "primitive",
+    "rms_norm",
+    "selective_scan",
+    "warmup_cosine",
+]

@@ -1,0 +1,212 @@
+"""The Mamba block (section 3.4 of the paper), trained through the scan and decoded with a state of constant size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from sscan.causal_conv1d import causal_conv1d_update
+from sscan.nn import ops
+from sscan.nn.autodiff import Array, Operand, Tensor, array_module, no_grad
+from sscan.nn.modules import Linear, Module, Parameter, ones, uniform
+from sscan.nn.sequence_ops import causal_conv1d, selective_scan
+from sscan.selective_state_update import selective_state_update
+
+if TYPE_CHECKING:
+    from sscan.nn.modules import Draw
+
+
+@dataclass
+class MambaState:
+    """What a block remembers of the past, however long that was.
+
+    Attributes
+    ----------
+    conv : Tensor (batch, d_inner, d_conv - 1)
+        The last inputs of the convolution, newest last, in the dtype of the model.
+    ssm : Tensor (batch, d_inner, d_state)
+        The state of the scan, at least float32 whatever the dtype of the model, because its rounding errors accumulate.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class DepthwiseConvolution(Module):
+    """The parameters of a causal convolution of each channel with its own `width` taps, named as PyTorch names them."""
+
+    def __init__(self, channels: int, width: int, bias: bool = True, dtype: Any = np.float32) -> None:
+        draw = uniform(1 / math.sqrt(width))
+        self.weight = Parameter((channels, 1, width), draw, dtype)
+        self.bias = Parameter((channels,), draw, dtype, decay=False) if bias else None
+
+
+class Mamba(Module):
+    """A Mamba block: (batch, length, d_model) to the same.
+
+    ==== =========================================================================== ==================================
+    1    in_proj; the first half of its rows makes x, the second the gate z          (2 d_inner, d_model)
+    2    causal depthwise convolution of x, then SiLU                                (d_inner, 1, d_conv), (d_inner,)
+    3    x_proj of x, split into dt, B and C                                         (dt_rank + 2 d_state, d_inner)
+    4    dt_proj of dt; its bias is added, and softplus applied, inside the scan     (d_inner, dt_rank), (d_inner,)
+    5    selective scan with A = -exp(A_log), plus D x, times SiLU(z)                (d_inner, d_state), (d_inner,)
+    6    out_proj                                                                    (d_model, d_inner)
+    ==== =========================================================================== ==================================
+
+    Inside the block arrays are (batch, channels, length): the matrix products deliver and take that layout through
+    transposed views, and nothing is copied to change it.
+
+    Parameters
+    ----------
+    d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor, conv_bias, bias
+        As mamba_ssm names them. d_inner = expand d_model; dt_rank "auto" is ceil(d_model / 16), and 0 makes a step size
+        that does not depend on the input. The step size starts log-uniform on [dt_min, dt_max], never below
+        `dt_init_floor`; `dt_init` ("random" or "constant") and `dt_scale` set dt_proj.weight.
+    discretization : {"mamba", "zoh"}
+        The rule of the scan, see :func:`sscan.selective_scan`.
+    n_layer : int
+        Number of residual blocks in the model: out_proj starts smaller by sqrt(n_layer).
+    dtype : dtype
+        Of activations and weights. A_log and D are at least float32 whatever it is.
+    seed : int, Generator or None
+        For the initial values; None leaves the parameters unallocated, see :class:`Parameter`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        *,
+        discretization: str = "mamba",
+        n_layer: int = 1,
+        dtype: Any = np.float32,
+        seed: int | np.random.Generator | None = 0,
+    ) -> None:
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}")
+        self.d_inner = int(expand * d_model)
+        self.d_state, self.d_conv = d_state, d_conv
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.discretization = discretization
+        wide = np.result_type(dtype, np.float32)
+
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias, dtype)
+        self.conv1d = DepthwiseConvolution(self.d_inner, d_conv, conv_bias, dtype)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, False, dtype)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner, True, dtype)
+        dt_bound = dt_scale / math.sqrt(max(self.dt_rank, 1))
+        self.dt_proj.weight.draw = uniform(dt_bound) if dt_init == "random" else constant(dt_bound)
+        dt_bias = inverse_softplus_of_log_uniform(dt_min, dt_max, dt_init_floor)
+        self.dt_proj.bias = Parameter((self.d_inner,), dt_bias, dtype, decay=False)
+        self.A_log = Parameter((self.d_inner, d_state), log_of_one_to_n, wide, decay=False)
+        self.D = Parameter((self.d_inner,), ones, wide, decay=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias, dtype, scale=1 / math.sqrt(n_layer))
+        if seed is not None:
+            self.initialise(seed)
+
+    def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
+        """Apply the block to sequences from their beginnings.
+
+        `seq_idx` (batch, length) numbers the sequences packed into a row: neither the convolution nor the scan sees
+        across a change of number.
+        """
+        return self._mix(hidden, None, seq_idx)[0]
+
+    def extend(self, hidden: Operand, state: MambaState, seq_idx: Array | None = None) -> tuple[Tensor, MambaState]:
+        """Apply the block to the continuation of sequences: the output and the state at its end, differentiable."""
+        return self._mix(hidden, state, seq_idx)
+
+    def _mix(self, hidden: Operand, state: MambaState | None, seq_idx: Array | None) -> tuple[Tensor, MambaState]:
+        xz = self.in_proj.channel_first(ops.swapaxes(hidden, 1, 2))
+        x, z = ops.split(xz, (self.d_inner, self.d_inner), axis=1)
+        conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
+        x, conv = causal_conv1d(x, *self._taps(), "silu", conv, True, seq_idx)
+        dt, B, C = ops.split(self.x_proj.channel_first(x), self._dt_B_C, axis=1)
+        delta = ops.matmul(self.dt_proj.weight, dt)
+        y, ssm = selective_scan(
+            x, delta, self.A(), B, C, self.D, z, self._delta_bias(), True, True,
+            initial_state=ssm, seq_idx=seq_idx, discretization=self.discretization,
+        )  # fmt: skip
+        return self.out_proj(ops.swapaxes(y, 1, 2)), MambaState(conv, ssm)
+
+    @no_grad()
+    def step(self, hidden: Operand, state: MambaState) -> Tensor:
+        """One token, hidden (batch, d_model): the output for it; the arrays of `state` are updated in place."""
+        if self.discretization != "mamba":  # the rule of selective_state_update
+            out, new = self.extend(ops.getitem(hidden, (slice(None), None)), state)
+            state.conv.data[...], state.ssm.data[...] = new.conv.data, new.ssm.data
+            return out[:, 0]
+        x, z = ops.split(self.in_proj(hidden), (self.d_inner, self.d_inner), axis=1)
+        weight, bias = self._taps()
+        x_now = causal_conv1d_update(x.data, state.conv.data, weight.data, None if bias is None else bias.data, "silu")
+        dt, B, C = ops.split(self.x_proj(x_now), self._dt_B_C, axis=1)
+        delta = ops.matmul(dt, self.dt_proj.weight.swapaxes(0, 1))
+        y = selective_state_update(
+            state.ssm.data,
+            x_now,
+            delta.data,
+            self.A().data,
+            B.data,
+            C.data,
+            self.D.data,
+            z.data,
+            self._delta_bias().data,
+            True,
+        )
+        return self.out_proj(y)
+
+    def new_state(self, batch: int) -> MambaState:
+        """The state before the first token: zeros, on the device and in the dtypes of the parameters."""
+        weight, D = self.conv1d.weight.data, self.D.data
+        zeros = array_module(D).zeros
+        conv = Tensor(zeros((batch, self.d_inner, self.d_conv - 1), weight.dtype))
+        return MambaState(conv, Tensor(zeros((batch, self.d_inner, self.d_state), D.dtype)))
+
+    def A(self) -> Tensor:
+        """The diagonal of the state matrix, -exp(A_log): always negative, so that the state never grows by itself."""
+        return -ops.exp(self.A_log)
+
+    @property
+    def _dt_B_C(self) -> tuple[int, int, int]:
+        return self.dt_rank, self.d_state, self.d_state
+
+    def _taps(self) -> tuple[Tensor, Tensor | None]:
+        return self.conv1d.weight.reshape(self.d_inner, self.d_conv), self.conv1d.bias
+
+    def _delta_bias(self) -> Tensor:
+        bias = self.dt_proj.bias
+        assert bias is not None
+        return bias.astype(self.D.dtype)
+
+
+def constant(value: float) -> Draw:
+    """Initial values all equal."""
+    return lambda rng, shape: np.full(shape, value)
+
+
+def log_of_one_to_n(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """A_log such that A = -(1, 2, ..., N) in every channel: S4D-Real."""
+    return np.broadcast_to(np.log(np.arange(1, shape[1] + 1)), shape)
+
+
+def inverse_softplus_of_log_uniform(low: float, high: float, floor: float) -> Draw:
+    """A bias whose softplus is log-uniform on [low, high], and at least `floor`."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        step = np.maximum(np.exp(rng.uniform(math.log(low), math.log(high), shape)), floor)
+        return step + np.log(-np.expm1(-step))
+
+    return draw

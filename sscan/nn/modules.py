@@ -1,0 +1,203 @@
+"""Modules: named trees of parameters, and the layers that every model has."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from sscan.nn import ops
+from sscan.nn.autodiff import Array, Operand, Tensor, array_module
+from sscan.nn.sequence_ops import rms_norm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+Draw: TypeAlias = "Callable[[np.random.Generator, tuple[int, ...]], Array]"
+
+
+class Parameter(Tensor):
+    """A tensor that a module owns and an optimiser changes.
+
+    Until :meth:`initialise` or :meth:`Module.load_state_dict` it is a single NaN stretched over the shape: a model of
+    any size can be built to look at its names, shapes and parameter count without allocating them.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    draw : callable
+        ``draw(rng, shape)``, the initial values; called again by every initialisation.
+    dtype : dtype
+    decay : bool
+        Whether weight decay applies to it, see :func:`sscan.nn.decay_groups`.
+    """
+
+    __slots__ = ("decay", "draw")
+
+    def __init__(self, shape: tuple[int, ...], draw: Draw, dtype: Any = np.float32, *, decay: bool = True) -> None:
+        super().__init__(np.broadcast_to(np.array(np.nan, dtype), shape), requires_grad=True)
+        self.draw = draw
+        self.decay = decay
+
+    def initialise(self, rng: np.random.Generator) -> None:
+        """Draw the values anew; they do not depend on the old ones."""
+        self.data = array_module(self.data).asarray(self.draw(rng, self.shape).astype(self.dtype))
+
+
+class Module:
+    """A tree of parameters: attributes that are parameters, modules or lists of modules, named by their paths."""
+
+    def named_parameters(self, prefix: str = "", *, shared: bool = False) -> Iterator[tuple[str, Parameter]]:
+        """Names and parameters in the order of construction; one that has several names comes once unless `shared`."""
+        seen: set[int] = set()
+        for name, parameter in self._walk(prefix):
+            if shared or id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
+        for name, value in vars(self).items():
+            if isinstance(value, Parameter):
+                yield prefix + name, value
+            elif isinstance(value, Module):
+                yield from value._walk(f"{prefix}{name}.")
+            elif isinstance(value, list):
+                for i, item in enumerate(value):
+                    yield from item._walk(f"{prefix}{name}.{i}.")
+
+    def parameters(self) -> list[Parameter]:
+        """The parameters, each once."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def parameter_count(self) -> int:
+        """Number of trainable numbers, shared ones counted once."""
+        return sum(math.prod(parameter.shape) for parameter in self.parameters())
+
+    def initialise(self, seed: int | np.random.Generator) -> None:
+        """Draw every parameter anew from one stream of random numbers."""
+        rng = np.random.default_rng(seed)
+        for parameter in self.parameters():
+            parameter.initialise(rng)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def to(self, module: Any) -> None:
+        """Move the parameters to an array module, such as ``cupy``, and its current device."""
+        for parameter in self.parameters():
+            parameter.data, parameter.grad = module.asarray(parameter.data), None
+
+    def state_dict(self) -> dict[str, Array]:
+        """The arrays of the parameters by name, not copied. A shared parameter stands under each of its names."""
+        return {name: parameter.data for name, parameter in self.named_parameters(shared=True)}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Copy arrays into the parameters, cast to their dtypes. Of a shared parameter's names one is enough.
+
+        Raises
+        ------
+        ValueError
+            If a name is missing or unknown, a shape differs, or the names of a shared parameter hold different values.
+            Nothing has been changed then.
+        """
+        names: dict[int, list[str]] = {}
+        parameters = dict(self.named_parameters(shared=True))
+        for name, parameter in parameters.items():
+            names.setdefault(id(parameter), []).append(name)
+        problems = [f"unknown key {name!r}" for name in state if name not in parameters]
+        for aliases in names.values():
+            problems += _problems(parameters[aliases[0]], aliases, state)
+        if problems:
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(f"load_state_dict: {'; '.join(problems[:3])}{more}")
+        for aliases in names.values():
+            parameter = parameters[aliases[0]]
+            xp = array_module(parameter.data)
+            value = next(state[name] for name in aliases if name in state)
+            parameter.data, parameter.grad = xp.array(xp.asarray(value).astype(parameter.dtype)), None
+
+
+def _problems(parameter: Parameter, aliases: list[str], state: Mapping[str, Array]) -> list[str]:
+    present = [name for name in aliases if name in state]
+    if not present:
+        return [f"missing key {aliases[0]!r}"]
+    problems = [
+        f"{name!r} has shape {tuple(state[name].shape)}, expected {parameter.shape}"
+        for name in present
+        if tuple(state[name].shape) != parameter.shape
+    ]
+    if not problems and any((state[name] != state[present[0]]).any() for name in present[1:]):
+        problems.append(f"{' and '.join(map(repr, present))} are one parameter, but their values differ")
+    return problems
+
+
+def zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Initial zeros."""
+    return np.zeros(shape)
+
+
+def ones(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Initial ones."""
+    return np.ones(shape)
+
+
+def uniform(bound: float) -> Draw:
+    """Initial values uniform on [-bound, bound]."""
+    return lambda rng, shape: rng.uniform(-bound, bound, shape)
+
+
+def normal(deviation: float) -> Draw:
+    """Initial values normal with mean 0."""
+    return lambda rng, shape: deviation * rng.standard_normal(shape)
+
+
+class Linear(Module):
+    """y = x W^T + b over the last axis; W is (out_features, in_features).
+
+    W is drawn uniformly from +-scale / sqrt(in_features), b starts at zero and is exempt from weight decay.
+    """
+
+    bias: Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, dtype: Any = np.float32, *, scale: float = 1.0
+    ) -> None:
+        bound = scale / math.sqrt(max(in_features, 1))
+        self.weight = Parameter((out_features, in_features), uniform(bound), dtype)
+        self.bias = Parameter((out_features,), zeros, dtype, decay=False) if bias else None
+
+    def __call__(self, x: Operand) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        y = ops.matmul(x, self.weight.swapaxes(0, 1))
+        return y if self.bias is None else y + self.bias
+
+    def channel_first(self, x: Operand) -> Tensor:
+        """The same map along the last but one axis: (batch, in_features, length) to (batch, out_features, length)."""
+        y = ops.matmul(self.weight, x)
+        return y if self.bias is None else y + self.bias.reshape(-1, 1)
+
+
+class Embedding(Module):
+    """Rows of a table (rows, width) by index, drawn from a normal distribution of deviation 0.02."""
+
+    def __init__(self, rows: int, width: int, dtype: Any = np.float32) -> None:
+        self.weight = Parameter((rows, width), normal(0.02), dtype)
+
+    def __call__(self, indices: Array) -> Tensor:
+        """Integers of any shape to (*shape, width)."""
+        return ops.embedding(self.weight, indices)
+
+
+class RMSNorm(Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+
+    def __init__(self, width: int, eps: float = 1e-5, dtype: Any = np.float32) -> None:
+        self.weight = Parameter((width,), ones, dtype, decay=False)
+        self.eps = eps
+
+    def __call__(self, x: Operand, residual: Operand | None = None) -> Any:
+        """The normalised x; with a residual (the normalised sum, the sum), added and kept in float32 (float64)."""
+        return rms_norm(x, self.weight, residual, self.eps)

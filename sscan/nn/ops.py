@@ -1,0 +1,344 @@
+"""The array operations that a model needs, each with its gradient beside it.
+
+They follow NumPy: names, broadcasting, dtype promotion. Python numbers and plain arrays count as constants. In the
+gradients, g is the gradient of the result and out the result.
+"""
+
+from __future__ import annotations
+
+import builtins
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sscan.nn.autodiff import Array, Operand, Primitive, Tensor, array_module, defvjp, defvjp_all, primitive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Axis = int | tuple[int, ...] | None
+
+
+def unbroadcast(gradient: Array, argument: Array) -> Array:
+    """Sum `gradient` over the axes along which `argument` was broadcast; shape and dtype of `argument`."""
+    extra = gradient.ndim - argument.ndim
+    stretched = [extra + i for i, n in enumerate(argument.shape) if n == 1 and gradient.shape[extra + i] != 1]
+    axes = (*range(extra), *stretched)
+    if axes:
+        gradient = gradient.sum(axis=axes).reshape(argument.shape)
+    return gradient.astype(argument.dtype, copy=False)
+
+
+# Arithmetic
+
+
+@primitive
+def add(a: Array, b: Array) -> Array:
+    """a + b."""
+    return a + b
+
+
+@primitive
+def subtract(a: Array, b: Array) -> Array:
+    """a - b."""
+    return a - b
+
+
+@primitive
+def multiply(a: Array, b: Array) -> Array:
+    """a * b."""
+    return a * b
+
+
+@primitive
+def divide(a: Array, b: Array) -> Array:
+    """a / b."""
+    return a / b
+
+
+@primitive
+def negative(a: Array) -> Array:
+    """-a."""
+    return -a
+
+
+@primitive
+def power(a: Array, exponent: float) -> Array:
+    """a ** exponent, for a constant exponent."""
+    return a**exponent
+
+
+defvjp(add, lambda g, out, a, b: unbroadcast(g, a), lambda g, out, a, b: unbroadcast(g, b))
+defvjp(subtract, lambda g, out, a, b: unbroadcast(g, a), lambda g, out, a, b: unbroadcast(-g, b))
+defvjp(multiply, lambda g, out, a, b: unbroadcast(g * b, a), lambda g, out, a, b: unbroadcast(g * a, b))
+defvjp(divide, lambda g, out, a, b: unbroadcast(g / b, a), lambda g, out, a, b: unbroadcast(-g * out / b, b))
+defvjp(negative, lambda g, out, a: -g)
+defvjp(power, lambda g, out, a, exponent: g * (exponent * a ** (exponent - 1)))
+
+
+# Matrix product
+
+
+@primitive
+def matmul(a: Array, b: Array) -> Array:
+    """a @ b over the last two axes; the axes before them broadcast. Half precision is multiplied in float32."""
+    if a.ndim < 2 or b.ndim < 2:
+        raise ValueError(f"matmul: both operands need at least two axes, got shapes {a.shape} and {b.shape}")
+    return _matmul(a, b)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    if isinstance(a, np.ndarray) and a.dtype.itemsize < 4:  # NumPy multiplies half precision without BLAS
+        return np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
+    return array_module(a).matmul(a, b)
+
+
+def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
+    """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time."""
+    if argument.ndim > 2 or a.ndim == b.ndim == 2:
+        return unbroadcast(_matmul(a, b), argument)
+    xp = array_module(a)
+    leading = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = xp.broadcast_to(a, leading + a.shape[-2:]), xp.broadcast_to(b, leading + b.shape[-2:])
+    total = xp.zeros(argument.shape, np.float64 if argument.dtype == np.float64 else np.float32)
+    for index in np.ndindex(*leading):
+        total += _matmul(a[index], b[index])
+    return total.astype(argument.dtype, copy=False)
+
+
+defvjp(
+    matmul,
+    lambda g, out, a, b: _matmul_to(a, g, b.swapaxes(-1, -2)),
+    lambda g, out, a, b: _matmul_to(b, a.swapaxes(-1, -2), g),
+)
+
+
+# Shape
+
+
+@primitive
+def reshape(a: Array, shape: tuple[int, ...]) -> Array:
+    """The elements of a in another shape."""
+    return a.reshape(shape)
+
+
+@primitive
+def swapaxes(a: Array, first: int, second: int) -> Array:
+    """a with two axes exchanged."""
+    return a.swapaxes(first, second)
+
+
+@primitive
+def transpose(a: Array, axes: tuple[int, ...]) -> Array:
+    """a with its axes in the order `axes`."""
+    return a.transpose(axes)
+
+
+@primitive
+def getitem(a: Array, index: Any) -> Array:
+    """a[index] with integers, slices, None and Ellipsis; see :func:`embedding` to look rows up."""
+    for part in index if isinstance(index, tuple) else (index,):
+        if not (part is None or part is Ellipsis or isinstance(part, (int, np.integer, slice))):
+            raise TypeError(f"getitem: an index is an integer, a slice, None or ..., not {type(part).__name__}")
+    return a[index]
+
+
+def _getitem_vjp(g: Array, out: Array, a: Array, index: Any) -> Array:
+    da = array_module(a).zeros_like(a)
+    da[index] = g
+    return da
+
+
+@primitive
+def _split(a: Array, sizes: tuple[int, ...], axis: int) -> tuple[Array, ...]:
+    if builtins.sum(sizes) != a.shape[axis]:
+        raise ValueError(f"split: sizes {tuple(sizes)} must add up to {a.shape[axis]}, the length of axis {axis}")
+    return tuple(array_module(a).split(a, list(np.cumsum(sizes)[:-1]), axis))
+
+
+def _split_vjp(g: tuple[Array | None, ...], out: tuple[Array, ...], a: Array, sizes: Any, axis: int) -> tuple[Array]:
+    xp = array_module(a)
+    return (xp.concatenate([xp.zeros_like(o) if part is None else part for part, o in zip(g, out, strict=True)], axis),)
+
+
+@primitive
+def _concatenate(*arrays: Array, axis: int) -> Array:
+    return array_module(arrays[0]).concatenate(arrays, axis)
+
+
+defvjp(reshape, lambda g, out, a, shape: g.reshape(a.shape))
+defvjp(swapaxes, lambda g, out, a, first, second: g.swapaxes(first, second))
+defvjp(transpose, lambda g, out, a, axes: g.transpose(tuple(int(i) for i in np.argsort(axes))))
+defvjp(getitem, _getitem_vjp)
+defvjp_all(_split, _split_vjp)
+defvjp_all(
+    _concatenate,
+    lambda g, out, *arrays, axis: array_module(g).split(g, list(np.cumsum([a.shape[axis] for a in arrays])[:-1]), axis),
+)
+
+
+def split(a: Operand, sizes: Sequence[int], axis: int = 0) -> tuple[Tensor, ...]:
+    """Views of consecutive parts of `a` along `axis`, of the given sizes."""
+    return _split.apply(a, tuple(sizes), axis)  # type: ignore[no-any-return]
+
+
+def concatenate(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
+    """The tensors one after the other along `axis`."""
+    return _concatenate(*tensors, axis=axis)
+
+
+# Reductions
+
+
+@primitive
+def sum(a: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """Sum over an axis, several, or all."""
+    return a.sum(axis=axis, keepdims=keepdims)
+
+
+@primitive
+def mean(a: Array, axis: Axis = None, keepdims: bool = False) -> Array:
+    """Mean over an axis, several, or all."""
+    return a.mean(axis=axis, keepdims=keepdims)
+
+
+def _spread(g: Array, a: Array, axis: Axis, keepdims: bool) -> Array:
+    """The gradient of a sum: g repeated along the axes that were summed."""
+    xp = array_module(a)
+    if axis is not None and not keepdims:
+        g = xp.expand_dims(g, axis)
+    return xp.broadcast_to(g, a.shape)
+
+
+defvjp(sum, lambda g, out, a, axis=None, keepdims=False: _spread(g, a, axis, keepdims))
+defvjp(mean, lambda g, out, a, axis=None, keepdims=False: _spread(g / (a.size / out.size), a, axis, keepdims))
+
+
+# Elementwise functions
+
+
+@primitive
+def exp(a: Array) -> Array:
+    """e to the power a."""
+    return array_module(a).exp(a)
+
+
+@primitive
+def log(a: Array) -> Array:
+    """Natural logarithm."""
+    return array_module(a).log(a)
+
+
+@primitive
+def tanh(a: Array) -> Array:
+    """Hyperbolic tangent."""
+    return array_module(a).tanh(a)
+
+
+@primitive
+def softplus(a: Array) -> Array:
+    """log(1 + exp(a)), without overflow."""
+    return array_module(a).logaddexp(a, a.dtype.type(0))
+
+
+@primitive
+def sigmoid(a: Array) -> Array:
+    """1 / (1 + exp(-a)), accurate in both tails."""
+    return _sigmoid(a)
+
+
+@primitive
+def silu(a: Array) -> Array:
+    """a sigmoid(a), also called swish."""
+    return a * _sigmoid(a)
+
+
+@primitive
+def astype(a: Array, dtype: Any) -> Array:
+    """a in another dtype; the gradient comes back in its own."""
+    return a.astype(dtype, copy=False)
+
+
+def _sigmoid(a: Array) -> Array:
+    xp = array_module(a)
+    return xp.exp(-xp.logaddexp(-a, a.dtype.type(0)))  # 1 / (1 + exp(-a)) itself overflows in the far tail
+
+
+def _silu_vjp(g: Array, out: Array, a: Array) -> Array:
+    s = _sigmoid(a)
+    return g * (s + out * (1 - s))
+
+
+defvjp(exp, lambda g, out, a: g * out)
+defvjp(log, lambda g, out, a: g / a)
+defvjp(tanh, lambda g, out, a: g * (1 - out * out))
+defvjp(softplus, lambda g, out, a: g * _sigmoid(a))
+defvjp(sigmoid, lambda g, out, a: g * (out * (1 - out)))
+defvjp(silu, _silu_vjp)
+defvjp(astype, lambda g, out, a, dtype: g.astype(a.dtype, copy=False))
+
+
+# Look-up
+
+
+@primitive
+def embedding(weight: Array, indices: Array) -> Array:
+    """Rows of `weight` (rows, width) by `indices` of any shape: result (*indices.shape, width).
+
+    The gradient adds up the rows of equal index in the order in which they stand: no one-hot matrix, no atomics, the
+    same bits every time.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the indices are not integers, or not in [0, rows).
+    """
+    check_indices("embedding", indices, weight.shape[0])
+    return weight[indices]
+
+
+def check_indices(name: str, indices: Array, rows: int) -> None:
+    """Raise unless every index is an integer in [0, rows)."""
+    if indices.dtype.kind not in "iu":
+        raise TypeError(f"{name}: indices must be integers, got {indices.dtype}")
+    if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < rows):
+        raise ValueError(f"{name}: indices must be in [0, {rows}), got {int(indices.min())} to {int(indices.max())}")
+
+
+def _embedding_vjp(g: Array, out: Array, weight: Array, indices: Array) -> Array:
+    xp = array_module(weight)
+    dweight = xp.zeros_like(weight)
+    flat = indices.reshape(-1)
+    if not flat.size:
+        return dweight
+    order = xp.argsort(flat, kind="stable")
+    ordered = flat[order]
+    starts = xp.concatenate([xp.zeros(1, np.int64), xp.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
+    rows = g.reshape(-1, weight.shape[1])[order]
+    sums = xp.add.reduceat(rows.astype(xp.result_type(rows.dtype, np.float32), copy=False), starts, axis=0)
+    dweight[ordered[starts]] = sums
+    return dweight
+
+
+defvjp(embedding, _embedding_vjp)
+
+
+# Operators and methods of Tensor
+
+
+def _reflected(operation: Primitive[[Array, Array]]) -> Callable[[Tensor, Operand], Tensor]:
+    return lambda a, b: operation(b, a)
+
+
+def _reshape_method(a: Tensor, *shape: int) -> Tensor:
+    return reshape(a, shape)
+
+
+Tensor.__add__ = Tensor.__radd__ = add
+Tensor.__sub__, Tensor.__rsub__ = subtract, _reflected(subtract)
+Tensor.__mul__ = Tensor.__rmul__ = multiply
+Tensor.__truediv__, Tensor.__rtruediv__ = divide, _reflected(divide)
+Tensor.__matmul__, Tensor.__rmatmul__ = matmul, _reflected(matmul)
+Tensor.__neg__, Tensor.__pow__, Tensor.__getitem__ = negative, power, getitem
+Tensor.reshape, Tensor.swapaxes, Tensor.astype = _reshape_method, swapaxes, astype
+Tensor.sum, Tensor.mean = sum, mean

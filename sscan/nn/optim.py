@@ -1,0 +1,137 @@
+"""AdamW with decoupled decay, gradient clipping, and the learning rate over time: the recipe of section E.2."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sscan.nn.autodiff import Array, array_module
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from sscan.nn.modules import Module, Parameter
+
+
+def decay_groups(module: Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
+    """Two groups of parameters for :class:`AdamW`: those that decay, and those that must not.
+
+    A_log, D, biases and norms do not decay. Each group is a dict with "parameters" (by name) and "weight_decay".
+    """
+    named = list(module.named_parameters())
+    return [
+        {"parameters": {name: p for name, p in named if p.decay == decays}, "weight_decay": weight_decay * decays}
+        for decays in (True, False)
+    ]
+
+
+class AdamW:
+    """Adam with bias correction and decoupled weight decay.
+
+    With gradient g at step t: m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
+    p = (1 - lr weight_decay) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps). Everything is updated in place.
+
+    Parameters
+    ----------
+    groups : list of dict
+        As :func:`decay_groups` returns.
+    lr : float
+        May be assigned between steps.
+    betas, eps
+        Decay rates of the moments, and what keeps the quotient finite.
+
+    Raises
+    ------
+    TypeError
+        If a parameter is in half precision, where most updates would be rounded away.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        self.groups, self.lr, self.betas, self.eps = groups, lr, betas, eps
+        self.steps = 0
+        self.moments: dict[str, tuple[Array, Array]] = {}
+        for name, parameter in self._named():
+            if parameter.dtype.itemsize < 4:
+                raise TypeError(f"AdamW: {name} is {parameter.dtype}; keep the parameters that train in float32")
+            zeros = array_module(parameter.data).zeros
+            self.moments[name] = zeros(parameter.shape, parameter.dtype), zeros(parameter.shape, parameter.dtype)
+
+    def _named(self) -> Iterable[tuple[str, Parameter]]:
+        return (item for group in self.groups for item in group["parameters"].items())
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        self.steps += 1
+        for group in self.groups:
+            for name, parameter in group["parameters"].items():
+                if parameter.grad is not None:
+                    self._update(parameter.data, parameter.grad, *self.moments[name], group["weight_decay"])
+
+    def _update(self, value: Array, gradient: Array, m: Array, v: Array, weight_decay: float) -> None:
+        b1, b2 = self.betas
+        scratch = gradient * (1 - b1)
+        m *= b1
+        m += scratch
+        array_module(value).multiply(gradient, gradient, out=scratch)
+        scratch *= 1 - b2
+        v *= b2
+        v += scratch
+        array_module(value).sqrt(v, out=scratch)
+        scratch /= math.sqrt(1 - b2**self.steps)
+        scratch += self.eps
+        array_module(value).divide(m, scratch, out=scratch)
+        scratch *= self.lr / (1 - b1**self.steps)
+        value *= 1 - self.lr * weight_decay
+        value -= scratch
+
+    def state_dict(self) -> dict[str, Array]:
+        """The moments by name, ``<parameter>.m`` and ``<parameter>.v``, and the number of steps; arrays not copied."""
+        state: dict[str, Array] = {"steps": np.array(self.steps)}
+        for name, (m, v) in self.moments.items():
+            state[f"{name}.m"], state[f"{name}.v"] = m, v
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Continue from a saved state, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If the names or shapes are not those of the parameters.
+        """
+        expected = {name: array.shape for name, array in self.state_dict().items()}
+        got = {name: array.shape for name, array in state.items()}
+        for name in sorted(expected.keys() | got.keys()):
+            if expected.get(name) != got.get(name):
+                raise ValueError(f"AdamW: state {name!r} has shape {got.get(name)}, expected {expected.get(name)}")
+        self.steps = int(state["steps"])
+        for name, moments in self.moments.items():
+            for letter, moment in zip("mv", moments, strict=True):
+                moment[...] = array_module(moment).asarray(state[f"{name}.{letter}"])
+
+
+def clip_gradients(parameters: Iterable[Parameter], max_norm: float = 1.0) -> float:
+    """Scale the gradients in place to a joint Euclidean norm of at most `max_norm`; returns the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    squares = [array_module(g).vdot(g, g) for g in gradients]
+    norm = math.sqrt(math.fsum(float(square) for square in squares))
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient *= max_norm / norm
+    return norm
+
+
+def warmup_cosine(progress: float, peak: float, final: float = 1e-5, warmup: float = 0.1) -> float:
+    """Learning rate at `progress` in [0, 1]: linear from 0 up to `peak`, then half a cosine down to `final`."""
+    if progress < warmup:
+        return peak * progress / warmup
+    position = min((progress - warmup) / (1 - warmup), 1.0)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * position))

@@ -1,0 +1,375 @@
+"""sscan.nn: the tape, the array operations, the losses and the recorded ops, against central differences."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sscan import nn
+from sscan.nn import Tensor, check_gradients, losses, ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def tensor(*shape: int, seed: int = 0, dtype: Any = np.float64) -> Tensor:
+    return Tensor(np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype), requires_grad=True)
+
+
+# Array operations
+
+
+ELEMENTWISE: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "add": (lambda a, b: a + b, ((2, 3), (3,))),
+    "add_number": (lambda a: 2.5 + a + 1, ((2, 3),)),
+    "add_array": (lambda a: np.arange(3.0) + a, ((2, 3),)),
+    "subtract": (lambda a, b: a - b, ((2, 1), (4, 1, 3))),
+    "subtract_from": (lambda a: 1.0 - a, ((3,),)),
+    "multiply": (lambda a, b: a * b, ((2, 3), (1, 3))),
+    "divide": (lambda a, b: a / (b * b + 1), ((2, 3), (2, 1))),
+    "divide_into": (lambda a: 2.0 / (a * a + 1), ((3,),)),
+    "negative": (lambda a: -a, ((3,),)),
+    "power": (lambda a: a**3, ((3,),)),
+    "same_twice": (lambda a: a * a + a, ((3,),)),
+    "exp": (ops.exp, ((2, 3),)),
+    "log": (lambda a: ops.log(a * a + 0.5), ((2, 3),)),
+    "tanh": (ops.tanh, ((2, 3),)),
+    "softplus": (ops.softplus, ((2, 3),)),
+    "sigmoid": (ops.sigmoid, ((2, 3),)),
+    "silu": (ops.silu, ((2, 3),)),
+}
+MATRIX = {
+    "matrices": (lambda a, b: a @ b, ((2, 3), (3, 4))),
+    "weight_left": (lambda a, b: a @ b, ((5, 3), (2, 3, 4))),
+    "weight_right": (lambda a, b: a @ b, ((2, 4, 3), (3, 5))),
+    "weight_many_axes": (lambda a, b: a @ b, ((5, 3), (2, 2, 3, 4))),
+    "batched": (lambda a, b: a @ b, ((2, 4, 3), (2, 3, 5))),
+    "broadcast": (lambda a, b: a @ b, ((2, 1, 4, 3), (3, 3, 5))),
+    "constant_left": (lambda b: np.ones((2, 3)) @ b, ((3, 2),)),
+    "no_columns": (lambda a, b: a @ b, ((5, 0), (2, 0, 4))),
+}
+SHAPE = {
+    "reshape": (lambda a: a.reshape(3, -1), ((2, 3, 2),)),
+    "swapaxes": (lambda a: a.swapaxes(0, 2) * np.arange(4.0).reshape(2, 1, 2), ((2, 3, 2),)),
+    "transpose": (lambda a: ops.transpose(a, (2, 0, 1)), ((2, 3, 4),)),
+    "getitem": (lambda a: a[1:, ..., None, -1], ((3, 2, 2),)),
+    "split": (lambda a: ops.split(a, (1, 0, 2), axis=1), ((2, 3),)),
+    "split_one_used": (lambda a: ops.split(a, (1, 2), axis=1)[1], ((2, 3),)),
+    "concatenate": (lambda a, b: ops.concatenate([a, b, a], axis=1), ((2, 3), (2, 1))),
+    "sum": (lambda a: a.sum(), ((2, 3),)),
+    "sum_axis": (lambda a: a.sum(axis=(0, 2)), ((2, 3, 4),)),
+    "mean_keepdims": (lambda a: a.mean(axis=1, keepdims=True) * a, ((2, 3),)),
+    "astype": (lambda a: a.astype(np.float64), ((2,),)),
+    "empty": (lambda a: a * 2.0 + a.sum(), ((0, 3),)),
+}
+IDS = np.array([[4, 0, 4], [1, 4, 0]])
+LOOKUP = {
+    "embedding": (lambda w: ops.embedding(w, IDS), ((6, 2),)),
+    "embedding_of_nothing": (lambda w: ops.embedding(w, IDS[:0]), ((6, 2),)),
+}
+CASES = {**ELEMENTWISE, **MATRIX, **SHAPE, **LOOKUP}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_array_operation_gradients(case: str) -> None:
+    function, shapes = CASES[case]
+    check_gradients(function, *(tensor(*shape, seed=i) for i, shape in enumerate(shapes)), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("value", [-800.0, -40.0, 0.0, 40.0, 800.0])
+def test_elementwise_functions_in_the_tails(value: float) -> None:
+    x = Tensor(np.array([value]), requires_grad=True)
+    with np.errstate(under="ignore"):
+        for function, expected, slope in [
+            (ops.softplus, max(value, 0) + np.log1p(np.exp(-abs(value))), 0.5 * (1 + np.tanh(value / 2))),
+            (ops.sigmoid, 0.5 * (1 + np.tanh(value / 2)), 0.0 if value else 0.25),
+            (ops.silu, value * 0.5 * (1 + np.tanh(value / 2)), 0.5 * (1 + np.tanh(value / 2))),
+        ]:
+            x.grad = None
+            y = function(x)
+            y.backward()
+            np.testing.assert_allclose(y.data, expected, rtol=1e-12, atol=1e-13)
+            np.testing.assert_allclose(x.grad, slope, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_products_accumulate_in_float32(dtype: Any) -> None:
+    a, b = np.full((1, 4096), 0.01, dtype), np.full((4096, 1), 0.01, dtype)
+    got = ops.matmul(a, b)
+    exact = np.dot(a.astype(np.float64), b.astype(np.float64))
+    assert got.dtype == dtype
+    assert got.data.astype(np.float64) == exact.astype(dtype).astype(np.float64)
+
+
+def test_embedding_gradient_is_deterministic_and_in_order() -> None:
+    rng = np.random.default_rng(0)
+    ids, g = rng.integers(0, 7, 1000), rng.standard_normal((1000, 3)).astype(np.float32)
+    gradients = []
+    for _ in range(2):
+        weight = tensor(7, 3, dtype=np.float32)
+        ops.embedding(weight, ids).backward(g)
+        gradients.append(weight.grad)
+    np.testing.assert_array_equal(gradients[0], gradients[1])
+    expected = np.zeros((7, 3))
+    np.add.at(expected, ids, g.astype(np.float64))
+    np.testing.assert_allclose(gradients[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.embedding(tensor(3, 2), np.array([3])), ValueError, r"embedding: indices must be in \[0, 3\)"),
+        (lambda: ops.embedding(tensor(3, 2), np.array([-1])), ValueError, r"embedding: indices must be in \[0, 3\)"),
+        (lambda: ops.embedding(tensor(3, 2), np.array([1.0])), TypeError, "embedding: indices must be integers"),
+        (lambda: ops.split(tensor(3), (1, 1)), ValueError, "split: sizes"),
+        (lambda: tensor(3)[np.array([0])], TypeError, "getitem: an index is an integer"),
+        (lambda: tensor(3) @ tensor(3), ValueError, "matmul: both operands need at least two axes"),
+        (lambda: Tensor(tensor(3)), TypeError, "Tensor: data is a Tensor already"),
+        (lambda: Tensor([1, 2], requires_grad=True), TypeError, "Tensor: a gradient needs a floating dtype"),
+        (lambda: ops.reshape(tensor(3), shape=tensor(1)), TypeError, "reshape: shape is an option"),
+    ],
+)
+def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# The tape
+
+
+def test_gradients_accumulate_over_calls_and_uses() -> None:
+    x = Tensor(np.array([2.0, 3.0]), requires_grad=True)
+    (x * x).sum().backward()
+    (x * 10.0).sum().backward()
+    np.testing.assert_array_equal(x.grad, [14.0, 16.0])
+
+
+def test_leaves_never_share_their_gradient() -> None:
+    a, b = tensor(3), tensor(3, seed=1)
+    (a + b).sum().backward()
+    assert a.grad is not None
+    a.grad *= 2
+    np.testing.assert_array_equal(b.grad, np.ones(3))
+
+
+def test_diamond_visits_every_node_once() -> None:
+    calls = []
+
+    @nn.primitive
+    def double(a: Any) -> Any:
+        return 2 * a
+
+    def vjp(g: Any, out: Any, a: Any) -> Any:
+        calls.append(1)
+        return 2 * g
+
+    nn.defvjp(double, vjp)
+    x = tensor(2)
+    y = double(x)
+    (y * y + double(y) + y).sum().backward()
+    assert len(calls) == 2
+    np.testing.assert_allclose(x.grad, 2 * (2 * y.data + 2 + 1))
+
+
+def test_deep_graphs_need_no_recursion() -> None:
+    x = tensor(1)
+    y = x
+    for _ in range(5000):
+        y = y + 1.0
+    y.backward()
+    np.testing.assert_array_equal(x.grad, [1.0])
+
+
+def test_no_grad_records_nothing() -> None:
+    x = tensor(2)
+    with nn.no_grad():
+        y = x * 2.0
+    assert not y.requires_grad
+    assert (x * 2.0).requires_grad
+    assert not x.detach().requires_grad
+
+
+def test_backward_releases_what_the_nodes_saved() -> None:
+    x = tensor(1000)
+    middle = ops.exp(x)
+    saved = weakref.ref(middle)
+    y = (middle * 2.0).sum()
+    del middle
+    y.backward()
+    gc.collect()
+    assert saved() is None
+    with pytest.raises(RuntimeError, match="released by an earlier backward"):
+        y.backward()
+
+
+def test_retained_graphs_run_again() -> None:
+    x = tensor(3)
+    y = (x * x).sum()
+    y.backward(retain_graph=True)
+    first = np.array(x.grad)
+    y.backward()
+    np.testing.assert_allclose(x.grad, 2 * first)
+
+
+def test_backward_errors() -> None:
+    with pytest.raises(RuntimeError, match="computed from nothing that requires a gradient"):
+        Tensor(np.ones(())).backward()
+    with pytest.raises(ValueError, match=r"shape \(3,\) needs a gradient"):
+        (tensor(3) * 2.0).backward()
+    with pytest.raises(ValueError, match=r"gradient must have shape \(3,\), got \(2,\)"):
+        (tensor(3) * 2.0).backward(np.ones(2))
+
+
+def test_primitives_without_or_with_wrong_gradients() -> None:
+    @nn.primitive
+    def opaque(a: Any) -> Any:
+        return a.copy()
+
+    with pytest.raises(NotImplementedError, match="opaque: no gradient is defined"):
+        opaque(tensor(2)).sum().backward()
+    nn.defvjp(opaque, lambda g, out, a: g[:1])
+    with pytest.raises(RuntimeError, match=r"opaque: its gradient has shape \(1,\)"):
+        opaque(tensor(2)).sum().backward()
+
+
+def test_check_gradients_finds_a_small_error() -> None:
+    @nn.primitive
+    def cube(a: Any) -> Any:
+        return a**3
+
+    nn.defvjp(cube, lambda g, out, a: g * 3.003 * a * a)  # wrong by 0.1 %
+    with pytest.raises(AssertionError, match="tensor 0 at"):
+        check_gradients(cube, tensor(3))
+    with pytest.raises(TypeError, match="must be float64"):
+        check_gradients(cube, tensor(3, dtype=np.float32))
+
+
+# Losses
+
+
+TARGETS = np.array([[0, 2, -100], [1, 1, 3]])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "BLOCK_BYTES", 2 * 4 * 4)  # two rows of four classes
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_cross_entropy_gradients() -> None:
+    check_gradients(lambda logits: nn.cross_entropy(logits, TARGETS), tensor(2, 3, 4))
+    check_gradients(lambda h, w: nn.linear_cross_entropy(h, w, TARGETS) * 3.0, tensor(2, 3, 5), tensor(4, 5))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_cross_entropy_is_the_mean_negative_log_likelihood() -> None:
+    hidden, weight = tensor(2, 3, 5), tensor(4, 5)
+    logits = hidden.data @ weight.data.T
+    log_likelihood = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    expected = -np.mean([log_likelihood[i][TARGETS[i]] for i in np.ndindex(2, 3) if TARGETS[i] >= 0])
+    np.testing.assert_allclose(nn.cross_entropy(Tensor(logits), TARGETS).item(), expected, rtol=1e-14)
+    np.testing.assert_allclose(nn.linear_cross_entropy(hidden, weight, TARGETS).item(), expected, rtol=1e-14)
+
+
+def test_cross_entropy_with_extreme_logits_and_no_targets() -> None:
+    logits = Tensor(np.array([[1e4, -1e4], [-1e4, 1e4]], np.float32), requires_grad=True)
+    loss = nn.cross_entropy(logits, np.array([0, 0]))
+    loss.backward()
+    assert loss.dtype == np.float32
+    assert loss.item() == 1e4
+    np.testing.assert_array_equal(logits.grad, [[0, 0], [-0.5, 0.5]])
+    assert nn.cross_entropy(logits, np.array([-100, -100])).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_cross_entropy_of_half_precision_is_computed_in_float32(dtype: Any) -> None:
+    hidden, weight = tensor(2, 3, 5, dtype=dtype), tensor(4, 5, dtype=dtype)
+    loss = nn.linear_cross_entropy(hidden, weight, TARGETS)
+    loss.backward()
+    wide = nn.linear_cross_entropy(hidden.astype(np.float32), weight.astype(np.float32), TARGETS)
+    assert loss.dtype == np.float32
+    assert loss.item() == wide.item()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == dtype
+
+
+def test_linear_cross_entropy_never_holds_the_logits() -> None:
+    rows, classes = 2048, 4096
+    hidden, weight = tensor(rows, 8, dtype=np.float32), tensor(classes, 8, dtype=np.float32)
+    targets = np.zeros(rows, np.int64)
+    tracemalloc.start()
+    nn.linear_cross_entropy(hidden, weight, targets).backward()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < rows * classes * 4 / 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        (np.zeros((2, 3)), TypeError, "targets must be integers"),
+        (np.zeros((2, 2), int), ValueError, r"targets must have shape \(2, 3\), got \(2, 2\)"),
+        (np.full((2, 3), 4), ValueError, r"targets must be in \[0, 4\) or -100, got 4"),
+        (np.full((2, 3), -1), ValueError, r"targets must be in \[0, 4\) or -100, got -1"),
+    ],
+)
+def test_cross_entropy_errors(targets: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        nn.cross_entropy(tensor(2, 3, 4), targets)
+    with pytest.raises(error, match=message):
+        nn.linear_cross_entropy(tensor(2, 3, 5), tensor(4, 5), targets)
+
+
+# The ops of sscan on the tape
+
+
+def test_selective_scan_on_the_tape() -> None:
+    def scan(
+        u: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, b: Tensor, h: Tensor
+    ) -> Any:
+        return nn.selective_scan(u, delta, -ops.exp(a), B, C, D, z, b, True, True, initial_state=h)
+
+    shapes = [(2, 3, 5), (2, 3, 5), (3, 2), (2, 2, 5), (2, 2, 5), (3,), (2, 3, 5), (3,), (2, 3, 2)]
+    check_gradients(scan, *(tensor(*shape, seed=i) for i, shape in enumerate(shapes)))
+
+
+@pytest.mark.parametrize("rule", ["mamba", "zoh"])
+def test_selective_scan_gradient_of_the_last_state_alone(rule: str) -> None:
+    def last(u: Tensor, delta: Tensor, a: Tensor, B: Tensor) -> Tensor:
+        C = np.ones((2, 2, 5))
+        state: Tensor = nn.selective_scan(
+            u, delta, -ops.exp(a), B, C, delta_softplus=True, return_last_state=True, discretization=rule
+        )[1]
+        return state
+
+    check_gradients(last, tensor(2, 3, 5), tensor(2, 3, 5, seed=1), tensor(3, 2), tensor(2, 2, 5))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_linear_scan_on_the_tape(reverse: bool) -> None:
+    check_gradients(
+        lambda a, b, h: nn.linear_scan(ops.tanh(a), b, h, reverse),
+        tensor(2, 3, 6),
+        tensor(2, 3, 6, seed=1),
+        tensor(2, 3),
+    )
+
+
+def test_causal_conv1d_on_the_tape() -> None:
+    shapes = [(2, 3, 5), (3, 4), (3,), (2, 3, 3)]
+    inputs = [tensor(*shape, seed=i) for i, shape in enumerate(shapes)]
+    check_gradients(lambda x, w, b, s: nn.causal_conv1d(x, w, b, "silu", s, return_final_state=True), *inputs)
+    seq_idx = np.array([[0, 0, 1, 1, 1], [3, 3, 3, 3, 4]])
+    check_gradients(lambda x, w, b, s: nn.causal_conv1d(x, w, b, None, s, seq_idx=seq_idx), *inputs)
+
+
+def test_rms_norm_on_the_tape() -> None:
+    check_gradients(nn.rms_norm, tensor(2, 3, 4), tensor(4))
+    check_gradients(nn.rms_norm, tensor(2, 3, 4), tensor(4), tensor(2, 3, 4, seed=1))
+    check_gradients(lambda x, w, r: nn.rms_norm(x, w, r)[1], tensor(2, 4), tensor(4), tensor(2, 4, seed=1))
