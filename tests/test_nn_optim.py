@@ -1,0 +1,138 @@
+"""sscan.nn: AdamW, its groups, clipping and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sscan import nn
+from sscan.nn import MambaConfig, MambaLM
+
+SMALL = MambaConfig(d_model=12, n_layer=2, vocab_size=11, ssm_cfg={"d_state": 4, "bias": True})
+
+
+def parameter(value: Any, gradient: Any, decay: bool = True) -> nn.Parameter:
+    value = np.array(value, np.float64)
+    result = nn.Parameter(value.shape, lambda rng, shape: value, np.float64, decay=decay)
+    result.initialise(np.random.default_rng(0))
+    result.grad = np.array(gradient, np.float64)
+    return result
+
+
+def test_decay_groups() -> None:
+    decayed, kept = nn.decay_groups(MambaLM(SMALL), 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    projections = {"in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"}
+    assert {name.split("mixer.")[-1] for name in decayed["parameters"]} == projections | {"backbone.embedding.weight"}
+    others = {"A_log", "D", "in_proj.bias", "conv1d.bias", "dt_proj.bias", "out_proj.bias"}
+    norms = {"backbone.layers.0.norm.weight", "backbone.layers.1.norm.weight", "backbone.norm_f.weight"}
+    assert {name.split("mixer.")[-1] for name in kept["parameters"]} == others | norms
+    assert not decayed["parameters"].keys() & kept["parameters"].keys()
+
+
+def test_adamw_by_hand() -> None:
+    p = parameter([1.0, -2.0], [0.5, -0.25])
+    optimiser = nn.AdamW([{"parameters": {"p": p}, "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    array, m, v, expected = p.data, np.zeros(2), np.zeros(2), p.data.copy()
+    for t in range(1, 6):
+        p.grad = np.array([0.5, -0.25]) * t
+        m, v = 0.9 * m + 0.1 * p.grad, 0.95 * v + 0.05 * p.grad**2
+        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        expected = expected - 0.01 * 0.1 * expected - 0.01 * step
+        optimiser.step()
+        np.testing.assert_allclose(p.data, expected, rtol=1e-12)
+    assert p.data is array  # in place
+
+
+def test_decay_is_decoupled_from_the_gradient() -> None:
+    p, q = parameter([1.0], [0.0]), parameter([1.0], [0.0], decay=False)
+    groups = [{"parameters": {"p": p}, "weight_decay": 0.1}, {"parameters": {"q": q}, "weight_decay": 0.0}]
+    nn.AdamW(groups, lr=0.5).step()
+    np.testing.assert_allclose(p.data, [0.95])
+    np.testing.assert_array_equal(q.data, [1.0])
+
+
+def test_parameters_without_gradient_stay() -> None:
+    p = parameter([1.0], [0.0])
+    p.grad = None
+    nn.AdamW([{"parameters": {"p": p}, "weight_decay": 0.1}]).step()
+    np.testing.assert_array_equal(p.data, [1.0])
+
+
+def train(model: MambaLM, optimiser: nn.AdamW, steps: range) -> float:
+    loss = math.nan
+    for i in steps:
+        ids = np.random.default_rng([0, i]).integers(0, 11, (2, 9))
+        model.zero_grad()
+        value = model.loss(ids[:, :-1], ids[:, 1:])
+        value.backward()
+        nn.clip_gradients(model.parameters())
+        optimiser.step()
+        loss = value.item()
+    return loss
+
+
+def test_resuming_is_exact() -> None:
+    model = MambaLM(SMALL)
+    optimiser = nn.AdamW(nn.decay_groups(model), lr=3e-3)
+    train(model, optimiser, range(3))
+    weights, moments = ({k: v.copy() for k, v in d.items()} for d in (model.state_dict(), optimiser.state_dict()))
+    train(model, optimiser, range(3, 6))
+
+    resumed = MambaLM(SMALL, seed=None)
+    resumed.load_state_dict(weights)
+    again = nn.AdamW(nn.decay_groups(resumed), lr=3e-3)
+    again.load_state_dict(moments)
+    train(resumed, again, range(3, 6))
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(resumed.state_dict()[name], array)
+    for name, array in optimiser.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], array)
+
+
+def test_training_learns() -> None:
+    model = MambaLM(MambaConfig(16, 1, 8))
+    optimiser = nn.AdamW(nn.decay_groups(model), lr=1e-2)
+    ids = np.arange(33)[None] % 8
+    for _ in range(60):
+        model.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        nn.clip_gradients(model.parameters())
+        optimiser.step()
+    assert loss.item() < 0.1
+
+
+def test_load_state_dict_is_strict() -> None:
+    optimiser = nn.AdamW([{"parameters": {"p": parameter([1.0], [0.0])}, "weight_decay": 0.1}])
+    with pytest.raises(ValueError, match=r"state 'p\.m' has shape \(2,\), expected \(1,\)"):
+        optimiser.load_state_dict({**optimiser.state_dict(), "p.m": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"state 'p\.v' has shape None, expected \(1,\)"):
+        optimiser.load_state_dict({"steps": np.array(1), "p.m": np.zeros(1)})
+
+
+def test_half_precision_parameters_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"AdamW: backbone\.embedding\.weight is bfloat16"):
+        nn.AdamW(nn.decay_groups(MambaLM(SMALL, ml_dtypes.bfloat16)))
+
+
+def test_clipping() -> None:
+    p, q = parameter([0.0, 0.0], [3.0, 0.0]), parameter([0.0], [4.0])
+    assert nn.clip_gradients([p, q], 1.0) == 5.0
+    np.testing.assert_allclose(p.grad, [0.6, 0.0])
+    np.testing.assert_allclose(q.grad, [0.8])
+    assert nn.clip_gradients([p, q], 2.0) == pytest.approx(1.0)
+    np.testing.assert_allclose(q.grad, [0.8])
+
+
+def test_warmup_cosine() -> None:
+    assert nn.warmup_cosine(0.0, 3e-3) == 0.0
+    assert nn.warmup_cosine(0.05, 3e-3) == pytest.approx(1.5e-3)
+    assert nn.warmup_cosine(0.1, 3e-3) == pytest.approx(3e-3)
+    assert nn.warmup_cosine(0.55, 3e-3) == pytest.approx((3e-3 + 1e-5) / 2)
+    assert nn.warmup_cosine(1.0, 3e-3) == pytest.approx(1e-5)
+    assert nn.warmup_cosine(1.5, 3e-3) == pytest.approx(1e-5)
