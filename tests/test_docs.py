@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import sscan
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -40,3 +42,9 @@ def test_readme_has_one_line_for_each_job(heading: str) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     navigation = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert navigation == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_api_page_lists_every_op() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    modules = {getattr(sscan, name).__module__ for name in sscan.__all__ if callable(getattr(sscan, name))}
+    assert [module for module in sorted(modules) if f"\n::: {module}\n" not in page] == []
