@@ -1,0 +1,719 @@
+"""SIMD numbers for the CPU kernels: 16 channels side by side, real or complex, float32 or float64.
+
+Numba has no vector type and LLVM's auto-vectoriser leaves a factor of two to three behind on a scan, so this file adds
+two types to Numba. ``Vector`` is LLVM's ``<lanes x float>``; ``Complex`` is a pair of them. LLVM cuts either into whatever
+registers the machine has (AVX-512, AVX2, NEON). Kernels then read like the equations: ``h = fma(a, h, b)``.
+
+Two widths occur. A *narrow* vector holds one value for each of 16 channels. A *wide* one holds ``states`` of them after
+another (16 channels of state n, 16 of state n + 1, ...), enough to keep the arithmetic units busy; ``STATES`` says how many
+for each dtype. A complex number lies in scratch memory as its real vector followed by its imaginary vector.
+
+No fast-math flag is set anywhere: every operation rounds as IEEE 754 says, so results do not depend on the machine.
+"""
+
+import operator
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, overload, register_jitable, register_model
+
+WIDTH = 16  # channels in a narrow vector
+
+# Storage dtypes: run-time codes, so that one compiled kernel reads and writes all of those of its accumulation dtype.
+STORAGE = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
+
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+
+
+class Vector(types.Type):
+    """``lanes`` values of the Numba type ``element`` (float32 or float64)."""
+
+    def __init__(self, element: types.Float, lanes: int) -> None:
+        self.element, self.lanes = element, lanes
+        super().__init__(f"Vector({element}, {lanes})")
+
+
+class Complex(types.Type):
+    """A real and an imaginary ``Vector``."""
+
+    def __init__(self, part: Vector) -> None:
+        self.part = part
+        super().__init__(f"Complex({part})")
+
+
+def _llvm_vector(element: types.Float, lanes: int) -> ir.VectorType:
+    return ir.VectorType(_DOUBLE if element.bitwidth == 64 else _FLOAT, lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, frontend: Vector) -> None:
+        super().__init__(manager, frontend, _llvm_vector(frontend.element, frontend.lanes))
+
+
+@register_model(Complex)
+class _ComplexModel(models.StructModel):
+    def __init__(self, manager: Any, frontend: Complex) -> None:
+        super().__init__(manager, frontend, [("re", frontend.part), ("im", frontend.part)])
+
+
+STATES = {types.float32: 4, types.float64: 2, types.complex64: 2, types.complex128: 1}
+
+
+def _wide(dtype: Any) -> Any:
+    """The wide type of a scratch dtype."""
+    if isinstance(dtype, types.Complex):
+        return Complex(Vector(dtype.underlying_float, WIDTH * STATES[dtype]))
+    return Vector(dtype, WIDTH * STATES[dtype])
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+# Values of either type are handled as (re, im) with im None for a real vector.
+
+
+def _parts(context, builder, ty, value):
+    if isinstance(ty, Complex):
+        pair = cgutils.create_struct_proxy(ty)(context, builder, value)
+        return pair.re, pair.im
+    return value, None
+
+
+def _value(context, builder, ty, re, im):
+    if not isinstance(ty, Complex):
+        return re
+    pair = cgutils.create_struct_proxy(ty)(context, builder)
+    pair.re, pair.im = re, im
+    return pair._getvalue()
+
+
+def _call(builder, name, ty, args):
+    suffix = f"v{ty.count}f{64 if ty.element == _DOUBLE else 32}" if isinstance(ty, ir.VectorType) else ""
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ty, [a.type for a in args]), f"llvm.{name}.{suffix}"
+    )
+    return builder.call(function, args)
+
+
+def _fma(builder, x, y, z):
+    return _call(builder, "fma", x.type, [x, y, z])
+
+
+def _times(builder, x, y):
+    """Product of two (re, im) pairs."""
+    (xr, xi), (yr, yi) = x, y
+    if xi is None and yi is None:
+        return builder.fmul(xr, yr), None
+    if yi is None:
+        return builder.fmul(xr, yr), builder.fmul(xi, yr)
+    if xi is None:
+        return builder.fmul(xr, yr), builder.fmul(xr, yi)
+    return (
+        _fma(builder, xr, yr, builder.fneg(builder.fmul(xi, yi))),
+        _fma(builder, xr, yi, builder.fmul(xi, yr)),
+    )
+
+
+def _times_plus(builder, x, y, z):
+    """x y + z of three (re, im) pairs; z is complex if either factor is."""
+    (xr, xi), (yr, yi), (zr, zi) = x, y, z
+    re = _fma(builder, xr, yr, zr)
+    if xi is None and yi is None:
+        return re, zi
+    if yi is None:
+        return re, _fma(builder, xi, yr, zi)
+    if xi is None:
+        return re, _fma(builder, xr, yi, zi)
+    re = _fma(builder, builder.fneg(xi), yi, re)
+    return re, _fma(builder, xr, yi, _fma(builder, xi, yr, zi))
+
+
+def _common(*operands):
+    """The result type of an operation: complex if any operand is; None if the shapes do not agree."""
+    parts = [x.part if isinstance(x, Complex) else x for x in operands]
+    if not all(isinstance(p, Vector) and p == parts[0] for p in parts):
+        return None
+    return next((x for x in operands if isinstance(x, Complex)), operands[0])
+
+
+class _Binary(AbstractTemplate):
+    def generic(self, args, kws):
+        result = _common(*args) if len(args) == 2 else None
+        return signature(result, *args) if result is not None else None
+
+
+for _operator in (operator.add, operator.sub, operator.mul, operator.truediv):
+    infer_global(_operator)(type(f"_{_operator.__name__}", (_Binary,), {"key": _operator}))
+
+
+def _lower_binary(op, combine):
+    for left, right in ((Vector, Vector), (Complex, Complex), (Complex, Vector), (Vector, Complex)):
+
+        @lower_builtin(op, left, right)
+        def lower(context, builder, sig, args):
+            x, y = (_parts(context, builder, t, a) for t, a in zip(sig.args, args))
+            return _value(context, builder, sig.return_type, *combine(builder, x, y))
+
+
+def _plus(builder, x, y):
+    return builder.fadd(x[0], y[0]), x[1] if y[1] is None else y[1] if x[1] is None else builder.fadd(x[1], y[1])
+
+
+def _minus(builder, x, y):
+    im = x[1] if y[1] is None else builder.fneg(y[1]) if x[1] is None else builder.fsub(x[1], y[1])
+    return builder.fsub(x[0], y[0]), im
+
+
+def _over(builder, x, y):
+    if y[1] is None:
+        return builder.fdiv(x[0], y[0]), x[1] if x[1] is None else builder.fdiv(x[1], y[0])
+    norm = _fma(builder, y[0], y[0], builder.fmul(y[1], y[1]))
+    re, im = _times(builder, x, (y[0], builder.fneg(y[1])))
+    return builder.fdiv(re, norm), builder.fdiv(im, norm)
+
+
+_lower_binary(operator.add, _plus)
+_lower_binary(operator.sub, _minus)
+_lower_binary(operator.mul, _times)
+_lower_binary(operator.truediv, _over)
+
+
+@intrinsic
+def fma(typingctx, x, y, z):
+    """x y + z, rounded once in each real multiply-add."""
+    result = _common(x, y, z)
+
+    def codegen(context, builder, sig, args):
+        pairs = [_parts(context, builder, t, a) for t, a in zip(sig.args, args)]
+        return _value(context, builder, result, *_times_plus(builder, *pairs))
+
+    return result(x, y, z), codegen
+
+
+@intrinsic
+def conj(typingctx, x):
+    """Complex conjugate; a real vector is its own."""
+
+    def codegen(context, builder, sig, args):
+        re, im = _parts(context, builder, x, args[0])
+        return _value(context, builder, x, re, None if im is None else builder.fneg(im))
+
+    return x(x), codegen
+
+
+@intrinsic
+def real(typingctx, x):
+    def codegen(context, builder, sig, args):
+        return _parts(context, builder, x, args[0])[0]
+
+    return (x.part if isinstance(x, Complex) else x)(x), codegen
+
+
+@intrinsic
+def imag(typingctx, x):
+    def codegen(context, builder, sig, args):
+        re, im = _parts(context, builder, x, args[0])
+        return ir.Constant(re.type, [0.0] * re.type.count) if im is None else im
+
+    return (x.part if isinstance(x, Complex) else x)(x), codegen
+
+
+@intrinsic
+def complex_(typingctx, re, im):
+    result = Complex(re)
+
+    def codegen(context, builder, sig, args):
+        return _value(context, builder, result, *args)
+
+    return result(re, im), codegen
+
+
+@intrinsic
+def real_dot(typingctx, x, y, accumulator):
+    """accumulator + sum over the wide vector's states of Re(conj(x) y); the accumulator is narrow."""
+
+    def codegen(context, builder, sig, args):
+        total = args[2]
+        pairs = zip(_parts(context, builder, x, args[0]), _parts(context, builder, y, args[1]))
+        for p, q in pairs:
+            if p is not None:
+                for k in range(p.type.count // WIDTH):
+                    total = _fma(builder, _slice(builder, p, k, WIDTH), _slice(builder, q, k, WIDTH), total)
+        return total
+
+    return accumulator(x, y, accumulator), codegen
+
+
+# --- shuffles and splats ---------------------------------------------------------------------------------------------
+
+
+def _shuffle(builder, x, y, lanes):
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
+
+
+def _slice(builder, vector, k, lanes):
+    """The k-th group of ``lanes`` lanes."""
+    return _shuffle(builder, vector, ir.Constant(vector.type, ir.Undefined), range(k * lanes, (k + 1) * lanes))
+
+
+def _splat(builder, ty, scalar):
+    one = builder.insert_element(ir.Constant(ty, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return _shuffle(builder, one, ir.Constant(ty, ir.Undefined), [0] * ty.count)
+
+
+def _concatenate(builder, vectors):
+    while len(vectors) > 1:
+        count = vectors[0].type.count
+        vectors = [_shuffle(builder, a, b, range(2 * count)) for a, b in zip(vectors[::2], vectors[1::2])]
+    return vectors[0]
+
+
+@intrinsic
+def splat(typingctx, x):
+    """A scalar in all 16 lanes."""
+    result = Vector(x, WIDTH)
+
+    def codegen(context, builder, sig, args):
+        return _splat(builder, _llvm_vector(x, WIDTH), args[0])
+
+    return result(x), codegen
+
+
+@intrinsic
+def constant(typingctx, like, x):
+    """The literal x in all lanes of a vector shaped like ``like`` (its real part, if complex)."""
+    part = like.part if isinstance(like, Complex) else like
+
+    def codegen(context, builder, sig, args):
+        ty = _llvm_vector(part.element, part.lanes)
+        return _splat(builder, ty, context.cast(builder, args[1], sig.args[1], part.element))
+
+    return part(like, x), codegen
+
+
+@intrinsic
+def repeat(typingctx, x, like):
+    """A narrow vector once for every state of the wide vector ``like``."""
+    part = like.part if isinstance(like, Complex) else like
+
+    def codegen(context, builder, sig, args):
+        return _concatenate(builder, [args[0]] * (part.lanes // WIDTH))
+
+    return part(x, like), codegen
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _element_pointer(context, builder, array_type, array, offset, plane=0):
+    """Address of element ``offset`` of a flat real array, or of the same count of real-imaginary planes."""
+    data = context.make_array(array_type)(context, builder, array).data
+    if isinstance(array_type.dtype, types.Complex):
+        scalar = _DOUBLE if array_type.dtype.underlying_float.bitwidth == 64 else _FLOAT
+        data = builder.bitcast(data, scalar.as_pointer())
+        offset = builder.add(builder.mul(offset, ir.Constant(offset.type, 2)), ir.Constant(offset.type, plane))
+    return builder.gep(data, [offset], inbounds=True)
+
+
+def _load(builder, pointer, ty):
+    return builder.load(builder.bitcast(pointer, ty.as_pointer()), align=4 if ty.element == _FLOAT else 8)
+
+
+def _store(builder, vector, pointer):
+    ty = vector.type
+    builder.store(vector, builder.bitcast(pointer, ty.as_pointer()), align=4 if ty.element == _FLOAT else 8)
+
+
+@intrinsic
+def load(typingctx, array, offset):
+    """16 consecutive values of a flat real array."""
+    result = Vector(array.dtype, WIDTH)
+
+    def codegen(context, builder, sig, args):
+        pointer = _element_pointer(context, builder, array, *args)
+        return _load(builder, pointer, _llvm_vector(array.dtype, WIDTH))
+
+    return result(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, array, offset, x):
+    """Put a narrow vector at ``offset`` of a flat real array."""
+
+    def codegen(context, builder, sig, args):
+        _store(builder, args[2], _element_pointer(context, builder, array, args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, x), codegen
+
+
+@intrinsic
+def load_wide(typingctx, array, offset):
+    """The wide number at ``offset`` of flat scratch; its dtype says whether real or complex, and how wide."""
+    result = _wide(array.dtype)
+    part = result.part if isinstance(result, Complex) else result
+
+    def codegen(context, builder, sig, args):
+        ty = _llvm_vector(part.element, part.lanes)
+        planes = 2 if isinstance(result, Complex) else 1
+        values = [
+            _load(builder, _element_pointer(context, builder, array, *args, plane=p * part.lanes), ty)
+            for p in range(planes)
+        ]
+        return _value(context, builder, result, *(values + [None])[:2])
+
+    return result(array, types.intp), codegen
+
+
+@intrinsic
+def store_wide(typingctx, array, offset, x):
+    """The inverse of ``load_wide``."""
+
+    def codegen(context, builder, sig, args):
+        for p, vector in enumerate(_parts(context, builder, x, args[2])):
+            if vector is not None:
+                pointer = _element_pointer(context, builder, array, args[0], args[1], plane=p * vector.type.count)
+                _store(builder, vector, pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, x), codegen
+
+
+@intrinsic
+def spread(typingctx, array, offset, stride):
+    """The scalars at ``offset, offset + stride, ...`` of a flat array, each in the 16 lanes of one state."""
+    result = _wide(array.dtype)
+    part = result.part if isinstance(result, Complex) else result
+
+    def codegen(context, builder, sig, args):
+        ty, planes = _llvm_vector(part.element, WIDTH), []
+        for plane in range(2 if isinstance(result, Complex) else 1):
+            vectors = []
+            for k in range(part.lanes // WIDTH):
+                index = builder.add(args[1], builder.mul(args[2], ir.Constant(args[2].type, k)))
+                pointer = _element_pointer(context, builder, array, args[0], index, plane=plane)
+                vectors.append(_splat(builder, ty, builder.load(pointer)))
+            planes.append(_concatenate(builder, vectors))
+        return _value(context, builder, result, *(planes + [None])[:2])
+
+    return result(array, types.intp, types.intp), codegen
+
+
+def states_per_step(array):
+    """How many states a wide number of this scratch dtype holds; only inside compiled code."""
+    raise NotImplementedError
+
+
+@overload(states_per_step)
+def _states_per_step(array):
+    count = STATES[array.dtype]
+    return lambda array: count
+
+
+def put(array, offset, state, lane, value):
+    """Write one scalar where ``load_wide(array, offset + 16 state)`` finds it; only inside compiled code."""
+    raise NotImplementedError
+
+
+def get(array, offset, state, lane):
+    """The scalar that ``put`` wrote; only inside compiled code."""
+    raise NotImplementedError
+
+
+@overload(put)
+def _put(array, offset, state, lane, value):
+    if not isinstance(array.dtype, types.Complex):
+
+        def put_real(array, offset, state, lane, value):
+            array[offset + state * WIDTH + lane] = value
+
+        return put_real
+    lanes, scalar = STATES[array.dtype] * WIDTH, _scalar(array.dtype)
+
+    def put_complex(array, offset, state, lane, value):
+        index = state * WIDTH + lane
+        index = 2 * offset + index // lanes * 2 * lanes + index % lanes
+        planes = array.view(scalar)
+        planes[index] = value.real
+        planes[index + lanes] = value.imag
+
+    return put_complex
+
+
+@overload(get)
+def _get(array, offset, state, lane):
+    if not isinstance(array.dtype, types.Complex):
+        return lambda array, offset, state, lane: array[offset + state * WIDTH + lane]
+    lanes, scalar, number = STATES[array.dtype] * WIDTH, _scalar(array.dtype), _number(array.dtype)
+
+    def get_complex(array, offset, state, lane):
+        index = state * WIDTH + lane
+        index = 2 * offset + index // lanes * 2 * lanes + index % lanes
+        planes = array.view(scalar)
+        return number(complex(planes[index], planes[index + lanes]))
+
+    return get_complex
+
+
+def _scalar(dtype):
+    """The NumPy dtype of a complex Numba dtype's parts."""
+    return np.float64 if dtype == types.complex128 else np.float32
+
+
+def _number(dtype):
+    return np.complex128 if dtype == types.complex128 else np.complex64
+
+
+@register_jitable
+def scratch(count, dtype):
+    """Uninitialised flat memory that starts on a cache line."""
+    raw = np.empty(count + 64, dtype)
+    start = (-raw.ctypes.data % 64) // raw.itemsize
+    return raw[start : start + count]
+
+
+# --- arrays of the caller --------------------------------------------------------------------------------------------
+# Kernels see a caller's array as an address, byte strides and a storage code (``View`` in _tiles.py).
+
+
+def _at(builder, address):
+    return builder.inttoptr(address, ir.IntType(8).as_pointer())
+
+
+def _constant(ty, number):
+    return ir.Constant(ty, [number] * ty.count)
+
+
+def _stored(builder, pointer, code, element):
+    """16 stored values in the accumulation type: an LLVM switch over the storage codes."""
+    target = _llvm_vector(element, WIDTH)
+
+    def fetch(ty):
+        ty = ir.VectorType(ty, WIDTH)
+        return builder.load(builder.bitcast(pointer, ty.as_pointer()), align=2)
+
+    def bfloat16():
+        integers = ir.VectorType(_I32, WIDTH)
+        bits = builder.zext(fetch(_I16), integers)
+        return builder.bitcast(builder.shl(bits, _constant(integers, 16)), target)
+
+    if element.bitwidth == 64:
+        return fetch(_DOUBLE)
+    result = cgutils.alloca_once(builder, target)
+    _switch(
+        builder,
+        code,
+        {
+            STORAGE["float32"]: lambda: builder.store(fetch(_FLOAT), result),
+            STORAGE["float16"]: lambda: builder.store(builder.fpext(fetch(_HALF), target), result),
+            STORAGE["bfloat16"]: lambda: builder.store(bfloat16(), result),
+        },
+    )
+    return builder.load(result)
+
+
+def _put_stored(builder, pointer, code, value, element):
+    """The inverse of ``_stored``; rounds to nearest, ties to even."""
+
+    def put_back(x):
+        builder.store(x, builder.bitcast(pointer, x.type.as_pointer()), align=2)
+
+    def bfloat16():
+        integers = ir.VectorType(_I32, WIDTH)
+        bits, half = builder.bitcast(value, integers), _constant(integers, 16)
+        odd = builder.and_(builder.lshr(bits, half), _constant(integers, 1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(integers, 0x7FFF))), half)
+        nan = builder.fcmp_unordered("uno", value, value)
+        bits = builder.select(nan, _constant(integers, 0x7FC0), rounded)
+        put_back(builder.trunc(bits, ir.VectorType(_I16, WIDTH)))
+
+    if element.bitwidth == 64:
+        put_back(value)
+        return
+    _switch(
+        builder,
+        code,
+        {
+            STORAGE["float32"]: lambda: put_back(value),
+            STORAGE["float16"]: lambda: put_back(builder.fptrunc(value, ir.VectorType(_HALF, WIDTH))),
+            STORAGE["bfloat16"]: bfloat16,
+        },
+    )
+
+
+def _switch(builder, code, cases):
+    done = builder.append_basic_block("done")
+    unknown = builder.append_basic_block("unknown")
+    switch = builder.switch(code, unknown)
+    for key, emit in cases.items():
+        block = builder.append_basic_block(f"storage{key}")
+        switch.add_case(ir.Constant(code.type, key), block)
+        builder.position_at_end(block)
+        emit()
+        builder.branch(done)
+    builder.position_at_end(unknown)
+    builder.unreachable()
+    builder.position_at_end(done)
+
+
+def _bounce(builder):
+    """Stack memory for 16 elements of any storage dtype, through which fewer than 16 are read and written."""
+    return builder.bitcast(cgutils.alloca_once(builder, _I64, size=WIDTH), ir.IntType(8).as_pointer())
+
+
+@intrinsic
+def read(typingctx, like, address, count, item, storage):
+    """``count`` <= 16 consecutive elements of ``item`` bytes, then zeros, as a vector like the narrow vector ``like``."""
+
+    def codegen(context, builder, sig, args):
+        _, address, count, item, storage = args
+        buffer, pointer = _bounce(builder), cgutils.alloca_once(builder, ir.IntType(8).as_pointer())
+        builder.store(_at(builder, address), pointer)
+        with builder.if_then(builder.icmp_signed("<", count, ir.Constant(_I64, WIDTH)), likely=False):
+            cgutils.memset(builder, buffer, ir.Constant(_I64, 8 * WIDTH), 0)
+            cgutils.raw_memcpy(builder, buffer, _at(builder, address), count, item)
+            builder.store(buffer, pointer)
+        return _stored(builder, builder.load(pointer), storage, like.element)
+
+    return like(like, *[types.intp] * 4), codegen
+
+
+@intrinsic
+def write(typingctx, address, count, item, storage, x):
+    """Round the first ``count`` <= 16 lanes of a narrow vector to elements of ``item`` bytes, and store them."""
+
+    def codegen(context, builder, sig, args):
+        address, count, item, storage, value = args
+        buffer, full = _bounce(builder), builder.icmp_signed("==", count, ir.Constant(_I64, WIDTH))
+        pointer = builder.select(full, _at(builder, address), buffer)
+        _put_stored(builder, pointer, storage, value, x.element)
+        with builder.if_then(builder.not_(full), likely=False):
+            cgutils.raw_memcpy(builder, _at(builder, address), buffer, count, item)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4, x), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address; any address is allowed."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]),
+            "llvm.prefetch.p0",
+        )
+        builder.call(function, [pointer] + [ir.Constant(_I32, k) for k in (0, 3, 1)])  # read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+# --- transposition ---------------------------------------------------------------------------------------------------
+
+
+def _transposed(builder, rows):
+    """16 vectors of 16: four rounds of pairwise interleaving, the vectors a power of two apart."""
+    for distance in (8, 4, 2, 1):
+        low = [i for k in range(WIDTH // 2) for i in (k, WIDTH + k)]
+        high = [i + WIDTH // 2 for i in low]
+        paired = [None] * WIDTH
+        for i in range(WIDTH // 2):
+            x, y = rows[i], rows[i + WIDTH // 2]
+            paired[2 * i], paired[2 * i + 1] = _shuffle(builder, x, y, low), _shuffle(builder, x, y, high)
+        rows = paired
+    return rows
+
+
+def _load_rows(context, builder, array_type, array, offset, stride):
+    ty = _llvm_vector(array_type.dtype, WIDTH)
+    return [
+        _load(
+            builder,
+            _element_pointer(
+                context, builder, array_type, array, builder.add(offset, builder.mul(stride, ir.Constant(_I64, k)))
+            ),
+            ty,
+        )
+        for k in range(WIDTH)
+    ]
+
+
+@intrinsic
+def transpose(typingctx, source, start, stride, destination, to, step):
+    """destination[to + k step + r] = source[start + r stride + k] for r, k in 0..15."""
+
+    def codegen(context, builder, sig, args):
+        rows = _transposed(builder, _load_rows(context, builder, source, *args[:3]))
+        for k, row in enumerate(rows):
+            offset = builder.add(args[4], builder.mul(args[5], ir.Constant(_I64, k)))
+            _store(builder, row, _element_pointer(context, builder, destination, args[3], offset))
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, destination, types.intp, types.intp), codegen
+
+
+@intrinsic
+def lane_sums(typingctx, source, start, stride):
+    """A vector whose k-th lane is the sum of the 16 lanes of the vector at ``start + k stride``, in a fixed order."""
+    result = Vector(source.dtype, WIDTH)
+
+    def codegen(context, builder, sig, args):
+        rows = _transposed(builder, _load_rows(context, builder, source, *args))
+        while len(rows) > 1:
+            half = len(rows) // 2
+            rows = [builder.fadd(rows[k], rows[k + half]) for k in range(half)]
+        return rows[0]
+
+    return result(source, types.intp, types.intp), codegen
+
+
+# --- the floating-point environment ----------------------------------------------------------------------------------
+
+
+@intrinsic
+def flush_subnormals(typingctx):
+    """Flush subnormal numbers to zero from here on; returns what ``restore_environment`` needs. x86 only, else nothing.
+
+    A state that has decayed below 1e-38 costs over a hundred cycles an operation until it reaches zero.
+    """
+
+    def codegen(context, builder, sig, args):
+        if not _X86:
+            return ir.Constant(_I32, 0)
+        slot = cgutils.alloca_once(builder, _I32)
+        _control_register(builder, "stmxcsr", slot)
+        before = builder.load(slot)
+        builder.store(builder.or_(before, ir.Constant(_I32, 0x8040)), slot)  # FTZ and DAZ
+        _control_register(builder, "ldmxcsr", slot)
+        return before
+
+    return types.int32(), codegen
+
+
+@intrinsic
+def restore_environment(typingctx, before):
+    def codegen(context, builder, sig, args):
+        if _X86:
+            slot = cgutils.alloca_once(builder, _I32)
+            builder.store(args[0], slot)
+            _control_register(builder, "ldmxcsr", slot)
+        return context.get_dummy_value()
+
+    return types.void(types.int32), codegen
+
+
+def _control_register(builder, name, slot):
+    pointer = ir.IntType(8).as_pointer()
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [pointer]), f"llvm.x86.sse.{name}"
+    )
+    builder.call(function, [builder.bitcast(slot, pointer)])
