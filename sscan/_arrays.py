@@ -1,0 +1,113 @@
+"""Array libraries: views of the caller's arrays in, results in the caller's library out.
+
+The only file that knows them. A library is looked up in ``sys.modules``, never imported: whoever passes a tensor has it.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Where the arrays of a call came from: ``leave`` takes results back there, without a copy."""
+
+    library: str
+    device: str  # "cpu" or "cuda"
+    leave: Callable[[Any], Any]
+
+
+def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Caller, tuple[Any, ...]]:
+    """The caller, and zero-copy views (NumPy on the CPU, CuPy on a GPU) of its arrays in order; None stays None.
+
+    Arguments named in ``writes`` are to be changed in place. Raises TypeError for things that are not arrays, arrays of
+    two libraries or devices, tensors whose gradient would be lost, tracers, and arrays in ``writes`` that are read-only.
+    """
+    caller, first = None, ""
+    views = []
+    for name, array in arrays.items():
+        if array is None:
+            views.append(None)
+            continue
+        here, view = _recognise(op, name, array)
+        if caller is None:
+            caller, first = here, name
+        if (here.library, here.device) != (caller.library, caller.device):
+            raise TypeError(
+                f"{op}: all arrays must come from one library and device; {first} is a {caller.library} array on "
+                f"{caller.device}, {name} is a {here.library} array on {here.device}"
+            )
+        if name in writes and not (here.library != "jax" and (here.device != "cpu" or view.flags.writeable)):
+            raise TypeError(f"{op}: {name} is updated in place and must be writeable, got a read-only {here.library} array")
+        views.append(view)
+    assert caller is not None, "every op has a required array"
+    return caller, tuple(views)
+
+
+def _recognise(op: str, name: str, array: Any) -> tuple[Caller, Any]:
+    if isinstance(array, np.ndarray):
+        return Caller("NumPy", "cpu", lambda result: result), _native(array)
+    for library, type_name, recognise in (("torch", "Tensor", _torch), ("jax", "Array", _jax), ("cupy", "ndarray", _cupy)):
+        module = sys.modules.get(library)
+        if module is not None and isinstance(array, getattr(module, type_name, ())):
+            return recognise(op, name, array, module)
+    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        return _dlpack(op, name, array)
+    raise TypeError(
+        f"{op}: {name} must be a NumPy, CuPy, PyTorch or JAX array, or offer DLPack; got {type(array).__name__}"
+    )
+
+
+def _native(array: Array) -> Array:
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _torch(op: str, name: str, tensor: Any, torch: Any) -> tuple[Caller, Any]:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            f"{op}: {name} requires grad, which this function would lose; use sscan.torch, or call it under torch.no_grad()"
+        )
+    if tensor.device.type == "cuda":
+        return Caller("PyTorch", "cuda", lambda result: torch.from_dlpack(result)), tensor
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got {tensor.layout} on {tensor.device}")
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    half = tensor.dtype is torch.bfloat16  # which NumPy, and so Tensor.numpy, has only through ml_dtypes
+    view = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if half else tensor.numpy()
+
+    def leave(result: Array) -> Any:
+        if result.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(result)
+
+    return Caller("PyTorch", "cpu", leave), view
+
+
+def _jax(op: str, name: str, array: Any, jax: Any) -> tuple[Caller, Any]:
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(f"{op}: {name} is traced by a JAX transformation (jit, grad, vmap); use sscan.jax inside of them")
+    platforms = {device.platform for device in array.devices()}
+    if platforms == {"gpu"}:
+        return Caller("JAX", "cuda", lambda result: jax.numpy.from_dlpack(result)), array
+    if platforms != {"cpu"}:
+        raise TypeError(f"{op}: {name} must be on cpu or gpu, got {', '.join(sorted(platforms))}")
+    return Caller("JAX", "cpu", lambda result: jax.numpy.asarray(result)), np.asarray(array)
+
+
+def _cupy(op: str, name: str, array: Any, cupy: Any) -> tuple[Caller, Any]:
+    return Caller("CuPy", "cuda", lambda result: result), array
+
+
+def _dlpack(op: str, name: str, array: Any) -> tuple[Caller, Any]:
+    kind, _ = array.__dlpack_device__()
+    if kind != 1:  # kDLCPU
+        raise TypeError(f"{op}: {name} must be in CPU memory, got DLPack device type {kind}")
+    library = type(array).__module__.partition(".")[0]
+    namespace = array.__array_namespace__() if hasattr(array, "__array_namespace__") else np
+    return Caller(library, "cpu", namespace.from_dlpack), np.from_dlpack(array)

@@ -1,0 +1,89 @@
+"""Shapes and dtypes of an op's arguments: one table, checked from left to right; the first failure raises."""
+
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sscan._arrays import Array
+
+STORAGE = ("float64", "float32", "float16", "bfloat16")
+
+
+def sizes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
+    """Sizes of the symbols in the arguments' shapes.
+
+    Each argument is an array (or None) and its shape in symbols: ``u=(u, "batch, dim, length")``. A symbol takes the size of
+    its first appearance; ``length-1`` and ``2*length`` are understood. Several shapes, of different rank, are separated by
+    ``|``. Raises ValueError with the argument, the shape expected and the shape that came.
+    """
+    known: dict[str, int] = {}
+    for name, (array, forms) in arguments.items():
+        if array is None:
+            continue
+        shapes = [[symbol.strip() for symbol in form.split(",") if symbol.strip()] for form in forms.split("|")]
+        fitting = next((shape for shape in shapes if len(shape) == array.ndim), None)
+        if fitting is None or not _bind(known, fitting, array.shape):
+            expected = " or ".join(_spelled(shape, known) for shape in ([fitting] if fitting else shapes))
+            raise ValueError(f"{op}: {name} must have shape {expected}, got {array.shape}")
+    return known
+
+
+def _bind(known: dict[str, int], symbols: list[str], shape: tuple[int, ...]) -> bool:
+    for symbol, size in zip(symbols, shape, strict=True):
+        if symbol.isidentifier() and symbol not in known:
+            known[symbol] = size
+        if _evaluated(symbol, known) != size:
+            return False
+    return True
+
+
+def _evaluated(symbol: str, known: dict[str, int]) -> int | None:
+    match = re.fullmatch(r"(?:(\d+)\*)?([a-z_]+)([+-]\d+)?", symbol)
+    assert match, f"not a size: {symbol}"
+    factor, name, offset = match.groups()
+    return int(factor or 1) * known[name] + int(offset or 0) if name in known else None
+
+
+def _spelled(symbols: list[str], known: dict[str, int]) -> str:
+    spelled = f"({', '.join(symbols)}{',' if len(symbols) == 1 else ''})"
+    values = [_evaluated(symbol, known) for symbol in symbols]
+    return spelled if None in values else f"{spelled} = {tuple(values)}"
+
+
+def storage(op: str, **arrays: Array | None) -> np.dtype[Any]:
+    """The one floating dtype of these arrays; TypeError if there are two, or one that is not stored."""
+    (first, array), *others = [(name, array) for name, array in arrays.items() if array is not None]
+    if array.dtype.name not in STORAGE:
+        raise TypeError(f"{op}: {first} must have dtype {', '.join(STORAGE)}; got {array.dtype}")
+    for name, other in others:
+        if other.dtype != array.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of {first}, {array.dtype}; got {other.dtype}")
+    return array.dtype
+
+
+def accumulation(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of arithmetic, states and parameters: float64 for float64 inputs, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def parameter(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Array | None:
+    """A parameter or state as the kernels take it: contiguous, writeable, widened to ``dtype``; copied only if it must be.
+
+    TypeError if ``dtype`` cannot hold its values: nothing is rounded without being asked.
+    """
+    if array is None:
+        return None
+    held = np.dtype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array.dtype
+    if held.kind not in "fc" or not np.can_cast(held, dtype):
+        raise TypeError(f"{op}: {name} must have dtype {dtype} (or one that it can hold), got {array.dtype}")
+    array = np.ascontiguousarray(array, dtype=dtype)
+    return array if array.flags.writeable and array.flags.aligned else array.copy()
+
+
+def time_contiguous(array: Array | None) -> Array | None:
+    """The array, copied if its last axis is strided; the other axes may have any strides."""
+    if array is None or array.shape[-1] < 2 or array.strides[-1] == array.itemsize:
+        return array
+    return np.ascontiguousarray(array)

@@ -1,0 +1,49 @@
+"""Packed sequences, batches and parts of a split sequence are one thing to the kernels: a table of segments.
+
+A segment is a stretch of one batch row that is scanned on its own. Its row in the table: batch row, first step, number of
+steps, row of ``initial_state`` to start from (-1: zero), row of ``last_state`` to write (-1: none).
+"""
+
+import numpy as np
+
+from sscan._arrays import Array
+
+
+def segments(op: str, batch: int, length: int, seq_idx: Array | None, cu_seqlens: Array | None) -> Array:
+    """The table of a call, int64 (segments, 5), in order of batch row and time.
+
+    seq_idx (batch, length): the state starts again from zero where it changes. cu_seqlens (sequences + 1,): borders of
+    sequences packed into one batch row, each with its own initial and last state. Raises ValueError on bad values.
+    """
+    if seq_idx is not None and cu_seqlens is not None:
+        raise ValueError(f"{op}: give seq_idx or cu_seqlens, not both")
+    for name, array in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
+        if array is not None and array.dtype.kind not in "iu":
+            raise TypeError(f"{op}: {name} must be integers, got {array.dtype}")
+    if cu_seqlens is not None:
+        return _packed(op, batch, length, cu_seqlens.astype(np.int64))
+    rows = np.arange(batch)
+    if seq_idx is None or length == 0:
+        return np.stack([rows, 0 * rows, np.full(batch, length), rows, rows], axis=1).astype(np.int64)
+    return _cut(seq_idx)
+
+
+def _packed(op: str, batch: int, length: int, borders: Array) -> Array:
+    if batch != 1:
+        raise ValueError(f"{op}: cu_seqlens needs a batch of 1, got {batch}")
+    if borders[0] != 0 or borders[-1] != length or (np.diff(borders) < 0).any():
+        raise ValueError(f"{op}: cu_seqlens must rise from 0 to length = {length}, got {borders.tolist()}")
+    sequences = np.arange(len(borders) - 1)
+    return np.stack([0 * sequences, borders[:-1], np.diff(borders), sequences, sequences], axis=1)
+
+
+def _cut(seq_idx: Array) -> Array:
+    batch, length = seq_idx.shape
+    starts = np.ones((batch, length), bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    row, begin = np.nonzero(starts)
+    ends = np.append(begin[1:], 0)
+    ends[np.append(row[1:] != row[:-1], True)] = length
+    first = begin == 0
+    last = ends == length
+    return np.stack([row, begin, ends - begin, np.where(first, row, -1), np.where(last, row, -1)], axis=1)
