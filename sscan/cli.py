@@ -1,0 +1,330 @@
+"""The command ``sscan``: train a byte-level Mamba on a text, continue a text with it, look at the installation.
+
+Results go to standard output; progress and errors go to standard error. Exit codes: 0, 1 for a failure that is not the
+user's, 2 for a mistake in what was asked for, 128 + signal after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import dataclasses
+import os
+import platform
+import signal
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import sscan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from sscan.tasks.byte_training import TrainingRun
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+SAMPLE_BYTES = 400
+
+
+class Mistake(Exception):
+    """Something the user asked for cannot be done; the message says what, in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except Mistake as mistake:
+        print(f"sscan {options.name}: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"sscan {options.name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+# Arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+# What argparse calls them in "invalid ... value".
+_positive_int.__name__, _positive_float.__name__ = "positive integer", "positive number"
+
+
+def _parser() -> argparse.ArgumentParser:
+    from sscan.tasks.byte_training import RunOptions
+
+    parser = _Parser(prog="sscan", description="Selective state space models (Mamba) in pure Python.")
+    parser.add_argument("--version", action="version", version=f"sscan {sscan.__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
+    default = RunOptions()
+
+    train = commands.add_parser("train", help="train a byte-level language model on a text")
+    train.set_defaults(command=_train)
+    train.add_argument("--text", type=Path, metavar="FILE", help="default: pydoc_data/topics.py of this Python")
+    train.add_argument("--out", type=Path, metavar="DIR", help="checkpoint folder; default: a new one in runs/")
+    train.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in this folder")
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=_positive_float, help=f"time to train for (default {default.minutes:g})")
+    length.add_argument("--steps", type=_positive_int, help="number of steps to train for")
+    numbers: list[tuple[str, Callable[[str], float], str]] = [
+        ("d_model", _positive_int, "width of the model"),
+        ("n_layer", _positive_int, "number of blocks"),
+        ("length", _positive_int, "bytes per training window"),
+        ("batch", _positive_int, "windows per step"),
+        ("lr", _positive_float, "highest learning rate"),
+        ("seed", int, "of initial values and windows"),
+    ]
+    for name, kind, text in numbers:
+        flag = "--" + name.replace("_", "-")
+        train.add_argument(flag, type=kind, help=f"{text} (default {getattr(default, name):g})")
+
+    generate = commands.add_parser("generate", help="continue a prompt with a trained model")
+    generate.set_defaults(command=_generate)
+    generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that sscan train wrote")
+    generate.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+    generate.add_argument(
+        "-n", "--bytes", type=_positive_int, default=SAMPLE_BYTES, help="bytes to generate (%(default)s)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely byte (%(default)s)")
+    generate.add_argument("--top-k", type=int, help="choose among the k most likely bytes")
+    generate.add_argument("--top-p", type=float, help="choose among the most likely bytes of joint probability p")
+    generate.add_argument("--seed", type=int, default=0, help="of the random choices (%(default)s)")
+
+    info = commands.add_parser("info", help="devices, versions, threads and cache folder")
+    info.set_defaults(command=_info)
+    return parser
+
+
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """Report what goes wrong inside, while reading what the user named, as the user's mistake."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Mistake(f"{error.filename}: {error.strerror}" if error.strerror else str(error)) from error
+    except (ValueError, SafetensorError) as error:
+        raise Mistake(" ".join(str(error).split())) from error
+
+
+# sscan train
+
+
+def _train(options: argparse.Namespace) -> int:
+    from sscan.tasks.byte_text import BackoffModel, bits_per_byte
+    from sscan.tasks.progress import draw_loss_curve
+
+    with _mistakes():
+        run, folder = _open_run(options)
+    size, width = run.data.size, run.options
+    count = f"{run.model.parameter_count():,} parameters"
+    print(f"text        {run.text}: {size:,} bytes, the last {size - run.held_out:,} of them held out")
+    print(
+        f"model       {count} in {width.n_layer} Mamba blocks of width {width.d_model}, "
+        f"{width.batch} windows of {width.length} bytes a step"
+    )
+    start = time.perf_counter()
+    run.warm_up()
+    print(f"kernels     ready after {time.perf_counter() - start:.1f} s", flush=True)
+
+    interrupted = _train_until_done(run, folder)
+    print(f"checkpoint  {folder}: {len(run.losses):,} steps in {run.seconds:.0f} s")
+    if interrupted:
+        print(f"sscan train: stopped; continue with: sscan train --resume {folder}", file=sys.stderr)
+        return 128 + interrupted
+
+    results = {"Mamba": bits_per_byte(run.model, run.data, run.held_out, width.length, width.batch)}
+    for order in (2, 4):
+        baseline = BackoffModel(run.data[: run.held_out], order)
+        results[f"order-{order} back-off"] = baseline.bits_per_byte(run.data, run.held_out)
+    print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + " bits per byte")
+    if draw_loss_curve(folder / "loss.png", run.losses, results):
+        print(f"curve       {folder / 'loss.png'}")
+    prompt = run.data[run.held_out : run.held_out + 64]
+    print(f"sample      {SAMPLE_BYTES} bytes, decoded with a state of constant size, after 64 held-out ones:\n")
+    _write_continuation(prompt.tobytes(), run.model.generate(prompt, SAMPLE_BYTES, temperature=0.8))
+    return 0
+
+
+def _open_run(options: argparse.Namespace) -> tuple[TrainingRun, Path]:
+    """The run to continue, or a new one, and its folder."""
+    from sscan.tasks.byte_training import STATE_FILE, RunOptions, TrainingRun
+
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunOptions)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "minutes" in given:
+        given["steps"] = None
+    if options.resume is not None:
+        if options.out is not None:
+            raise Mistake("--out: a resumed run stays in the folder of --resume")
+        return TrainingRun.load(options.resume, options.text, **given), options.resume
+    text = options.text or _default_text()
+    run = TrainingRun(RunOptions(**given), text)
+    folder = options.out or _new_folder(text.stem)
+    if (folder / STATE_FILE).exists():
+        raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return run, folder
+
+
+def _default_text() -> Path:
+    """A real English text that every CPython carries: the language reference behind help()."""
+    from pydoc_data import topics
+
+    return Path(topics.__file__)
+
+
+def _new_folder(name: str) -> Path:
+    numbers = (i for i in range(1, sys.maxsize) if not Path("runs", f"{name}-{i}").exists())
+    return Path("runs", f"{name}-{next(numbers)}")
+
+
+def _train_until_done(run: TrainingRun, folder: Path) -> int:
+    """Train and save; the number of the signal that stopped it early, or 0."""
+    from sscan.tasks.progress import Progress
+
+    with _stop_requests() as received, Progress(run, sys.stderr) as progress:
+        saved = time.monotonic()
+        while run.progress < 1 and not received:
+            try:
+                run.step()
+            except FloatingPointError as error:
+                raise Mistake(str(error)) from error
+            progress.update()
+            if time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS:
+                run.save(folder)
+                saved = time.monotonic()
+        run.save(folder)
+    return received[0] if received else 0
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that the step under way can end; a second one acts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# sscan generate
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from sscan.nn.checkpoint import load_model
+
+    prompt = options.prompt.encode()
+    if not prompt:
+        raise Mistake("--prompt: one byte at least is needed to start from")
+    with _mistakes():
+        model = load_model(options.checkpoint)
+        if model.config.vocab_size != 256:
+            raise Mistake(f"{options.checkpoint} has a vocabulary of {model.config.vocab_size}, not the 256 bytes")
+        tokens = model.generate(
+            np.frombuffer(prompt, np.uint8),
+            options.bytes,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            options.seed,
+        )
+    _write_continuation(prompt, tokens)
+    return 0
+
+
+def _write_continuation(prompt: bytes, tokens: Iterable[Any]) -> None:
+    """Write the prompt and its continuation to standard output, each character as soon as it is complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    encoding = sys.stdout.encoding or "utf-8"
+
+    def write(text: str) -> None:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+
+    write(decoder.decode(prompt))
+    for token in tokens:
+        write(decoder.decode(bytes([int(token)])))
+    write(decoder.decode(b"", final=True) + "\n")
+
+
+# sscan info
+
+
+def _info(options: argparse.Namespace) -> int:
+    from sscan.cpu import _parallel
+
+    print(f"sscan       {sscan.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for title, names in [
+        ("needs", ["numpy", "numba", "llvmlite", "scipy", "ml_dtypes", "safetensors"]),
+        ("works with", ["torch", "jax", "cupy", "numba-cuda"]),
+    ]:
+        print(f"{title:<12}" + ", ".join(f"{name} {_version(name)}" for name in names))
+    print(f"CPU         {len(os.sched_getaffinity(0))} cores, {_parallel.threads()} threads (NUMBA_NUM_THREADS)")
+    print("threading   kernels release the GIL and run on sscan's own Python threads; no Numba threading layer")
+    print(f"cache       {_parallel.cache_folder()} (NUMBA_CACHE_DIR)")
+    print(f"CUDA        {_cuda_devices()}")
+    return 0
+
+
+def _version(name: str) -> str:
+    candidates = [name, "cupy-cuda13x", "cupy-cuda12x"] if name == "cupy" else [name]
+    for candidate in candidates:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(candidate)
+    return "-"
+
+
+def _cuda_devices() -> str:
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed: pip install 'sscan[cuda12]' or 'sscan[cuda13]'"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no device: {error}"
+    names = (cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
+    return ", ".join(f"{i}: {name}" for i, name in enumerate(names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

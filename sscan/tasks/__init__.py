@@ -1,0 +1,1 @@
+"""Things to train: data, measures and baselines."""

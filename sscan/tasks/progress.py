@@ -1,0 +1,78 @@
+"""How a training run shows itself: a live bar on a terminal, a line now and then anywhere else, a curve at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from sscan.nn.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sscan.tasks.byte_training import TrainingRun
+
+SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
+RECENT = 50  # steps over which the loss is averaged
+
+
+class Progress:
+    """Shows loss, bits per byte, speed and time left while a run goes on; use it in a ``with`` statement."""
+
+    def __init__(self, run: TrainingRun, stream: TextIO) -> None:
+        self.run, self.stream = run, stream
+        self.first_step, self.first_progress, self.first_seconds = len(run.losses), run.progress, run.seconds
+        self.last_line = time.monotonic()
+        terminal = stream.isatty()
+        self.bar = tqdm(
+            total=1.0, initial=run.progress, file=stream, bar_format="{percentage:3.0f}% |{bar:20}| {desc}",
+            disable=not terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self) -> None:
+        """Show the state after a step."""
+        if not self.bar.disable:
+            self.bar.set_description_str(self.describe(), refresh=False)
+            self.bar.update(self.run.progress - self.bar.n)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or self.run.progress >= 1:
+            self.last_line = time.monotonic()
+            self.stream.write(f"{self.run.progress:4.0%}  {self.describe()}\n")
+            self.stream.flush()
+
+    def describe(self) -> str:
+        """One line: step, loss, bits per byte, tokens per second, time left."""
+        run = self.run
+        bits = float(np.mean(run.losses[-RECENT:]))
+        seconds, done = run.seconds - self.first_seconds, run.progress - self.first_progress
+        tokens = (len(run.losses) - self.first_step) * run.options.batch * run.options.length
+        left = round(seconds * (1 - run.progress) / done) if done > 0 else 0
+        return (
+            f"step {len(run.losses)}  loss {bits * np.log(2):.3f}  {bits:.3f} bits/byte  "
+            f"{tokens / seconds:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
+        )
+
+
+def draw_loss_curve(path: Path, losses: list[float], lines: dict[str, float]) -> bool:
+    """Write the curve of the training loss, with held-out results as horizontal lines; False without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="training, each step")
+    for i, (label, value) in enumerate(lines.items(), start=1):
+        axes.axhline(value, color=f"C{i}", linestyle="--", label=f"{label}: {value:.3f}")
+    axes.legend()
+    write_atomically(path, lambda new: figure.savefig(new, format="png", dpi=150))
+    return True

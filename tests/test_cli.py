@@ -1,0 +1,347 @@
+"""The command line at a tiny size: training, stopping, resuming, generating; every mistake is one line and code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sscan.cli import main
+from sscan.nn.checkpoint import load_arrays, load_model, write_atomically
+from sscan.tasks import byte_text
+from sscan.tasks.byte_text import BackoffModel, bits_per_byte, overlapping_windows, random_windows
+from sscan.tasks.byte_training import RunOptions, TrainingRun
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--d-model", "8", "--n-layer", "1", "--length", "16", "--batch", "2"]
+POEM = "the rain it raineth every day, and the wind and the rain. café.\n" * 40
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "poem.txt"
+    path.write_text(POEM, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def checkpoint(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    folder = tmp_path / "checkpoint"
+    assert main(["train", "--text", str(text), "--out", str(folder), "--steps", "2", *TINY]) == 0
+    capsys.readouterr()
+    return folder
+
+
+# Training
+
+
+def test_train_from_start_to_end(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "run"
+    assert main(["train", "--text", str(text), "--out", str(folder), "--steps", "30", *TINY]) == 0
+    out, err = capsys.readouterr()
+    for part in (
+        "2,600 bytes, the last 260",
+        "parameters in 1 Mamba blocks of width 8",
+        "held out    Mamba",
+        "order-2 back-off",
+    ):
+        assert part in out
+    assert "100%  step 30  loss" in err  # standard error is no terminal here: plain lines
+    assert "\r" not in err
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "training.safetensors",
+        "loss.png",
+    }
+    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    run = TrainingRun.load(folder)
+    assert len(run.losses) == 30
+    assert run.losses[-1] < run.losses[0]
+    printed = float(out.split("held out    Mamba ")[1].split(",")[0])
+    assert printed == pytest.approx(bits_per_byte(run.model, run.data, run.held_out, 16, 2), abs=1e-3)
+
+
+def test_train_for_a_time(text: Path, tmp_path: Path) -> None:
+    run = TrainingRun(RunOptions(8, 1, 16, 2, minutes=0.2 / 60), text)
+    while run.progress < 1:
+        run.step()
+    assert run.seconds >= 0.2
+    assert run.optimiser.lr < 3e-3
+
+
+def test_default_text_and_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(byte_text, "HELD_OUT", 0.001)
+    for number in (1, 2):
+        assert main(["train", "--steps", "1", *TINY]) == 0
+        assert (tmp_path / "runs" / f"topics-{number}" / "model.safetensors").exists()
+    assert "pydoc_data" in capsys.readouterr().out
+
+
+def arrays_of(folder: Path) -> dict[str, Any]:
+    return load_arrays(folder / "training.safetensors")[0] | load_arrays(folder / "model.safetensors")[0]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--text", str(text), "--steps", "7", *TINY]
+    assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+
+    step = TrainingRun.step
+
+    def interrupted_step(run: TrainingRun) -> None:
+        step(run)
+        if len(run.losses) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "step", interrupted_step)
+        assert main([*arguments, "--out", str(tmp_path / "parts")]) == 130
+    assert "--resume" in capsys.readouterr().err
+    load_model(tmp_path / "parts")  # usable as it is
+    assert len(TrainingRun.load(tmp_path / "parts").losses) == 3
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+
+    whole, parts = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(parts[name], array, err_msg=name)
+
+
+def test_resume_can_make_a_run_longer(checkpoint: Path) -> None:
+    assert main(["train", "--resume", str(checkpoint), "--steps", "4"]) == 0
+    assert len(TrainingRun.load(checkpoint).losses) == 4
+    run = TrainingRun.load(checkpoint, steps=None, minutes=1.0)
+    assert 0 < run.progress < 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_usable_checkpoint(number: signal.Signals, text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sscan.cli", "train", "--text", str(text), "--steps", "10000000", *TINY]
+    process = subprocess.Popen(
+        [*command, "--out", "run"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": python_path()},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while "kernels" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "stopped; continue with" in err
+    assert "Traceback" not in err
+    assert len(TrainingRun.load(tmp_path / "run").losses) < 10000000
+
+
+def python_path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def test_step_with_infinite_loss_changes_nothing(text: Path) -> None:
+    run = TrainingRun(RunOptions(8, 1, 16, 2, steps=2), text)
+    run.model.backbone.norm_f.weight.data[:] = np.inf
+    before = {name: array.copy() for name, array in run.model.state_dict().items()}
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+        run.step()
+    for name, array in run.model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_failed_writes_leave_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(new: Path) -> None:
+        new.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Generating and the installation
+
+
+def test_generate(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(checkpoint), "--prompt", "the rain", "-n", "40", "--seed", "3"]
+    outputs = []
+    for _ in range(2):
+        assert main(command) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("the rain")
+    assert main([*command, "--temperature", "0", "--top-k", "5", "--top-p", "0.9"]) == 0
+
+
+def test_output_that_cannot_show_every_character(checkpoint: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "sscan.cli", "generate", str(checkpoint), "--prompt", "café", "-n", "50"],
+        env=os.environ | {"PYTHONPATH": python_path(), "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.startswith(b"caf?")
+    assert run.stderr == b""
+
+
+def test_reader_that_leaves_early(checkpoint: Path) -> None:
+    command = f"{sys.executable} -m sscan.cli generate {checkpoint} -n 300 | head -c 1"
+    run = subprocess.run(
+        command, shell=True, env=os.environ | {"PYTHONPATH": python_path()}, capture_output=True, check=True
+    )
+    assert run.stderr == b""
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for part in ("sscan ", "numpy 2", "numba 0", "threads", "cache ", "CUDA "):
+        assert part in out
+
+
+# Mistakes
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that the command says about a mistake."""
+    try:
+        code: Any = main([str(argument) for argument in arguments])
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    _, err = capsys.readouterr()
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith("sscan")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train", "--wings"], "unrecognized arguments: --wings"),
+        (["train", "--steps", "0"], "invalid positive integer value: '0'"),
+        (["train", "--minutes", "nan"], "invalid positive number value: 'nan'"),
+        (["train", "--steps", "3", "--minutes", "1"], "not allowed with argument"),
+        (["train", "--text", "missing.txt"], "missing.txt: No such file or directory"),
+        (["train", "--text", "."], "Is a directory"),
+        (["train", "--resume", "missing"], "No such file or directory"),
+        (["train", "--resume", "missing", "--out", "other"], "--out: a resumed run stays in the folder"),
+        (["generate", "missing"], "missing/config.json: No such file or directory"),
+        (["generate", "missing", "--prompt", ""], "--prompt: one byte at least"),
+    ],
+)
+def test_mistakes_in_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in mistake(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"text\0text" * 100, "is not text: byte 4 is NUL"),
+        (b"too short", "is too short: 9 bytes for windows of 16"),
+    ],
+)
+def test_files_that_are_no_text(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert message in mistake(capsys, "train", "--text", path, "--out", tmp_path / "run", *TINY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_do_not_fit(checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "was trained with d_model = 8, not 9" in mistake(capsys, "train", "--resume", checkpoint, "--d-model", "9")
+    assert "holds a run already" in mistake(capsys, "train", "--text", text, "--out", checkpoint)
+    other = tmp_path / "other.txt"
+    other.write_text(POEM.replace("rain", "snow"), encoding="utf-8")
+    assert "was trained on another text" in mistake(capsys, "train", "--resume", checkpoint, "--text", other)
+    text.unlink()
+    assert f"{text}: No such file" in mistake(capsys, "train", "--resume", checkpoint)
+
+
+def test_checkpoints_that_are_broken(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = checkpoint / "config.json"
+    values = json.loads(config.read_text())
+    for change, message in [
+        ({"d_model": 12}, "'backbone.embedding.weight' has shape (256, 8), expected (256, 12)"),
+        ({"n_layer": 2}, "missing key 'backbone.layers.1.norm.weight'"),
+        ({"wings": 2}, "MambaConfig: wings = 2 is not supported"),
+    ]:
+        config.write_text(json.dumps(values | change))
+        assert message in mistake(capsys, "generate", checkpoint)
+    config.write_text("[]")
+    assert "config.json holds no configuration" in mistake(capsys, "generate", checkpoint)
+    config.write_text("{")
+    mistake(capsys, "generate", checkpoint)
+    config.write_text(json.dumps(values))
+    assert "temperature must be at least 0" in mistake(capsys, "generate", checkpoint, "--temperature", "-1")
+    for name, command in [("model.safetensors", ["generate"]), ("training.safetensors", ["train", "--resume"])]:
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[:-5])
+        mistake(capsys, *command, checkpoint)
+    (checkpoint / "training.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:0])
+    mistake(capsys, "train", "--resume", checkpoint)
+
+
+# Data and baseline
+
+
+def test_every_held_out_byte_is_a_target_once() -> None:
+    data = (np.arange(1000) % 251 + 1).astype(np.uint8)
+    for start, length in [(900, 16), (900, 15), (993, 64), (901, 32)]:
+        inputs, targets = overlapping_windows(data, start, length)
+        assert inputs.shape == targets.shape
+        counted = targets != -100
+        assert counted.sum() == 1000 - start
+        np.testing.assert_array_equal(np.sort(targets[counted]), np.sort(data[start:]))
+        np.testing.assert_array_equal(inputs[counted] % 251 + 1, targets[counted])  # the byte before it
+        assert np.flatnonzero(counted.any(axis=0)).min() >= length // 2 - 1
+
+
+def test_training_windows_stay_inside_and_depend_on_seed_and_step() -> None:
+    data = np.arange(1, 41, dtype=np.uint8)
+    inputs, targets = random_windows(data, 200, 8, seed=1, step=2)
+    np.testing.assert_array_equal(inputs + 1, targets)
+    assert (inputs.min(), targets.max()) == (1, 40)
+    np.testing.assert_array_equal(random_windows(data, 200, 8, seed=1, step=2)[0], inputs)
+    assert (random_windows(data, 200, 8, seed=1, step=3)[0] != inputs).any()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 4])
+def test_baseline_probabilities_add_up_to_one(order: int) -> None:
+    model = BackoffModel(np.frombuffer(POEM.encode(), np.uint8), order)
+    for context in (b"the ", b"rain", b"zzzz", b"zthe", b"\xff\xfe\xfd\xfc"):
+        total = sum(
+            model.probabilities(np.frombuffer(context + bytes([byte]), np.uint8), len(context))[0]
+            for byte in range(256)
+        )
+        assert total == pytest.approx(1, abs=1e-12)
+
+
+def test_baseline_by_hand() -> None:
+    model = BackoffModel(np.frombuffer(b"abacab", np.uint8), order=1)
+    unigram = {"a": (3 + 3 / 256) / 9, "b": (2 + 3 / 256) / 9, "c": (1 + 3 / 256) / 9}
+    after_a = {"b": (2 + 2 * unigram["b"]) / 5, "c": (1 + 2 * unigram["c"]) / 5}
+    p = model.probabilities(np.frombuffer(b"abac", np.uint8), 1)
+    np.testing.assert_allclose(p, [after_a["b"], (1 + unigram["a"]) / 2, after_a["c"]], rtol=1e-14)
+
+
+def test_baseline_learns_from_context() -> None:
+    data = np.frombuffer(POEM.encode(), np.uint8)
+    bits = [BackoffModel(data[:2000], order).bits_per_byte(data, 2000) for order in range(4)]
+    assert bits == sorted(bits, reverse=True)
