@@ -84,7 +84,8 @@ class Tensor:
     def __init__(self, data: Array, requires_grad: bool = False) -> None:
         if isinstance(data, Tensor):
             raise TypeError("Tensor: data is a Tensor already; use it as it is, or take its .data")
-        self.data: Array = data if hasattr(data, "dtype") and hasattr(data, "reshape") else np.asarray(data)
+        scalar_or_list = isinstance(data, np.generic) or not hasattr(data, "dtype")
+        self.data: Array = np.asarray(data) if scalar_or_list else data
         if requires_grad and self.data.dtype.kind in "biuOSU":
             raise TypeError(f"Tensor: a gradient needs a floating dtype, got {self.data.dtype}")
         self.requires_grad = requires_grad

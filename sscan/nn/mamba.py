@@ -155,17 +155,9 @@ class Mamba(Module):
         dt, B, C = ops.split(self.x_proj(x_now), self._dt_B_C, axis=1)
         delta = ops.matmul(dt, self.dt_proj.weight.swapaxes(0, 1))
         y = selective_state_update(
-            state.ssm.data,
-            x_now,
-            delta.data,
-            self.A().data,
-            B.data,
-            C.data,
-            self.D.data,
-            z.data,
-            self._delta_bias().data,
-            True,
-        )
+            state.ssm.data, x_now, delta.data, self.A().data, B.data, C.data,
+            self.D.data, z.data, self._delta_bias().data, True,
+        )  # fmt: skip
         return self.out_proj(y)
 
     def new_state(self, batch: int) -> MambaState:
