@@ -286,6 +286,18 @@ def splat(typingctx, x):
 
 
 @intrinsic
+def first(typingctx, x, count):
+    """A narrow vector with zeros after its first ``count`` lanes."""
+
+    def codegen(context, builder, sig, args):
+        integers = ir.VectorType(_I64, WIDTH)
+        inside = builder.icmp_signed("<", ir.Constant(integers, list(range(WIDTH))), _splat(builder, integers, args[1]))
+        return builder.select(inside, args[0], _constant(args[0].type, 0.0))
+
+    return x(x, types.intp), codegen
+
+
+@intrinsic
 def constant(typingctx, like, x):
     """The literal x in all lanes of a vector shaped like ``like`` (its real part, if complex)."""
     part = like.part if isinstance(like, Complex) else like
@@ -416,13 +428,50 @@ def _states_per_step(array):
     return lambda array: count
 
 
+def reals(array):
+    """A flat array's real numbers: itself, or its interleaved real and imaginary parts. Only inside compiled code."""
+    raise NotImplementedError
+
+
+@overload(reals)
+def _reals(array):
+    if not isinstance(array.dtype, types.Complex):
+        return lambda array: array
+    scalar = np.float64 if array.dtype == types.complex128 else np.float32
+    return lambda array: array.view(scalar)
+
+
+def lanes_of(array, state):
+    """Where the 16 lanes of one state begin among ``reals`` of scratch laid out as wide numbers from state 0 up."""
+    raise NotImplementedError
+
+
+@overload(lanes_of)
+def _lanes_of(array, state):
+    if not isinstance(array.dtype, types.Complex):
+        return lambda array, state: state * WIDTH
+    count = STATES[array.dtype]
+    return lambda array, state: (state // count * 2 * count + state % count) * WIDTH
+
+
+def imaginary(array):
+    """From a state's real lanes to its imaginary ones. Only inside compiled code."""
+    raise NotImplementedError
+
+
+@overload(imaginary)
+def _imaginary(array):
+    distance = STATES[array.dtype] * WIDTH if isinstance(array.dtype, types.Complex) else 0
+    return lambda array: distance
+
+
 def put(array, offset, state, lane, value):
-    """Write one scalar where ``load_wide(array, offset + 16 state)`` finds it; only inside compiled code."""
+    """Write one number where ``load_wide(array, offset + 16 state)`` finds it. Only inside compiled code."""
     raise NotImplementedError
 
 
 def get(array, offset, state, lane):
-    """The scalar that ``put`` wrote; only inside compiled code."""
+    """The number that ``put`` wrote. Only inside compiled code."""
     raise NotImplementedError
 
 
@@ -434,14 +483,12 @@ def _put(array, offset, state, lane, value):
             array[offset + state * WIDTH + lane] = value
 
         return put_real
-    lanes, scalar = STATES[array.dtype] * WIDTH, _scalar(array.dtype)
 
     def put_complex(array, offset, state, lane, value):
-        index = state * WIDTH + lane
-        index = 2 * offset + index // lanes * 2 * lanes + index % lanes
-        planes = array.view(scalar)
+        planes = reals(array)
+        index = 2 * offset + lanes_of(array, state) + lane
         planes[index] = value.real
-        planes[index + lanes] = value.imag
+        planes[index + imaginary(array)] = value.imag
 
     return put_complex
 
@@ -450,24 +497,13 @@ def _put(array, offset, state, lane, value):
 def _get(array, offset, state, lane):
     if not isinstance(array.dtype, types.Complex):
         return lambda array, offset, state, lane: array[offset + state * WIDTH + lane]
-    lanes, scalar, number = STATES[array.dtype] * WIDTH, _scalar(array.dtype), _number(array.dtype)
 
     def get_complex(array, offset, state, lane):
-        index = state * WIDTH + lane
-        index = 2 * offset + index // lanes * 2 * lanes + index % lanes
-        planes = array.view(scalar)
-        return number(complex(planes[index], planes[index + lanes]))
+        planes = reals(array)
+        index = 2 * offset + lanes_of(array, state) + lane
+        return complex(planes[index], planes[index + imaginary(array)])
 
     return get_complex
-
-
-def _scalar(dtype):
-    """The NumPy dtype of a complex Numba dtype's parts."""
-    return np.float64 if dtype == types.complex128 else np.float32
-
-
-def _number(dtype):
-    return np.complex128 if dtype == types.complex128 else np.complex64
 
 
 @register_jitable
