@@ -1,3 +1,14 @@
 """Selective state space models (Mamba) on the arrays of NumPy, PyTorch, JAX and CuPy."""
 
+from sscan.causal_conv1d import causal_conv1d, causal_conv1d_backward, causal_conv1d_update
+from sscan.rms_norm import rms_norm, rms_norm_backward
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_backward",
+    "causal_conv1d_update",
+    "rms_norm",
+    "rms_norm_backward",
+]

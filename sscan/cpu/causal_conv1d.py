@@ -1,0 +1,274 @@
+"""The causal depthwise convolution on the CPU: forward, backward with the sum recomputed, one decoding step.
+
+Segments (sscan/_segments.py) are cut into *parts* of at most ``PART`` steps, so that one long row is shared by all
+threads. A part reads the few inputs before it (and, backward, the few gradients after it) on its own, so parts do not
+depend on each other. A *bundle* is a run of parts that together are worth a task; a task is one bundle of ``ROWS``
+channels.
+
+A part is walked in chunks that stay in the nearest cache: inputs are converted to the accumulation dtype once, and
+every tap then multiplies the same numbers, read one further along.
+"""
+
+import numpy as np
+from numba.extending import register_jitable
+
+from sscan.cpu._parallel import kernel, run, take
+from sscan.cpu._rows import write_numbers
+from sscan.cpu._tiles import TILE, read_numbers, start, view, write_row
+from sscan.cpu._vector import (
+    constant,
+    fma,
+    lane_sums,
+    load,
+    load_wide,
+    repeat,
+    scratch,
+    splat,
+    states_per_step,
+    store,
+    store_wide,
+)
+from sscan.cpu._vector_math import sigmoid
+
+CHUNK = 1024
+PART = 4 * CHUNK
+ROWS = 8
+STEP_BLOCKS = 256  # of a decoding step: 4096 channels take some ten microseconds
+
+# Columns of the table of parts: batch row, first step and number of steps of the segment; first step within the segment
+# and number of steps of the part; rows of the initial and the final state, -1 for none.
+BATCH, BEGIN, LENGTH, FROM, STEPS, INITIAL, FINAL = range(7)
+
+
+def cut(segments, has_initial, has_final):
+    """The table of parts, and the borders of the bundles in it. Depends on the segments only, not on the threads."""
+    pieces = np.maximum(1, -(-segments[:, 2] // PART))
+    batch, begin, length, initial, final = np.repeat(segments, pieces, axis=0).T
+    offset = PART * (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    steps = np.minimum(PART, length - offset)
+    none = np.full_like(initial, -1)
+    columns = [batch, begin, length, offset, steps, initial if has_initial else none, final if has_final else none]
+    cost = steps + TILE  # also counts what an empty part costs
+    bundle = (np.cumsum(cost) - cost) // PART
+    borders = np.append(np.flatnonzero(np.diff(bundle, prepend=-1)), len(bundle))
+    return np.ascontiguousarray(np.stack(columns, axis=1)), borders
+
+
+@register_jitable
+def load_window(X, at, x, address, t0, count, halo, initial_state, initial, d):
+    """X[at + k] = the k-th input from step t0 on, -halo <= k < count; before step 0 the initial state, or zeros."""
+    inside = min(halo, t0)
+    for k in range(halo - inside):
+        X[at - halo + k] = initial_state[initial, d, t0 + k] if initial >= 0 else X.dtype.type(0)
+    read_numbers(X, at - inside, x, address - inside * x.item, inside)
+    read_numbers(X, at, x, address, count)
+
+
+@kernel
+def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, initial_state, final_state):
+    """One task: ``ROWS`` channels of one bundle. The last part of a segment writes its final state."""
+    dim, width = weight.shape
+    blocks = (dim + ROWS - 1) // ROWS
+    halo = width - 1
+    at = (halo + TILE - 1) // TILE * TILE
+    Y = scratch(CHUNK, weight.dtype)
+    X = scratch(at + CHUNK + TILE, weight.dtype)
+    X[:] = 0
+    wide = states_per_step(X) * TILE
+    like = load_wide(X, 0)
+    while True:
+        task = take(counter)
+        if task >= tasks:
+            break
+        bundle, d0 = task // blocks, task % blocks * ROWS
+        for d in range(d0, min(d0 + ROWS, dim)):
+            b = repeat(splat(bias[d]), like)
+            for p in range(bundles[bundle], bundles[bundle + 1]):
+                length, offset, initial, final = parts[p, LENGTH], parts[p, FROM], parts[p, INITIAL], parts[p, FINAL]
+                batch, begin = parts[p, BATCH], parts[p, BEGIN]
+                end = offset + parts[p, STEPS]
+                for t0 in range(offset, end, CHUNK):
+                    steps = min(CHUNK, end - t0)
+                    here = start(x, batch, 0, d, begin + t0)
+                    load_window(X, at, x, here, t0, steps, halo, initial_state, initial, d)
+                    for t in range(0, steps, wide):
+                        total = b
+                        for k in range(width):
+                            total = fma(repeat(splat(weight[d, k]), like), load_wide(X, at - halo + t + k), total)
+                        if silu:
+                            total = total * sigmoid(total)
+                        store_wide(Y, t, total)
+                    write_numbers(Y, 0, y, start(y, batch, 0, d, begin + t0), steps)
+                if final >= 0 and end == length:
+                    here = start(x, batch, 0, d, begin + length)
+                    load_window(X, at, x, here, length, 0, halo, initial_state, initial, d)
+                    for k in range(halo):
+                        final_state[final, d, k] = X[at - halo + k]
+
+
+@kernel
+def backward(
+    counter, tasks, dy, x, dx, weight, bias, silu, parts, bundles, initial_state, dfinal_state, dinitial_state, partials
+):  # fmt: skip
+    """One task: ``ROWS`` channels of one bundle, whose sums for dweight and dbias are partials[bundle, d].
+
+    The gradient G of the sum before the activation is needed ``width - 1`` steps past the chunk, where it is computed
+    again by whoever owns those steps. X and G are zero past what was read: the sums run over whole vectors.
+    """
+    dim, width = weight.shape
+    blocks = (dim + ROWS - 1) // ROWS
+    halo = width - 1
+    at = (halo + TILE - 1) // TILE * TILE
+    DX = scratch(CHUNK, weight.dtype)
+    wide = states_per_step(DX) * TILE
+    X, G = scratch(2 * at + CHUNK + 2 * wide, weight.dtype), scratch(at + CHUNK + 2 * wide, weight.dtype)
+    sums = (width + TILE) // TILE * TILE  # width + 1 in whole vectors
+    S, F = scratch(sums * wide, weight.dtype), scratch(sums * TILE, weight.dtype)
+    zero = splat(weight.dtype.type(0))
+    F[:] = 0
+    X[:] = 0
+    like = load_wide(X, 0)
+    one = constant(like, 1.0)
+    while True:
+        task = take(counter)
+        if task >= tasks:
+            break
+        bundle, d0 = task // blocks, task % blocks * ROWS
+        for d in range(d0, min(d0 + ROWS, dim)):
+            b = repeat(splat(bias[d]), like)
+            S[:] = 0
+            for p in range(bundles[bundle], bundles[bundle + 1]):
+                length, offset, initial, final = parts[p, LENGTH], parts[p, FROM], parts[p, INITIAL], parts[p, FINAL]
+                batch, begin = parts[p, BATCH], parts[p, BEGIN]
+                end = offset + parts[p, STEPS]
+                for t0 in range(offset, max(end, offset + 1), CHUNK):  # also once for an empty segment: its states
+                    steps = min(CHUNK, end - t0)
+                    count = min(steps + halo, length - t0)
+                    here = start(x, batch, 0, d, begin + t0)
+                    load_window(X, at, x, here, t0, count, halo, initial_state, initial, d)
+                    X[at + count : at + count + halo + wide] = 0
+                    read_numbers(G, 0, dy, start(dy, batch, 0, d, begin + t0), count)
+                    if silu:
+                        for t in range(0, count, wide):
+                            total = b
+                            for k in range(width):
+                                total = fma(repeat(splat(weight[d, k]), like), load_wide(X, at - halo + t + k), total)
+                            s = sigmoid(total)
+                            store_wide(G, t, load_wide(G, t) * (s * fma(total, one - s, one)))
+                    G[count : steps + halo + wide] = 0
+                    for t in range(0, steps, wide):
+                        total = repeat(zero, like)
+                        for k in range(width):
+                            total = fma(repeat(splat(weight[d, k]), like), load_wide(G, t + halo - k), total)
+                        store_wide(DX, t, total)
+                    for k in range(width):
+                        total = load_wide(S, k * wide)
+                        for t in range(0, steps, wide):
+                            total = fma(load_wide(G, t), load_wide(X, at - halo + t + k), total)
+                        store_wide(S, k * wide, total)
+                    total = load_wide(S, width * wide)
+                    for t in range(0, steps, wide):
+                        total = total + load_wide(G, t)
+                    store_wide(S, width * wide, total)
+                    if final >= 0:
+                        for k in range(halo):
+                            t = length - halo + k - t0
+                            if t >= 0 and t < steps:
+                                DX[t] += dfinal_state[final, d, k]
+                    if initial >= 0 and t0 == 0:
+                        for i in range(halo):
+                            g = weight.dtype.type(0)
+                            for k in range(i + 1):
+                                g += weight[d, k] * G[i - k]
+                            if final >= 0 and i >= length:
+                                g += dfinal_state[final, d, i - length]
+                            dinitial_state[initial, d, i] = g
+                    write_numbers(DX, 0, dx, start(dx, batch, 0, d, begin + t0), steps)
+            for k in range(width + 1):
+                total = zero
+                for lane in range(0, wide, TILE):
+                    total = total + load(S, k * wide + lane)
+                store(F, k * TILE, total)
+            for k0 in range(0, width + 1, TILE):
+                store(S, k0, lane_sums(F, k0 * TILE, TILE))
+            for k in range(width + 1):
+                partials[bundle, d, k] = S[k]
+
+
+@kernel
+def update(counter, tasks, x, y, conv_state, weight, bias, silu):
+    """One task: ``STEP_BLOCKS`` times 16 channels of a batch row, whose states nobody else touches."""
+    dim, width = weight.shape
+    batches, _, kept = conv_state.shape
+    blocks = (dim + TILE - 1) // TILE
+    X, Y = scratch(TILE, weight.dtype), scratch(TILE, weight.dtype)
+    Y[:] = 0
+    while True:
+        task = take(counter)
+        if task >= tasks:
+            break
+        for block in range(task * STEP_BLOCKS, min((task + 1) * STEP_BLOCKS, batches * blocks)):
+            batch, d0 = block // blocks, block % blocks * TILE
+            rows = min(TILE, dim - d0)
+            read_numbers(X, 0, x, start(x, batch, 0, 0, d0), rows)
+            for r in range(rows):
+                total = bias[d0 + r] + weight[d0 + r, width - 1] * X[r]
+                for k in range(width - 1):
+                    total += weight[d0 + r, k] * conv_state[batch, d0 + r, kept - width + 1 + k]
+                for k in range(kept - 1):
+                    conv_state[batch, d0 + r, k] = conv_state[batch, d0 + r, k + 1]
+                if kept > 0:
+                    conv_state[batch, d0 + r, kept - 1] = X[r]
+                Y[r] = total
+            total = load(Y, 0)
+            write_row(y, start(y, batch, 0, 0, d0), rows, total * sigmoid(total) if silu else total)
+
+
+# --- what the ops call -----------------------------------------------------------------------------------------------
+
+
+def _or_empty(states, weight):
+    return np.empty((0, 0, 0), weight.dtype) if states is None else states
+
+
+def _or_zeros(bias, weight):
+    return np.zeros(len(weight), weight.dtype) if bias is None else bias
+
+
+def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, final_state):
+    """Fill y and final_state (unless None) from x, both (batch, dim, length) with unit stride along time.
+
+    weight, bias (or None) and states (or None) are contiguous, in the accumulation dtype.
+    """
+    parts, bundles = cut(segments, initial_state is not None, final_state is not None)
+    run(
+        forward, (len(bundles) - 1) * -(-len(weight) // ROWS), view(x), view(y), weight, _or_zeros(bias, weight), silu,
+        parts, bundles, _or_empty(initial_state, weight), _or_empty(final_state, weight),
+    )  # fmt: skip
+
+
+def causal_conv1d_backward(
+    dy, x, weight, bias, silu, segments, initial_state, dfinal_state, dx, dweight, dbias, dinitial_state
+):
+    """Fill dx, dweight, dbias and dinitial_state (unless None); arrays as in ``causal_conv1d_forward``."""
+    dim, width = weight.shape
+    parts, bundles = cut(segments, initial_state is not None, dfinal_state is not None)
+    partials = np.empty((len(bundles) - 1, dim, width + 1), weight.dtype)
+    run(
+        backward, len(partials) * -(-dim // ROWS), view(dy), view(x), view(dx), weight, _or_zeros(bias, weight), silu,
+        parts, bundles, _or_empty(initial_state, weight), _or_empty(dfinal_state, weight),
+        _or_empty(dinitial_state, weight), partials,
+    )  # fmt: skip
+    sums = partials.sum(axis=0)
+    dweight[...] = sums[:, :width]
+    if dbias is not None:
+        dbias[...] = sums[:, width]
+
+
+def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
+    """Fill y (batch, dim) from x and shift it into conv_state, which is contiguous, in the accumulation dtype."""
+    blocks = len(x) * -(-len(weight) // TILE)
+    run(
+        update, -(-blocks // STEP_BLOCKS), view(x[:, None]), view(y[:, None]), conv_state, weight,
+        _or_zeros(bias, weight), silu,
+    )  # fmt: skip
