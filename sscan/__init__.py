@@ -2,6 +2,7 @@
 
 from sscan.causal_conv1d import causal_conv1d, causal_conv1d_backward, causal_conv1d_update
 from sscan.rms_norm import rms_norm, rms_norm_backward
+from sscan.selective_state_update import selective_state_update
 
 __version__ = "0.1.0"
 
@@ -11,4 +12,5 @@ __all__ = [
     "causal_conv1d_update",
     "rms_norm",
     "rms_norm_backward",
+    "selective_state_update",
 ]

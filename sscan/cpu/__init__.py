@@ -3,6 +3,7 @@
 from sscan.cpu.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward, causal_conv1d_update
 from sscan.cpu.rms_norm import rms_norm_backward, rms_norm_forward
 from sscan.cpu.selective_scan import empty_checkpoints, selective_scan_backward, selective_scan_forward
+from sscan.cpu.selective_state_update import selective_state_update
 
 __all__ = [
     "causal_conv1d_backward",
@@ -13,4 +14,5 @@ __all__ = [
     "rms_norm_forward",
     "selective_scan_backward",
     "selective_scan_forward",
+    "selective_state_update",
 ]

@@ -1,10 +1,15 @@
-"""Walking along contiguous memory, 16 numbers at a time: rows of a ``View`` out of scratch, and complex numbers."""
+"""Walking along contiguous memory, 16 numbers at a time, real or complex.
+
+A *lanes* value is 16 real numbers (a narrow ``Vector``) or 16 complex ones (a ``Complex`` of two of them). Views see
+complex arrays as interleaved reals, so an offset along a row counts ``reals_per(like)`` elements for each number.
+"""
 
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
 from sscan.cpu._tiles import TILE, read_row, write_row
-from sscan.cpu._vector import WIDTH, Complex, _parts, _shuffle, _value, load
+from sscan.cpu._vector import WIDTH, Complex, _parts, _shuffle, _value, complex_, constant, imag, load, real, splat
+from sscan.cpu._vector_math import LOG2_E
 
 
 @register_jitable
@@ -82,3 +87,38 @@ def _real_part(typingctx, x):
         return _parts(context, builder, x, args[0])[0]
 
     return x.part(x), codegen
+
+
+def lanes(number):
+    """A real or complex scalar in all 16 lanes. Only inside compiled code."""
+    raise NotImplementedError
+
+
+def reals_per(like):
+    """How many elements of a view one number takes: 2 if complex. Only inside compiled code."""
+    raise NotImplementedError
+
+
+def rates(A):
+    """``_vector_math.rate`` of lanes. Only inside compiled code."""
+    raise NotImplementedError
+
+
+@overload(lanes)
+def _lanes(number):
+    if isinstance(number, types.Complex):
+        return lambda number: complex_(splat(number.real), splat(number.imag))
+    return lambda number: splat(number)  # noqa: PLW0108 (an intrinsic is no overload)
+
+
+@overload(reals_per)
+def _reals_per(like):
+    count = 2 if isinstance(like, Complex) else 1
+    return lambda like: count
+
+
+@overload(rates)
+def _rates(A):
+    if isinstance(A, Complex):
+        return lambda A: complex_(real(A) * constant(A, LOG2_E), imag(A))
+    return lambda A: A * constant(A, LOG2_E)
