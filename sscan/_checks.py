@@ -15,7 +15,7 @@ def sizes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
     """Sizes of the symbols in the arguments' shapes.
 
     Each argument is an array (or None) and its shape in symbols: ``u=(u, "batch, dim, length")``. A symbol takes the size of
-    its first appearance; ``length-1`` and ``2*length`` are understood. Several shapes, of different rank, are separated by
+    its first appearance; ``width-1`` and ``2*length`` are understood. Several shapes, of different rank, are separated by
     ``|``. Raises ValueError with the argument, the shape expected and the shape that came.
     """
     known: dict[str, int] = {}
@@ -32,18 +32,23 @@ def sizes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
 
 def _bind(known: dict[str, int], symbols: list[str], shape: tuple[int, ...]) -> bool:
     for symbol, size in zip(symbols, shape, strict=True):
-        if symbol.isidentifier() and symbol not in known:
-            known[symbol] = size
+        factor, name, offset = _parsed(symbol)
+        if name not in known and factor == 1 and size >= offset:
+            known[name] = size - offset
         if _evaluated(symbol, known) != size:
             return False
     return True
 
 
-def _evaluated(symbol: str, known: dict[str, int]) -> int | None:
+def _parsed(symbol: str) -> tuple[int, str, int]:
     match = re.fullmatch(r"(?:(\d+)\*)?([a-z_]+)([+-]\d+)?", symbol)
     assert match, f"not a size: {symbol}"
-    factor, name, offset = match.groups()
-    return int(factor or 1) * known[name] + int(offset or 0) if name in known else None
+    return int(match[1] or 1), match[2], int(match[3] or 0)
+
+
+def _evaluated(symbol: str, known: dict[str, int]) -> int | None:
+    factor, name, offset = _parsed(symbol)
+    return factor * known[name] + offset if name in known else None
 
 
 def _spelled(symbols: list[str], known: dict[str, int]) -> str:

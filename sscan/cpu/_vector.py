@@ -121,11 +121,13 @@ def _times(builder, x, y):
 
 
 def _times_plus(builder, x, y, z):
-    """x y + z of three (re, im) pairs; z is complex if either factor is."""
+    """x y + z of three (re, im) pairs."""
     (xr, xi), (yr, yi), (zr, zi) = x, y, z
     re = _fma(builder, xr, yr, zr)
     if xi is None and yi is None:
         return re, zi
+    if zi is None:
+        zi = _constant(zr.type, 0.0)
     if yi is None:
         return re, _fma(builder, xi, yr, zi)
     if xi is None:

@@ -85,7 +85,10 @@ def _clamp(single, double):
 
 # (2^r - 1) / r on [-1/2, 1/2]; in float32 with the first coefficient fixed, so that slow decays keep their rate
 _exp2_minus_one_over = _polynomial(
-    (0.6931471824645996, 0.24022282660007477, 0.05550558492541313, 0.009669659659266472, 0.0013300515711307526),
+    (
+        0.6931471824645996, 0.24022647738456726, 0.05550359934568405, 0.009618505835533142, 0.0013390806270763278,
+        0.00015326471475418657,
+    ),
     (
         0.6931471805599453, 0.24022650695910072, 0.055504108664821625, 0.00961812910762848, 0.001333355814640647,
         0.00015403530393370734, 1.5252733841556773e-05, 1.3215486808705563e-06, 1.0178057087733941e-07,
@@ -116,22 +119,21 @@ _reciprocal = _polynomial(
     ),
     (),
 )  # fmt: skip
-# sin(pi r) / r as a function of r^2 on [0, 1/4]
-_sin_over = _polynomial(
-    (3.1415927410, -5.1677126884, 2.5501632690, -0.59925216436, 0.082050353289, -0.0070283040400),
+# sin(r / 2) / r and (cos(r / 2) - 1) / r^2 as functions of r^2 on [0, pi^2]
+_half_sine_over = _polynomial(
+    (0.5, -0.020833333270709464, 0.00026041659265119014, -1.5500671847990015e-06, 5.376016917e-09, -1.16641017521e-11),
     (
-        3.141592653589793, -5.16771278004997, 2.5501640398773455, -0.5992645293207869, 0.08214588661099356,
-        -0.007370430943702136, 0.0004663027874593273, -2.1915250301851375e-05, 7.94853903737232e-07,
-        -2.228371216069697e-08,
+        0.5, -0.020833333333333332, 0.00026041666666666666, -1.5500992063491928e-06, 5.382288910925867e-09,
+        -1.22324747942227e-11, 1.9603324223375436e-14, -2.3337181496086197e-17, 2.1440216609983525e-20,
+        -1.522499880621639e-23,
     ),
 )  # fmt: skip
-# cos(pi r) / (1 - 4 r^2) as a function of r^2 on [0, 1/4]
-_cos_over = _polynomial(
-    (1.0, -0.9348021997, 0.3195032840, -0.05724878378, 0.006327418759, -0.0004568714690),
+_half_cosine_less_one_over = _polynomial(
+    (-0.125, 0.002604166208187576, -2.1701017097630956e-05, 9.677549409e-08, -2.567996605e-10),
     (
-        1.0, -0.9348022005446793, 0.319503324238051, -0.05724947190238539, 0.0063327427493461135,
-        -0.00047592039253877, 2.5892738310339097e-05, -1.067145403663655e-06, 3.446077157566583e-08,
-        -8.727391982828253e-10,
+        -0.125, 0.0026041666666666665, -2.170138888888889e-05, 9.688120039682509e-08, -2.6911444554653505e-10,
+        5.096864498226977e-13, -7.001187322664207e-16, 7.292878562937026e-19, -5.956092164179213e-22,
+        3.8164614144531184e-25,
     ),
 )  # fmt: skip
 # (z exp(z) - exp(z) + 1) / z^2 = sum z^k / (k! (k + 2)), for |z| < 1/2
@@ -214,13 +216,22 @@ def _avx512(builder, name, x, operand):
 
 
 @intrinsic
-def _round(typingctx, x):
-    """Nearest integer of a real vector of any size."""
+def _reduced_angle(typingctx, angle):
+    """The angle less the nearest multiple of 2 pi, in [-pi, pi] whatever it is (meaningful up to about 1e6)."""
+    turn = 2 * math.pi
+    high, low = (turn, 2.4492935982947064e-16) if angle.element.bitwidth == 64 else (np.float32(turn), -1.7484556e-07)
 
     def codegen(context, builder, sig, args):
-        return _call(builder, "rint", args[0].type, [args[0]])
+        ty = args[0].type
+        turns = _call(builder, "rint", ty, [builder.fmul(args[0], _literal(ty, angle.element, 1 / turn))])
+        minus = builder.fneg(turns)
+        r = _fma(builder, minus, _literal(ty, angle.element, float(high)), args[0])
+        r = _fma(builder, minus, _literal(ty, angle.element, low), r)
+        limit = _literal(ty, angle.element, math.pi)
+        r = builder.select(builder.fcmp_ordered(">", r, limit), limit, r)
+        return builder.select(builder.fcmp_ordered("<", r, builder.fneg(limit)), builder.fneg(limit), r)
 
-    return x(x), codegen
+    return angle(angle), codegen
 
 
 @intrinsic
@@ -295,15 +306,14 @@ def _sigmoid(x):
 
 
 def rate(A):
-    """A scaled for ``decay``: A log2(e); a complex A's imaginary part in turns of 2 pi. Only inside compiled code."""
+    """A scaled for ``decay``: its real part times log2(e). Only inside compiled code."""
     raise NotImplementedError
 
 
 @overload(rate)
 def _rate(A):
     if isinstance(A, types.Complex):
-        turns = 1 / (2 * math.pi)
-        return lambda A: complex(A.real * LOG2_E, A.imag * turns)
+        return lambda A: complex(A.real * LOG2_E, A.imag)
     return lambda A: A * LOG2_E
 
 
@@ -335,13 +345,11 @@ def _decay_and_change(delta, rate):
 
         def complex_decay(delta, rate):
             magnitude, change = decay_and_change(delta, real(rate))
-            turns = delta * imag(rate)
-            r = turns - _round(turns)
+            r = _reduced_angle(delta * imag(rate))
             square = r * r
-            one = constant(r, 1.0)
-            sine = r * _sin_over(square)  # of half the angle
-            cosine = fma(square, constant(r, -4.0), one) * _cos_over(square)
-            lost = magnitude * (sine * sine + sine * sine)  # magnitude (1 - cos of the angle)
+            sine = r * _half_sine_over(square)
+            cosine = fma(square, _half_cosine_less_one_over(square), constant(r, 1.0))
+            lost = magnitude * (sine * sine + sine * sine)  # magnitude (1 - cos r)
             im = magnitude * (sine * cosine + sine * cosine)
             return complex_(magnitude - lost, im), complex_(change - lost, im)
 

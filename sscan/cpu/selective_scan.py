@@ -13,12 +13,13 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import types
+from numba import from_dtype, types
 from numba.extending import overload, register_jitable
 
 from sscan.cpu._parallel import kernel, run, take
-from sscan.cpu._tiles import TILE, View, read_numbers, read_row, start, view, write_row
+from sscan.cpu._tiles import ABSENT, TILE, View, read_numbers, read_row, start, view, write_row
 from sscan.cpu._vector import (
+    STATES,
     conj,
     constant,
     first,
@@ -488,104 +489,105 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 
 # --- the host's side -------------------------------------------------------------------------------------------------
 
+TASKS = 16  # of a backward call, about: enough for many cores, few enough that partial sums stay small
 
-def with_chunks(segments: np.ndarray) -> np.ndarray:
+
+def with_checkpoints(segments: np.ndarray) -> np.ndarray:
     """The table of segments with one column more: the number of the segment's first checkpoint."""
     chunks = -(-segments[:, 2] // CHECKPOINT)
     return np.column_stack([segments, np.cumsum(chunks) - chunks])
 
 
-def blocks_of(dim: int, groups: int) -> int:
-    return -(-(dim // groups) // TILE)
-
-
-def padded_states(A: np.ndarray) -> int:
-    step = {"f": 4, "d": 2, "F": 2, "D": 1}[A.dtype.char]
-    return -(-A.shape[1] // step) * step
+def blocks_of(A: np.ndarray, groups: int) -> int:
+    """Blocks of 16 channels in a group."""
+    return -(-(A.shape[0] // groups) // TILE)
 
 
 def empty_checkpoints(segments: np.ndarray, groups: int, A: np.ndarray) -> np.ndarray:
-    """Memory for the states at the start of every chunk of every segment; length * state / 32 numbers for a channel."""
+    """Memory for the states at the start of every 32nd step of every segment."""
     chunks = int((-(-segments[:, 2] // CHECKPOINT)).sum())
-    return np.empty(chunks * groups * blocks_of(A.shape[0], groups) * padded_states(A) * TILE, A.dtype)
+    step = STATES[from_dtype(A.dtype)]
+    padded = -(-A.shape[1] // step) * step
+    return np.empty(chunks * groups * blocks_of(A, groups) * padded * TILE, A.dtype)
 
 
-def constant_or_none(array: np.ndarray, A: np.ndarray) -> np.ndarray:
-    return array if array.ndim == 2 else np.empty((0, 0), A.dtype)
+def both_forms(array: np.ndarray, A: np.ndarray, groups: int) -> tuple[View, np.ndarray]:
+    """B or C as a view, if it varies, and as an array, if it is constant; the form that it has not is empty."""
+    if array.ndim == 2:
+        return ABSENT, array
+    return view(np.broadcast_to(array, (array.shape[0], groups, *array.shape[2:]))), np.empty((0, 0), A.dtype)
+
+
+def or_none(states: np.ndarray | None, A: np.ndarray) -> np.ndarray:
+    """States, or an empty array in their place."""
+    return np.empty((0, 0, 0), A.dtype) if states is None else states
 
 
 def selective_scan_forward(
     segments, groups, u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, initial_state, y, last_state, checkpoints
 ):
-    """Fill y, last_state and, unless None, checkpoints. B and C: (dim, state) or (batch, groups, state, length)."""
-    B_varies, C_varies = B.ndim == 4, C.ndim == 4
-    none = np.empty((0, 0, 0), A.dtype)
+    """Fill y, last_state and, unless None, checkpoints. B and C: (dim, state) or (batch, groups or 1, state, length)."""
+    (B_view, B_constant), (C_view, C_constant) = both_forms(B, A, groups), both_forms(C, A, groups)
     run(
-        forward_kernel(zoh, B_varies, C_varies),
-        len(segments) * groups * blocks_of(A.shape[0], groups),
-        CHUNK if checkpoints is None else CHECKPOINT,
-        groups,
-        with_chunks(segments),
-        view(u, groups), view(delta, groups), view(z, groups), view(B if B_varies else None), view(C if C_varies else None), view(y, groups),
-        A, constant_or_none(B, A), constant_or_none(C, A), D, delta_bias, delta_softplus,
-        none if initial_state is None else initial_state, last_state,
-        none.ravel() if checkpoints is None else checkpoints,
+        forward_kernel(zoh, B.ndim == 4, C.ndim == 4),
+        len(segments) * groups * blocks_of(A, groups),
+        CHUNK if checkpoints is None else CHECKPOINT, groups, with_checkpoints(segments),
+        view(u, groups), view(delta, groups), view(z, groups), B_view, C_view, view(y, groups),
+        A, B_constant, C_constant, D, delta_bias, delta_softplus, or_none(initial_state, A), last_state,
+        np.empty(0, A.dtype) if checkpoints is None else checkpoints,
     )  # fmt: skip
-
-
-TASKS = 16  # of a backward call, about: enough to balance many cores, few enough that partial sums stay small
-
-
-def partition(segments: int, groups: int, blocks: int) -> tuple[int, int]:
-    """How a backward call is cut, by shape only: bundles of segments, slices of a group's blocks."""
-    bundles = max(1, min(segments, TASKS))
-    return bundles, max(1, min(blocks, -(-TASKS // (bundles * groups))))
 
 
 def selective_scan_backward(
     segments, groups, dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, checkpoints, dlast_state,
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state,
 ):  # fmt: skip
-    """Fill the gradients; B, C and their gradients are (dim, state) or (batch, groups, state, length)."""
-    B_varies, C_varies = B.ndim == 4, C.ndim == 4
-    dim, state = A.shape
-    bundles, slices = partition(len(segments), groups, blocks_of(dim, groups))
-    real = D.dtype
-    batch, _, length = u.shape
-    planes = 2 if A.dtype.kind == "c" else 1
-    varying = lambda varies: np.empty((slices, planes, batch, groups, state, length) if varies else (1, 1, 0, 0, 0, 0), real)
-    constant_ = lambda varies: np.empty((0, 0, 0) if varies else (bundles, dim, state), A.dtype)
-    pB, pC, cB, cC = varying(B_varies), varying(C_varies), constant_(B_varies), constant_(C_varies)
-    pA = np.empty((bundles, dim, state), A.dtype)
-    pD, pbias = np.empty((bundles, dim), real), np.empty((bundles, dim), real)
-    none = np.empty((0, 0, 0), A.dtype)
+    """Fill the gradients. The forms of B and C, and so of their gradients, are those of ``selective_scan_forward``."""
+    bundles = max(1, min(len(segments), TASKS))
+    slices = max(1, min(blocks_of(A, groups), -(-TASKS // (bundles * groups))))
+    (B_view, B_constant), (C_view, C_constant) = both_forms(B, A, groups), both_forms(C, A, groups)
+    B_sums, C_sums = (Sums(x, A, groups, u.shape[2], bundles, slices) for x in (B, C))
+    A_sums = np.empty((bundles, *A.shape), A.dtype)
+    D_sums, bias_sums = np.empty((2, bundles, A.shape[0]), D.dtype)
     run(
-        backward_kernel(zoh, B_varies, C_varies),
-        bundles * groups * slices, groups, bundles, slices, with_chunks(segments),
-        view(dy, groups), view(u, groups), view(delta, groups), view(z, groups),
-        view(B if B_varies else None), view(C if C_varies else None), A, constant_or_none(B, A), constant_or_none(C, A),
-        D, delta_bias, delta_softplus, checkpoints, none if dlast_state is None else dlast_state,
-        view(du, groups), view(ddelta, groups), view(dz, groups),
-        view(pB[0, 0]), pB.strides[1], pB.strides[0], view(pC[0, 0]), pC.strides[1], pC.strides[0],
-        pA, cB, cC, pD, pbias, none if dinitial_state is None else dinitial_state,
+        backward_kernel(zoh, B.ndim == 4, C.ndim == 4),
+        bundles * groups * slices, groups, bundles, slices, with_checkpoints(segments),
+        view(dy, groups), view(u, groups), view(delta, groups), view(z, groups), B_view, C_view,
+        A, B_constant, C_constant, D, delta_bias, delta_softplus, checkpoints, or_none(dlast_state, A),
+        view(du, groups), view(ddelta, groups), view(dz, groups), *B_sums.varying, *C_sums.varying,
+        A_sums, B_sums.constant, C_sums.constant, D_sums, bias_sums, or_none(dinitial_state, A),
     )  # fmt: skip
-    dA[...] = pA.sum(0)
-    dD[...] = pD.sum(0)
-    ddelta_bias[...] = pbias.sum(0)
-    if B_varies:
-        into(dB, pB.sum(0), False)
-    else:
-        dB[...] = cB.sum(0)
-    if C_varies:
-        into(dC, pC.sum(0), True)
-    else:
-        dC[...] = cC.sum(0) if planes == 1 else 2 * cC.sum(0).conj()
+    for gradient, sums in ((dA, A_sums), (dD, D_sums), (ddelta_bias, bias_sums)):
+        gradient[...] = sums.sum(0)
+    store_numbers(dB, B_sums.total())
+    store_numbers(dC, twice_conj_array(C_sums.total()))
 
 
-def into(gradient, planes, is_C):
-    if len(planes) == 1:
-        gradient[...] = planes[0]
-    elif is_C:
-        gradient[..., 0::2], gradient[..., 1::2] = 2 * planes[0], -2 * planes[1]
-    else:
-        gradient[..., 0::2], gradient[..., 1::2] = planes[0], planes[1]
+class Sums:
+    """Where the backward kernel puts its partial sums for dB or dC: one for each slice if it varies, else for each bundle."""
+
+    def __init__(self, like: np.ndarray, A: np.ndarray, groups: int, length: int, bundles: int, slices: int) -> None:
+        self.varies, real = like.ndim == 4, A.real.dtype
+        planes = 2 if A.dtype.kind == "c" else 1
+        batch = like.shape[0] if self.varies else 0
+        self.sums = np.empty((slices, planes, batch, groups, A.shape[1], length), real)
+        self.varying = (view(self.sums[0, 0]), self.sums.strides[1], self.sums.strides[0])
+        self.constant = np.empty((0, 0, 0) if self.varies else (bundles, *A.shape), A.dtype)
+
+    def total(self) -> np.ndarray:
+        if not self.varies:
+            return self.constant.sum(0)
+        planes = self.sums.sum(0) if len(self.sums) > 1 else self.sums[0]
+        return planes[0] + 1j * planes[1] if len(planes) == 2 else planes[0]
+
+
+def twice_conj_array(dC: np.ndarray) -> np.ndarray:
+    """From the gradient of what stands for C in the kernels to that of C."""
+    return 2 * dC.conj() if dC.dtype.kind == "c" else dC
+
+
+def store_numbers(gradient: np.ndarray, total: np.ndarray) -> None:
+    """Round a sum over channels to B's or C's form: one group for all, interleaved real and imaginary parts."""
+    if gradient.ndim == 4 and gradient.shape[1] < total.shape[1]:
+        total = total.sum(1, keepdims=True)
+    gradient[...] = total if gradient.dtype.kind == total.dtype.kind else total.view(total.real.dtype)

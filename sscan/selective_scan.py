@@ -1,0 +1,330 @@
+"""The selective scan (Algorithm 2 of Mamba, arXiv 2312.00752): S6, forward and backward."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from sscan import _arrays, _backends, _checks
+from sscan._arrays import Array
+from sscan._segments import segments
+
+Discretization = Literal["mamba", "zoh"]
+
+
+class SelectiveScanGradients(NamedTuple):
+    """Gradients of a scalar with respect to the inputs of ``selective_scan``; None where there was no input.
+
+    Each has the shape and dtype of its input, parameters and states those of the accumulation. The gradient of a complex
+    input x is dL/dRe(x) + i dL/dIm(x), PyTorch's convention.
+    """
+
+    du: Any
+    ddelta: Any
+    dA: Any
+    dB: Any
+    dC: Any
+    dD: Any
+    dz: Any
+    ddelta_bias: Any
+    dinitial_state: Any
+
+
+def selective_scan(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Any = None,
+    seq_idx: Any = None,
+    cu_seqlens: Any = None,
+    discretization: Discretization = "mamba",
+) -> Any:
+    r"""Selective scan: a linear recurrence whose step size and input and output matrices vary with time.
+
+    .. math::
+        h_t = \exp(\Delta_t A) \, h_{t-1} + \bar B_t u_t, \qquad y_t = (C_t h_t + D u_t) \, \mathrm{silu}(z_t)
+
+    for every batch row and channel, with state size ``state`` (equations 2 and 4 and Algorithm 2 of the paper). With
+    ``delta_softplus``, :math:`\Delta = \log(1 + \exp(\mathrm{delta} + \mathrm{delta\_bias}))`, else the sum itself. Under
+    ``discretization="mamba"``, which released checkpoints use, :math:`\bar B = \Delta B`; under ``"zoh"`` it is
+    :math:`(\exp(\Delta A) - 1) A^{-1} B`. For a complex A, :math:`y_t = 2 \mathrm{Re}(C_t h_t)` before D and z: the
+    states stand for themselves and their conjugates.
+
+    Parameters
+    ----------
+    u, delta, z : (batch, dim, length)
+        Input, step size (in the unit of 1 / A) and gate, all float64, float32, float16 or bfloat16. z may be None.
+    A : (dim, state)
+        Real or complex, in the accumulation dtype: float64 (complex128) for float64 inputs, else float32 (complex64).
+    B, C : (dim, state), (batch, state, length) or (batch, groups, state, length)
+        Constant, in A's dtype, or varying, in u's dtype; each on its own. A group serves dim / groups consecutive
+        channels. With a complex A: complex arrays, or varying real ones whose last axis interleaves real and imaginary parts
+        (2 * length).
+    D, delta_bias : (dim,)
+        In the (real) accumulation dtype, or None.
+    delta_softplus : bool
+        Whether the step size goes through softplus.
+    return_last_state : bool
+        Whether the state after the last step is returned too.
+    initial_state : (batch, dim, state)
+        In A's dtype; None is zero. With ``cu_seqlens`` (sequences, dim, state).
+    seq_idx : (batch, length)
+        Integers: a new sequence starts, from a zero state, wherever they change. The initial state belongs to the first
+        sequence of a row, the last state to its last one.
+    cu_seqlens : (sequences + 1,)
+        Integers from 0 up to length: borders of sequences packed into a batch of one.
+    discretization : {"mamba", "zoh"}
+        The rule for B.
+
+    Returns
+    -------
+    y : (batch, dim, length)
+        In u's dtype, or ``(y, last_state)`` with last_state (batch, dim, state), (sequences, dim, state) with ``cu_seqlens``,
+        in A's dtype.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not agree, and values out of range.
+    TypeError
+        For dtypes or libraries that do not fit, and for tensors whose gradient would be lost.
+
+    Notes
+    -----
+    Arithmetic is in the accumulation dtype throughout; results are rounded once. They are the same bit for bit in every run
+    and for every number of threads. Memory beyond the result: a few kilobytes for each thread. Inputs may have any strides;
+    one with a strided last axis is copied. No input is written.
+    """
+    problem = _prepare(
+        "selective_scan", u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens,
+        discretization,
+    )  # fmt: skip
+    y, last_state = problem.run(None)
+    return (y, last_state) if return_last_state else y
+
+
+def selective_scan_forward(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Any = None,
+    seq_idx: Any = None,
+    cu_seqlens: Any = None,
+    discretization: Discretization = "mamba",
+) -> tuple[Any, Any, Any]:
+    """``selective_scan`` for autodiff layers: ``(y, last_state, checkpoints)``.
+
+    The checkpoints are states at regular intervals, which ``selective_scan_backward`` starts from: length * state / 32
+    numbers for each channel on the CPU. Their layout belongs to the backend.
+    """
+    problem = _prepare(
+        "selective_scan", u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens,
+        discretization,
+    )  # fmt: skip
+    checkpoints = problem.empty_checkpoints()
+    return *problem.run(checkpoints), checkpoints
+
+
+def selective_scan_backward(
+    dy: Any,
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    *,
+    dlast_state: Any = None,
+    initial_state: Any = None,
+    seq_idx: Any = None,
+    cu_seqlens: Any = None,
+    discretization: Discretization = "mamba",
+    checkpoints: Any = None,
+) -> SelectiveScanGradients:
+    """Gradients of ``selective_scan`` from those of its results, by hand (docs/maths.md).
+
+    Parameters
+    ----------
+    dy : (batch, dim, length)
+        Gradient with respect to y, in u's dtype.
+    dlast_state : (batch, dim, state) or (sequences, dim, state)
+        Gradient with respect to the last state, in A's dtype; None is zero.
+    checkpoints
+        What ``selective_scan_forward`` returned for the same inputs; without it the forward is run again.
+
+    The other parameters are those of ``selective_scan``. Between checkpoints the states are recomputed. Sums over batch,
+    time and channels are taken in a fixed order: the results are the same bit for bit in every run.
+    """
+    op = "selective_scan_backward"
+    problem = _prepare(
+        op, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens, discretization,
+        dy=dy, dlast_state=dlast_state,
+    )  # fmt: skip
+    if checkpoints is None:
+        checkpoints = problem.empty_checkpoints()
+        problem.run(checkpoints)
+    return problem.run_backward(checkpoints)
+
+
+@dataclass
+class _Problem:
+    """Checked arguments in the form that the kernels take."""
+
+    caller: _arrays.Caller
+    backend: ModuleType
+    segments: Array
+    sequences: int
+    groups: int
+    arrays: dict[str, Any]  # by argument name, as given (views)
+    B: Array
+    C: Array
+    D: Array
+    delta_bias: Array
+    delta_softplus: bool
+    zoh: bool
+
+    def inputs(self) -> tuple[Any, ...]:
+        a = self.arrays
+        return (
+            a["u"], a["delta"], a["A"], self.B, self.C, self.D, a["z"], self.delta_bias, self.delta_softplus, self.zoh,
+        )  # fmt: skip
+
+    def empty_checkpoints(self) -> Any:
+        return self.backend.empty_checkpoints(self.segments, self.groups, self.arrays["A"])
+
+    def run(self, checkpoints: Any) -> tuple[Any, Any]:
+        u, A = self.arrays["u"], self.arrays["A"]
+        y, last_state = np.empty(u.shape, u.dtype), np.empty((self.sequences, *A.shape), A.dtype)
+        self.backend.selective_scan_forward(
+            self.segments, self.groups, *self.inputs(), self.arrays["initial_state"], y, last_state, checkpoints
+        )
+        return self.caller.leave(y), self.caller.leave(last_state)
+
+    def run_backward(self, checkpoints: Any) -> SelectiveScanGradients:
+        given = self.arrays
+        made = {
+            name: None if given[name] is None else np.empty(given[name].shape, given[name].dtype)
+            for name in ("u", "delta", "A", "B", "C", "z", "initial_state")
+        }
+        dD, ddelta_bias = np.empty_like(self.D), np.empty_like(self.delta_bias)
+        self.backend.selective_scan_backward(
+            self.segments, self.groups, given["dy"], *self.inputs(), checkpoints, given["dlast_state"],
+            made["u"], made["delta"], made["A"], _by_group(made["B"]), _by_group(made["C"]), dD, made["z"],
+            ddelta_bias, made["initial_state"],
+        )  # fmt: skip
+        made["D"] = None if given["D"] is None else dD
+        made["delta_bias"] = None if given["delta_bias"] is None else ddelta_bias
+        order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+        return SelectiveScanGradients(*(None if made[n] is None else self.caller.leave(made[n]) for n in order))
+
+
+def _prepare(
+    op: str,
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    z: Any,
+    delta_bias: Any,
+    delta_softplus: bool,
+    initial_state: Any,
+    seq_idx: Any,
+    cu_seqlens: Any,
+    discretization: str,
+    *,
+    dy: Any = None,
+    dlast_state: Any = None,
+) -> _Problem:
+    if discretization not in ("mamba", "zoh"):
+        raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "seq_idx", "cu_seqlens", "dy", "dlast_state")
+    values = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
+    caller, views = _arrays.enter(op, **dict(zip(names, values, strict=True)))
+    a = dict(zip(names, views, strict=True))
+    backend = _backends.for_device(op, caller.device)
+    is_complex = a["A"].dtype.kind == "c"
+    sizes = _check_shapes(op, a, is_complex)
+    real = _check_dtypes(op, a, is_complex)
+    table = segments(op, sizes["batch"], sizes["length"], a["seq_idx"], a["cu_seqlens"])
+    for name in ("u", "delta", "z", "dy", "B", "C"):
+        if a[name] is not None and a[name].ndim > 2:
+            a[name] = _checks.time_contiguous(a[name])
+    groups = max(1, *(x.shape[1] for x in (a["B"], a["C"]) if x.ndim == 4), 1)
+    zeros = np.zeros(sizes["dim"], real)
+    return _Problem(
+        caller, backend, table, sizes.get("sequences", sizes["batch"]), groups, a, _by_group(a["B"]), _by_group(a["C"]),
+        zeros if a["D"] is None else a["D"], zeros if a["delta_bias"] is None else a["delta_bias"], bool(delta_softplus),
+        discretization == "zoh",
+    )  # fmt: skip
+
+
+def _check_shapes(op: str, a: dict[str, Any], is_complex: bool) -> dict[str, int]:
+    wave = "batch, dim, length"
+    interleaved = {name: is_complex and a[name].ndim > 2 and a[name].dtype.kind != "c" for name in ("B", "C")}
+    varying = {name: "2*length" if interleaved[name] else "length" for name in ("B", "C")}
+    states = "batch, dim, state" if a["cu_seqlens"] is None else "sequences, dim, state"
+    sizes = _checks.sizes(
+        op,
+        u=(a["u"], wave), delta=(a["delta"], wave), A=(a["A"], "dim, state"),
+        B=(a["B"], f"dim, state | batch, state, {varying['B']} | batch, groups, state, {varying['B']}"),
+        C=(a["C"], f"dim, state | batch, state, {varying['C']} | batch, groups_of_c, state, {varying['C']}"),
+        D=(a["D"], "dim"), z=(a["z"], wave), delta_bias=(a["delta_bias"], "dim"),
+        seq_idx=(a["seq_idx"], "batch, length"), cu_seqlens=(a["cu_seqlens"], "sequences+1"),
+        initial_state=(a["initial_state"], states), dy=(a["dy"], wave), dlast_state=(a["dlast_state"], states),
+    )  # fmt: skip
+    if sizes["state"] == 0:
+        raise ValueError(f"{op}: A must have at least one state, got shape {a['A'].shape}")
+    groups, others = sizes.get("groups", 1), sizes.get("groups_of_c", 1)
+    if 1 not in (groups, others) and groups != others:
+        raise ValueError(f"{op}: C must have B's {groups} groups, or one, got {others}")
+    for name, count in (("B", groups), ("C", others)):
+        if count == 0 or sizes["dim"] % count:
+            raise ValueError(f"{op}: {name}'s groups must divide dim = {sizes['dim']}, got {count}")
+    return sizes
+
+
+def _check_dtypes(op: str, a: dict[str, Any], is_complex: bool) -> np.dtype[Any]:
+    """Check the dtypes and widen parameters and states in place; returns the real accumulation dtype."""
+    stored = _checks.storage(op, **{name: a[name] for name in ("u", "delta", "z", "dy")})
+    real = _checks.accumulation(stored)
+    number = np.result_type(real, np.complex64) if is_complex else real
+    for name in ("B", "C"):
+        array = a[name]
+        if array.ndim == 2:
+            if is_complex and array.dtype.kind != "c":
+                raise TypeError(f"{op}: {name} must be complex because A is and it is constant, got {array.dtype}")
+            a[name] = _checks.parameter(op, name, array, number)
+        elif array.dtype != (number if array.dtype.kind == "c" and is_complex else stored):
+            expected = f"{stored} (interleaved) or {number}" if is_complex else f"the dtype of u, {stored}"
+            raise TypeError(f"{op}: {name} must have dtype {expected}; got {array.dtype}")
+    for name in ("A", "initial_state", "dlast_state"):
+        a[name] = _checks.parameter(op, name, a[name], number)
+    for name in ("D", "delta_bias"):
+        a[name] = _checks.parameter(op, name, a[name], real)
+    return real
+
+
+def _by_group(array: Any) -> Any:
+    """B or C as the kernels take it: (dim, state) or (batch, groups, state, length)."""
+    return array[:, None] if array is not None and array.ndim == 3 else array
