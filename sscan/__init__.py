@@ -2,15 +2,25 @@
 
 from sscan.causal_conv1d import causal_conv1d, causal_conv1d_backward, causal_conv1d_update
 from sscan.rms_norm import rms_norm, rms_norm_backward
+from sscan.selective_scan import (
+    SelectiveScanGradients,
+    selective_scan,
+    selective_scan_backward,
+    selective_scan_forward,
+)
 from sscan.selective_state_update import selective_state_update
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SelectiveScanGradients",
     "causal_conv1d",
     "causal_conv1d_backward",
     "causal_conv1d_update",
     "rms_norm",
     "rms_norm_backward",
+    "selective_scan",
+    "selective_scan_backward",
+    "selective_scan_forward",
     "selective_state_update",
 ]
