@@ -8,7 +8,21 @@ from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
 from sscan.cpu._tiles import TILE, read_row, write_row
-from sscan.cpu._vector import WIDTH, Complex, _parts, _shuffle, _value, complex_, constant, imag, load, real, splat
+from sscan.cpu._vector import (
+    WIDTH,
+    Complex,
+    _parts,
+    _shuffle,
+    _value,
+    complex_,
+    constant,
+    imag,
+    load,
+    real,
+    splat,
+    store,
+    transpose,
+)
 from sscan.cpu._vector_math import LOG2_E
 
 
@@ -122,3 +136,55 @@ def _rates(A):
     if isinstance(A, Complex):
         return lambda A: complex_(real(A) * constant(A, LOG2_E), imag(A))
     return lambda A: A * constant(A, LOG2_E)
+
+
+# --- tiles of 16 rows by 16 numbers in real scratch: the real plane, then the imaginary one ---------------------------
+
+PLANE = TILE * TILE
+SQUARE = 2 * PLANE  # scratch that a tile takes
+
+
+def load_lanes(like, tile, offset):
+    """The 16 numbers at ``offset``. Only inside compiled code."""
+    raise NotImplementedError
+
+
+def store_lanes(tile, offset, x):
+    """The inverse of ``load_lanes``. Only inside compiled code."""
+    raise NotImplementedError
+
+
+def transpose_lanes(like, tile, source, destination):
+    """Transpose the tile at offset ``source`` into the one at ``destination``. Only inside compiled code."""
+    raise NotImplementedError
+
+
+@overload(load_lanes)
+def _load_lanes(like, tile, offset):
+    if isinstance(like, Complex):
+        return lambda like, tile, offset: complex_(load(tile, offset), load(tile, offset + PLANE))
+    return lambda like, tile, offset: load(tile, offset)
+
+
+@overload(store_lanes)
+def _store_lanes(tile, offset, x):
+    def store_complex(tile, offset, x):
+        store(tile, offset, real(x))
+        store(tile, offset + PLANE, imag(x))
+
+    def store_real(tile, offset, x):
+        store(tile, offset, x)
+
+    return store_complex if isinstance(x, Complex) else store_real
+
+
+@overload(transpose_lanes)
+def _transpose_lanes(like, tile, source, destination):
+    def transpose_complex(like, tile, source, destination):
+        transpose(tile, source, TILE, tile, destination, TILE)
+        transpose(tile, source + PLANE, TILE, tile, destination + PLANE, TILE)
+
+    def transpose_real(like, tile, source, destination):
+        transpose(tile, source, TILE, tile, destination, TILE)
+
+    return transpose_complex if isinstance(like, Complex) else transpose_real

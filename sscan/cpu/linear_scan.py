@@ -1,0 +1,235 @@
+"""The recurrence h_t = a_t h_{t-1} + b_t on the CPU: 16 lines side by side, a line being a row or a part of one.
+
+Few rows are cut into parts of equal length (but for the last), lines of their own. What a part makes of the state
+before it is affine, h -> P h + S: a first pass finds P and S of every part, which are carried from part to part, and a
+second pass writes the result. How rows are cut depends on their number and length only.
+
+Lines advance in tiles of 16 steps, transposed so that a vector holds one step of 16 lines. Where a line is shorter than
+its neighbours it is padded with a = 1 and b = 0, which leave the state alone.
+"""
+
+import numpy as np
+from numba.extending import register_jitable
+
+from sscan.cpu._parallel import kernel, run, take
+from sscan.cpu._rows import (
+    PLANE,
+    SQUARE,
+    lanes,
+    load_lanes,
+    read_lanes,
+    reals_per,
+    store_lanes,
+    transpose_lanes,
+    write_lanes,
+)
+from sscan.cpu._tiles import ABSENT, TILE, start, view
+from sscan.cpu._vector import conj, flush_subnormals, fma, restore_environment, scratch
+
+ENOUGH_ROWS, LINES, SHORTEST = 64, 256, 256  # rows that are not cut; lines to cut fewer rows into; steps of a part
+
+
+def cut(rows, length):
+    """Parts of each row, and their length, a multiple of 16."""
+    parts = 1 if rows >= ENOUGH_ROWS or rows == 0 else max(1, min(-(-LINES // rows), length // SHORTEST))
+    return parts, -(-length // (parts * TILE)) * TILE
+
+
+@register_jitable
+def place_lines(steps, line0, lines, shape):
+    """Steps of up to 16 lines from line0 on; the number of lines."""
+    length, parts, part_length = shape
+    count = min(TILE, lines - line0)
+    for r in range(count):
+        steps[r] = max(0, min(part_length, length - (line0 + r) % parts * part_length))
+    return count
+
+
+@register_jitable
+def load_tile(like, T, to, source, line0, count, shape, steps, t0, padding):
+    """Tile ``to`` = 16 steps from t0 on, time-major; past the end of line r comes the r-th number at ``padding``."""
+    _, parts, part_length = shape
+    for r in range(count):
+        row, part = (line0 + r) // parts, (line0 + r) % parts
+        here = min(TILE, max(0, steps[r] - t0))
+        at = start(source, 0, 0, row, reals_per(like) * (part * part_length + t0))
+        store_lanes(T, to + TILE * r, read_lanes(like, source, at, here))
+        for k in range(here, TILE):
+            T[to + TILE * r + k] = T[padding + r]
+            if reals_per(like) == 2:
+                T[to + PLANE + TILE * r + k] = T[padding + PLANE + r]
+    transpose_lanes(like, T, to, to)
+
+
+@register_jitable
+def write_tile(like, T, source, destination, line0, count, shape, steps, t0):
+    """The inverse of ``load_tile``; leaves the tile transposed."""
+    _, parts, part_length = shape
+    transpose_lanes(like, T, source, source)
+    for r in range(count):
+        row, part = (line0 + r) // parts, (line0 + r) % parts
+        here = min(TILE, max(0, steps[r] - t0))
+        at = start(destination, 0, 0, row, reals_per(like) * (part * part_length + t0))
+        write_lanes(destination, at, here, load_lanes(like, T, source + TILE * r))
+
+
+@kernel
+def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, shape, descending, adjoint):
+    """One task: 16 lines, from the state ``first`` to ``last``. h and the product of a are written unless absent.
+
+    ``shape`` is (length, parts, part_length); ``descending``: from the last step to the first. ``adjoint``: the
+    recurrence is c <- conj(a) (b + c), which carries gradients.
+    """
+    environment = flush_subnormals()
+    nothing, one = lanes(like_a.dtype.type(0)), lanes(like_a.dtype.type(1))
+    T, steps = scratch(5 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64)
+    T[:] = 0
+    A, B, H, ONE, ZERO = 0, SQUARE, 2 * SQUARE, 3 * SQUARE, 4 * SQUARE
+    store_lanes(T, ONE, one)
+    tiles = shape[2] // TILE
+    while True:
+        line0 = TILE * take(counter)
+        if line0 >= lines:
+            break
+        count = place_lines(steps, line0, lines, shape)
+        at = reals_per(nothing) * line0
+        state, total = read_lanes(nothing, first, start(first, 0, 0, 0, at), count), one
+        for i in range(tiles):
+            t0 = TILE * (tiles - 1 - i if descending else i)
+            load_tile(nothing, T, A, a, line0, count, shape, steps, t0, ONE)
+            load_tile(nothing, T, B, b, line0, count, shape, steps, t0, ZERO)
+            for k in range(TILE):
+                s = TILE * (TILE - 1 - k if descending else k)
+                x, y = load_lanes(nothing, T, A + s), load_lanes(nothing, T, B + s)
+                if adjoint:
+                    x = conj(x)
+                    state = x * (y + state)
+                else:
+                    state = fma(x, state, y)
+                total = total * x
+                store_lanes(T, H + s, state)
+            if h.address:
+                write_tile(nothing, T, H, h, line0, count, shape, steps, t0)
+        write_lanes(last, start(last, 0, 0, 0, at), count, state)
+        if product.address:
+            write_lanes(product, start(product, 0, 0, 0, at), count, total)
+    restore_environment(environment)
+
+
+@kernel
+def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, lines, shape, descending):
+    """One task: 16 lines, against the direction of the scan; carries conj(a) G from ``first`` to ``last``.
+
+    db = G = dh + carry, da = G conj(state before the step): the state is read one tile ahead, and ``before`` holds the
+    state before each whole line.
+    """
+    environment = flush_subnormals()
+    nothing = lanes(like_a.dtype.type(0))
+    T, steps = scratch(9 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64)
+    T[:] = 0
+    A, DH, DA, DB, ONE, ZERO, BEFORE = 0, SQUARE, 2 * SQUARE, 3 * SQUARE, 4 * SQUARE, 5 * SQUARE, 6 * SQUARE
+    H, ahead = 7 * SQUARE, 8 * SQUARE
+    store_lanes(T, ONE, lanes(like_a.dtype.type(1)))
+    tiles = shape[2] // TILE
+    towards, edge = (-TILE, PLANE - TILE) if descending else (TILE, 0)  # the step before in the scan's direction
+    while True:
+        line0 = TILE * take(counter)
+        if line0 >= lines:
+            break
+        count = place_lines(steps, line0, lines, shape)
+        at = reals_per(nothing) * line0
+        carry = read_lanes(nothing, first, start(first, 0, 0, 0, at), count)
+        store_lanes(T, BEFORE, read_lanes(nothing, before, start(before, 0, 0, 0, at), count))
+        load_tile(nothing, T, H, h, line0, count, shape, steps, TILE * (tiles - 1) if descending else 0, BEFORE)
+        for i in range(tiles):
+            t0 = TILE * (tiles - 1 - i if descending else i)
+            load_tile(nothing, T, DH, dh, line0, count, shape, steps, t0, ZERO)
+            load_tile(nothing, T, A, a, line0, count, shape, steps, t0, ONE)
+            beyond = load_lanes(nothing, T, BEFORE)
+            if i + 1 < tiles:
+                load_tile(nothing, T, ahead, h, line0, count, shape, steps, t0 + towards, BEFORE)
+                beyond = load_lanes(nothing, T, ahead + edge)
+            for k in range(TILE):
+                s = TILE * (TILE - 1 - k if descending else k)
+                G = load_lanes(nothing, T, DH + s) + carry
+                store_lanes(T, DB + s, G)
+                x = load_lanes(nothing, T, H + s + towards) if k + 1 < TILE else beyond
+                store_lanes(T, DA + s, G * conj(x))
+                carry = conj(load_lanes(nothing, T, A + s)) * G
+            write_tile(nothing, T, DA, da, line0, count, shape, steps, t0)
+            write_tile(nothing, T, DB, db, line0, count, shape, steps, t0)
+            H, ahead = ahead, H
+        write_lanes(last, start(last, 0, 0, 0, at), count, carry)
+    restore_environment(environment)
+
+
+@kernel
+def combine(counter, tasks, product, states, backwards):
+    """One task: everything. states[row, part] = the state that a part ends in becomes the one that it starts from.
+
+    states[row] has one column more, for where the row starts from; ``backwards``: parts are passed from the last on.
+    """
+    while take(counter) < tasks:
+        rows, parts = product.shape
+        for row in range(rows):
+            state = states[row, parts]
+            for i in range(parts):
+                part = parts - 1 - i if backwards else i
+                end, states[row, part] = states[row, part], state
+                state = product[row, part] * state + end if state != 0 else end
+
+
+# --- what the ops call -----------------------------------------------------------------------------------------------
+
+
+def _flat(array):
+    return view(array.reshape(1, 1, -1))
+
+
+def _starts(a, b, initial, descending, adjoint, shape):
+    """The state that every line starts from, (lines,), given those that the rows start from."""
+    rows, (_, parts, _) = len(a), shape
+    if parts == 1:
+        return initial
+    states, product = np.empty((rows, parts + 1), initial.dtype), np.empty((rows, parts), initial.dtype)
+    zeros, last = np.zeros(rows * parts, initial.dtype), np.empty(rows * parts, initial.dtype)
+    run(
+        scan, -(-rows * parts // TILE), view(a[None]), view(b[None]), ABSENT, _flat(zeros), _flat(last), _flat(product),
+        initial[:0], rows * parts, shape, descending, adjoint,
+    )  # fmt: skip
+    states[:, :parts], states[:, parts] = last.reshape(rows, parts), initial
+    run(combine, 1, product, states, descending)
+    return np.ascontiguousarray(states[:, :parts]).reshape(-1)
+
+
+def linear_scan_forward(a, b, initial_state, reverse, h):
+    """Fill h from a and b, all (rows, length) of one storage dtype with unit stride along time.
+
+    initial_state (rows,) is contiguous, in the accumulation dtype.
+    """
+    rows, length = a.shape
+    shape = (length, *cut(rows, length))
+    first = _starts(a, b, initial_state, reverse, False, shape)
+    last = np.empty_like(first)
+    run(
+        scan, -(-len(first) // TILE), view(a[None]), view(b[None]), view(h[None]), _flat(first), _flat(last), ABSENT,
+        first[:0], len(first), shape, reverse, False,
+    )  # fmt: skip
+
+
+def linear_scan_backward(dh, a, h, initial_state, reverse, da, db, dinitial_state):
+    """Fill da, db and dinitial_state; arrays as in ``linear_scan_forward``."""
+    rows, length = a.shape
+    parts, part_length = cut(rows, length)
+    shape = length, parts, part_length
+    first = _starts(a, dh, np.zeros_like(initial_state), not reverse, True, shape)
+    before = np.empty((rows, parts), initial_state.dtype)
+    for part in range(parts):
+        border = min((part + 1) * part_length, length) if reverse else part * part_length - 1
+        before[:, part] = h[:, border] if 0 <= border < length else initial_state
+    last = np.empty_like(first)
+    run(
+        backward, -(-len(first) // TILE), view(dh[None]), view(a[None]), view(h[None]), view(da[None]), view(db[None]),
+        _flat(first), _flat(last), _flat(before), first[:0], len(first), shape, not reverse,
+    )  # fmt: skip
+    dinitial_state[...] = last.reshape(rows, parts)[:, -1 if reverse else 0]

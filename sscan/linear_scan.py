@@ -1,0 +1,118 @@
+"""The linear recurrence along the last axis: the scan primitive itself."""
+
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from sscan import _arrays, _backends, _checks, _shapes
+from sscan._arrays import Array
+
+
+class LinearScanGradients(NamedTuple):
+    """Gradients of `linear_scan`, each in the shape and dtype of its argument; None where that was None."""
+
+    da: Any
+    db: Any
+    dinitial_state: Any
+
+
+def _initial(op: str, initial_state: Array | None, **arrays: Array) -> Array:
+    """The initial state (zeros if None) as (rows,) in the accumulation dtype, after the checks on all arguments."""
+    _shapes.same(op, **arrays)
+    a = arrays["a"]
+    dtype = a.dtype
+    if dtype in (np.complex64, np.complex128):
+        for name, array in arrays.items():
+            if array.dtype != dtype:
+                raise TypeError(f"{op}: {name} must have the dtype of a, {dtype}; got {array.dtype}")
+    else:
+        dtype = _checks.accumulation(_checks.storage(op, **{"a": a, **arrays}))
+    if initial_state is None:
+        return np.zeros(int(np.prod(a.shape[:-1], dtype=np.int64)), dtype)
+    if initial_state.shape != a.shape[:-1]:
+        expected = f"the shape of a without its last axis, {a.shape[:-1]}"
+        raise ValueError(f"{op}: initial_state must have {expected}, got {initial_state.shape}")
+    return cast(Array, _checks.parameter(op, "initial_state", initial_state, dtype)).reshape(-1)
+
+
+def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
+    """Linear recurrence h_t = a_t h_{t-1} + b_t along the last axis; h_t = a_t h_{t+1} + b_t, if `reverse`.
+
+    What is left of equation (2a) of the paper once A_bar_t and B_bar_t x_t are known.
+
+    Parameters
+    ----------
+    a, b : array (..., length)
+        Of one shape and dtype: float64, float32, float16, bfloat16, complex64 or complex128. Copied only if the last
+        axis is strided or the others do not merge into one.
+    initial_state : array (...), optional
+        The state before the first step (after the last, if `reverse`), of any dtype that the accumulation dtype holds:
+        that of a, but float32 for halves. None is zero.
+    reverse : bool
+        Whether time runs backwards.
+
+    Returns
+    -------
+    h : array (..., length)
+        All states, in the library and dtype of b.
+
+    Raises
+    ------
+    ValueError
+        Shapes do not agree.
+    TypeError
+        A dtype does not fit; arrays of different libraries or devices; a tensor that requires grad.
+
+    Notes
+    -----
+    The state stays in the accumulation dtype; h is rounded once. Few long rows are cut along time, in a way that
+    depends on the shape only: the result is the same, bit for bit, for every run and number of threads. Memory beyond
+    the result is a few numbers for each row, or for each of its parts.
+    """
+    op = "linear_scan"
+    caller, (a, b, initial_state) = _arrays.enter(op, a=a, b=b, initial_state=initial_state)
+    kernels = _backends.for_device(op, caller.device)
+    state = _initial(op, initial_state, a=a, b=b)
+    h = np.empty(b.shape, b.dtype)
+    kernels.linear_scan_forward(_shapes.rows(a), _shapes.rows(b), state, bool(reverse), _shapes.rows(h))
+    return caller.leave(h)
+
+
+def linear_scan_backward(
+    dh: Any, a: Any, h: Any, initial_state: Any = None, reverse: bool = False
+) -> LinearScanGradients:
+    """Gradients of `linear_scan` from those of h, with h as it was returned.
+
+    G_t = dh_t + conj(a_{t+1}) G_{t+1} is the same recurrence the other way; db_t = G_t, da_t = G_t conj(h_{t-1}), and
+    conj(a_1) G_1 is the gradient of the initial state. Complex gradients are those of PyTorch: dL = Re(conj(g) dx).
+
+    Parameters
+    ----------
+    dh, a, h : array (..., length)
+        Of one shape and dtype.
+    initial_state, reverse
+        As given to `linear_scan`.
+
+    Returns
+    -------
+    LinearScanGradients
+        (da, db, dinitial_state).
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `linear_scan`.
+    """
+    op = "linear_scan_backward"
+    caller, (a, dh, h, initial_state) = _arrays.enter(op, a=a, dh=dh, h=h, initial_state=initial_state)
+    kernels = _backends.for_device(op, caller.device)
+    state = _initial(op, initial_state, a=a, dh=dh, h=h)
+    da, db, dstate = np.empty(a.shape, a.dtype), np.empty(a.shape, a.dtype), np.empty_like(state)
+    kernels.linear_scan_backward(
+        _shapes.rows(dh), _shapes.rows(a), _shapes.rows(h), state, bool(reverse),
+        _shapes.rows(da), _shapes.rows(db), dstate,
+    )  # fmt: skip
+    dinitial_state = None
+    if initial_state is not None:
+        dinitial_state = caller.leave(dstate.reshape(initial_state.shape).astype(initial_state.dtype, copy=False))
+    return LinearScanGradients(caller.leave(da), caller.leave(db), dinitial_state)
