@@ -1,6 +1,7 @@
 """Selective state space models (Mamba) on the arrays of NumPy, PyTorch, JAX and CuPy."""
 
 from sscan.causal_conv1d import causal_conv1d, causal_conv1d_backward, causal_conv1d_update
+from sscan.discretize import discretize, discretize_backward
 from sscan.linear_scan import linear_scan, linear_scan_backward
 from sscan.rms_norm import rms_norm, rms_norm_backward
 from sscan.selective_scan import (
@@ -18,6 +19,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_backward",
     "causal_conv1d_update",
+    "discretize",
+    "discretize_backward",
     "linear_scan",
     "linear_scan_backward",
     "rms_norm",

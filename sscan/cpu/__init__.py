@@ -1,6 +1,7 @@
 """Kernels for arrays in CPU memory: checked arrays in, filled arrays out. One module for each op."""
 
 from sscan.cpu.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward, causal_conv1d_update
+from sscan.cpu.discretize import discretize_backward, discretize_forward
 from sscan.cpu.linear_scan import linear_scan_backward, linear_scan_forward
 from sscan.cpu.rms_norm import rms_norm_backward, rms_norm_forward
 from sscan.cpu.selective_scan import empty_checkpoints, selective_scan_backward, selective_scan_forward
@@ -10,6 +11,8 @@ __all__ = [
     "causal_conv1d_backward",
     "causal_conv1d_forward",
     "causal_conv1d_update",
+    "discretize_backward",
+    "discretize_forward",
     "empty_checkpoints",
     "linear_scan_backward",
     "linear_scan_forward",
