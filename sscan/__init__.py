@@ -11,6 +11,7 @@ from sscan.selective_scan import (
     selective_scan_forward,
 )
 from sscan.selective_state_update import selective_state_update
+from sscan.ssm import ssm_convolution, ssm_convolution_backward, ssm_kernel, ssm_kernel_backward
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,8 @@ __all__ = [
     "selective_scan_backward",
     "selective_scan_forward",
     "selective_state_update",
+    "ssm_convolution",
+    "ssm_convolution_backward",
+    "ssm_kernel",
+    "ssm_kernel_backward",
 ]

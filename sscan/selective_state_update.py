@@ -74,7 +74,8 @@ def selective_state_update(
     A : array (dim, state)
         Real or complex, in the accumulation dtype: float64 (complex128) for float64 x, else float32 (complex64).
     B, C : array (batch, state) or (batch, groups, state)
-        In the dtype of x; complex, in the dtype of A, for a complex A. A group serves dim / groups neighbouring channels.
+        In the dtype of x; complex, in the dtype of A, for a complex A. A group serves dim / groups consecutive
+        channels.
     D, dt_bias : array (dim,), optional
         In the (real) accumulation dtype.
     dt_softplus : bool

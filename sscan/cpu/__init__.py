@@ -6,6 +6,7 @@ from sscan.cpu.linear_scan import linear_scan_backward, linear_scan_forward
 from sscan.cpu.rms_norm import rms_norm_backward, rms_norm_forward
 from sscan.cpu.selective_scan import empty_checkpoints, selective_scan_backward, selective_scan_forward
 from sscan.cpu.selective_state_update import selective_state_update
+from sscan.cpu.ssm import ssm_convolution_backward, ssm_convolution_forward, ssm_kernel_backward, ssm_kernel_forward
 
 __all__ = [
     "causal_conv1d_backward",
@@ -21,4 +22,8 @@ __all__ = [
     "selective_scan_backward",
     "selective_scan_forward",
     "selective_state_update",
+    "ssm_convolution_backward",
+    "ssm_convolution_forward",
+    "ssm_kernel_backward",
+    "ssm_kernel_forward",
 ]
