@@ -152,10 +152,6 @@ def _train(options: argparse.Namespace) -> int:
         f"model       {count} in {width.n_layer} Mamba blocks of width {width.d_model}, "
         f"{width.batch} windows of {width.length} bytes a step"
     )
-    start = time.perf_counter()
-    run.warm_up()
-    print(f"kernels     ready after {time.perf_counter() - start:.1f} s", flush=True)
-
     interrupted = _train_until_done(run, folder)
     print(f"checkpoint  {folder}: {len(run.losses):,} steps in {run.seconds:.0f} s")
     if interrupted:
@@ -212,8 +208,11 @@ def _train_until_done(run: TrainingRun, folder: Path) -> int:
     """Train and save; the number of the signal that stopped it early, or 0."""
     from sscan.tasks.progress import Progress
 
+    start = time.monotonic()
+    run.warm_up()
     with _stop_requests() as received, Progress(run, sys.stderr) as progress:
         saved = time.monotonic()
+        print(f"kernels     ready after {saved - start:.1f} s", flush=True)
         while run.progress < 1 and not received:
             try:
                 run.step()
