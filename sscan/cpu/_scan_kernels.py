@@ -98,26 +98,29 @@ def load_numbers(numbers, chunk, source, batch, group, state, time, steps):
 
 @register_jitable
 def load_delta(DL, DU, DR, UR, tile, u, delta, delta_bias, delta_softplus, zoh, at_u, at_delta, d0, rows, steps, ahead):
-    """One chunk of one block: delta after bias and softplus and delta u (u alone under zoh), time-major; delta and u, row-major."""
+    """One chunk of one block: delta after bias and softplus and delta u (u alone under zoh), time-major; delta and u, row-major.
+
+    Rows are read one by one; functions of their elements are taken of several rows at a time, whose latencies overlap.
+    """
     zero = splat(tile.dtype.type(0))
     for t in range(0, steps, TILE):
         count = min(TILE, steps - t)
         for r in range(rows):
             here = at_delta + r * delta.row + t * delta.item
             prefetch(here + ahead * delta.item)
-            dl = read_row(zero, delta, here, count) + splat(delta_bias[d0 + r])
+            store(DR, TILE * (t + r), read_row(zero, delta, here, count) + splat(delta_bias[d0 + r]))
             here = at_u + r * u.row + t * u.item
             prefetch(here + ahead * u.item)
-            x = read_row(zero, u, here, count)
-            if delta_softplus:
-                dl = softplus(dl)
-            store(DR, TILE * (t + r), dl)
-            store(UR, TILE * (t + r), x)
-            store(tile, TILE * r, x if zoh else dl * x)
+            store(UR, TILE * (t + r), read_row(zero, u, here, count))
         for r in range(rows, TILE):
             store(DR, TILE * (t + r), zero)
             store(UR, TILE * (t + r), zero)
-            store(tile, TILE * r, zero)
+        for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
+            dl, x = load_wide(DR, TILE * t + k), load_wide(UR, TILE * t + k)
+            if delta_softplus:
+                dl = softplus(dl)
+            store_wide(DR, TILE * t + k, dl)
+            store_wide(tile, k, x if zoh else dl * x)
         transpose(DR, TILE * t, TILE, DL, TILE * t, TILE)
         transpose(tile, 0, TILE, DU, TILE * t, TILE)
 
@@ -147,15 +150,19 @@ def store_output(Y, UR, tile, D, z, y, batch, group, r0, d0, time, rows, steps, 
         count = min(TILE, steps - t)
         transpose(Y, TILE * t, TILE, tile, 0, TILE)
         for r in range(rows):
-            x = fma(splat(D[d0 + r]), load(UR, TILE * (t + r)), load(tile, TILE * r))
-            if z.address != 0:
+            store(tile, TILE * r, fma(splat(D[d0 + r]), load(UR, TILE * (t + r)), load(tile, TILE * r)))
+        if z.address != 0:
+            for r in range(rows):
                 here = at_z + r * z.row + t * z.item
                 prefetch(here + ahead * z.item)
-                gate = read_row(zero, z, here, count)
-                x = x * (gate * sigmoid(gate))
+                store(tile, TILE * (TILE + r), read_row(zero, z, here, count))
+            for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
+                gate = load_wide(tile, TILE * TILE + k)
+                store_wide(tile, k, load_wide(tile, k) * (gate * sigmoid(gate)))
+        for r in range(rows):
             here = at_y + r * y.row + t * y.item
             prefetch(here + ahead * y.item)
-            write_row(y, here, count, x)
+            write_row(y, here, count, load(tile, TILE * r))
 
 
 @functools.cache
@@ -178,7 +185,8 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         step = states_per_step(A)
         padded = (state + step - 1) // step * step
         zero = splat(D.dtype.type(0))
-        tile, Y = scratch(TILE * TILE, D.dtype), scratch(chunk * TILE, D.dtype)
+        tile, Y = scratch(2 * TILE * TILE, D.dtype), scratch(chunk * TILE, D.dtype)
+        tile[:] = 0
         DL, DU = scratch(chunk * TILE, D.dtype), scratch(chunk * TILE, D.dtype)
         DR, UR = scratch(chunk * TILE, D.dtype), scratch(chunk * TILE, D.dtype)
         H, R, I = scratch(padded * TILE, A.dtype), scratch(padded * TILE, A.dtype), scratch(padded * TILE, A.dtype)
@@ -275,15 +283,17 @@ def load_cotangent(GY, GR, tile, dy, z, at_dy, at_z, rows, steps):
         for r in range(rows):
             here = at_dy + r * dy.row + t * dy.item
             prefetch(here - CHECKPOINT * dy.item)
-            x = read_row(zero, dy, here, count)
-            if z.address != 0:
-                here = at_z + r * z.row + t * z.item
-                prefetch(here - CHECKPOINT * z.item)
-                gate = read_row(zero, z, here, count)
-                x = x * (gate * sigmoid(gate))
-            store(GR, TILE * (t + r), x)
+            store(GR, TILE * (t + r), read_row(zero, dy, here, count))
         for r in range(rows, TILE):
             store(GR, TILE * (t + r), zero)
+        if z.address != 0:
+            for r in range(rows):
+                here = at_z + r * z.row + t * z.item
+                prefetch(here - CHECKPOINT * z.item)
+                store(tile, TILE * r, read_row(zero, z, here, count))
+            for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
+                gate = load_wide(tile, k)
+                store_wide(GR, TILE * t + k, load_wide(GR, TILE * t + k) * (gate * sigmoid(gate)))
         transpose(GR, TILE * t, TILE, GY, TILE * t, TILE)
 
 
@@ -309,33 +319,50 @@ def store_gradients(
 ):  # fmt: skip
     """Row-major end of a chunk: du, ddelta and dz from what was summed over the states; adds to the sums for dD and dbias."""
     zero = splat(tile.dtype.type(0))
-    one = constant(zero, 1.0)
+    at_delta, at_ddelta = start(delta, batch, group, r0, time), start(ddelta, batch, group, r0, time)
+    at_du = start(du, batch, group, r0, time)
     for t in range(0, steps, TILE):
         count = min(TILE, steps - t)
         transpose(SU, TILE * t, TILE, tile, 0, TILE)
         transpose(SD, TILE * t, TILE, tile, 256, TILE)
-        transpose(YT, TILE * t, TILE, tile, 512, TILE)
         for r in range(rows):
-            row = TILE * (t + r)
-            x, gy, skip = load(UR, row), load(GR, row), splat(D[d0 + r])
-            sum_u, g = load(tile, TILE * r), load(tile, 256 + TILE * r)
+            here = at_delta + r * delta.row + t * delta.item
+            store(tile, 512 + TILE * r, read_row(zero, delta, here, count) + splat(delta_bias[d0 + r]))
+        for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
+            sum_u, g = load_wide(tile, k), load_wide(tile, 256 + k)
             if not zoh:
-                g = fma(sum_u, x, g)
-                sum_u = sum_u * load(DR, row)
+                g = fma(sum_u, load_wide(UR, TILE * t + k), g)
+                sum_u = sum_u * load_wide(DR, TILE * t + k)
             if delta_softplus:
-                at = start(delta, batch, group, r0 + r, time + t)
-                g = g * sigmoid(read_row(zero, delta, at, count) + splat(delta_bias[d0 + r]))
-            write_row(du, start(du, batch, group, r0 + r, time + t), count, fma(skip, gy, sum_u))
-            write_row(ddelta, start(ddelta, batch, group, r0 + r, time + t), count, g)
-            if z.address != 0:
-                gate = read_row(zero, z, start(z, batch, group, r0 + r, time + t), count)
-                gradient = read_row(zero, dy, start(dy, batch, group, r0 + r, time + t), count)
-                s = sigmoid(gate)
-                slope = s * fma(gate, one - s, one)
-                before = fma(skip, x, load(tile, 512 + TILE * r))
-                write_row(dz, start(dz, batch, group, r0 + r, time + t), count, gradient * before * slope)
-            store(dD, sums + TILE * r, fma(gy, x, load(dD, sums + TILE * r)))
-            store(dbias, sums + TILE * r, load(dbias, sums + TILE * r) + first(g, count))
+                g = g * sigmoid(load_wide(tile, 512 + k))
+            store_wide(tile, k, sum_u)
+            store_wide(tile, 256 + k, g)
+        for r in range(rows):
+            gy, g = load(GR, TILE * (t + r)), first(load(tile, 256 + TILE * r), count)
+            write_row(du, at_du + r * du.row + t * du.item, count, fma(splat(D[d0 + r]), gy, load(tile, TILE * r)))
+            write_row(ddelta, at_ddelta + r * ddelta.row + t * ddelta.item, count, g)
+            store(dD, sums + TILE * r, fma(gy, load(UR, TILE * (t + r)), load(dD, sums + TILE * r)))
+            store(dbias, sums + TILE * r, g + load(dbias, sums + TILE * r))
+        if z.address != 0:
+            store_gate_gradient(YT, UR, tile, D, dy, z, dz, batch, group, r0, d0, time, t, rows, count)
+
+
+@register_jitable
+def store_gate_gradient(YT, UR, tile, D, dy, z, dz, batch, group, r0, d0, time, t, rows, count):
+    """dz of one tile: dy times the output before the gate times the slope of silu."""
+    zero = splat(tile.dtype.type(0))
+    transpose(YT, TILE * t, TILE, tile, 0, TILE)
+    for r in range(rows):
+        store(tile, TILE * r, fma(splat(D[d0 + r]), load(UR, TILE * (t + r)), load(tile, TILE * r)))
+        store(tile, 256 + TILE * r, read_row(zero, z, start(z, batch, group, r0 + r, time + t), count))
+        store(tile, 512 + TILE * r, read_row(zero, dy, start(dy, batch, group, r0 + r, time + t), count))
+    for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
+        gate = load_wide(tile, 256 + k)
+        s, one = sigmoid(gate), constant(gate, 1.0)
+        slope = s * fma(gate, one - s, one)
+        store_wide(tile, k, load_wide(tile, k) * load_wide(tile, 512 + k) * slope)
+    for r in range(rows):
+        write_row(dz, start(dz, batch, group, r0 + r, time + t), count, load(tile, TILE * r))
 
 
 @functools.cache
@@ -364,6 +391,7 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         T = CHECKPOINT
         zero = splat(D.dtype.type(0))
         tile = scratch(3 * TILE * TILE, D.dtype)
+        tile[:] = 0
         DL, DU, GY = scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype)
         YT, SU, SD = scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype)
         DR, UR, GR = scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype)
