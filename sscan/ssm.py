@@ -158,7 +158,7 @@ def ssm_convolution(u: Any, kernel: Any) -> Any:
 
     Notes
     -----
-    Transforms are in the accumulation dtype, of blocks of channels padded to at least 2 length, so nothing wraps around.
+    Transforms are in the accumulation dtype, over channels padded to at least 2 length, so nothing wraps around.
     Errors are relative to the largest values of a channel, and causality holds up to such errors. The same bit for bit
     in every run and for every number of threads.
     """
