@@ -390,8 +390,10 @@ LARGE = {
     "causal_conv1d packed": partial(
         conv_problem, batch=1, dim=9, length=9001, initial_state=True, cu_seqlens=(0, 5, 5, 4200, 8300, 8301, 9001)
     ),
+    "causal_conv1d wide": partial(conv_problem, dim=2, length=2500, width=1100, initial_state=True),
     "linear_scan": partial(linear_scan_problem, shape=(3, 5003), initial_state=True),
     "linear_scan reverse": partial(linear_scan_problem, shape=(3, 5003), initial_state=True, reverse=True),
+    "linear_scan rows": partial(linear_scan_problem, shape=(3000, 33), initial_state=True),
     "linear_scan complex": partial(linear_scan_problem, shape=(1, 1200), dtype="complex64", initial_state=True),
     "rms_norm": partial(norm_problem, shape=(3000, 40), residual="float32"),
     "discretize": partial(discretize_problem, dim=40, length=150, B="2"),

@@ -2,8 +2,8 @@
 
 Segments (sscan/_segments.py) are cut into *parts* of at most ``PART`` steps, so that one long row is shared by all
 threads. A part reads the few inputs before it (and, backward, the few gradients after it) on its own, so parts do not
-depend on each other. A *bundle* is a run of parts that together are worth a task; a task is one bundle of ``ROWS``
-channels.
+depend on each other. A *bundle* is a run of parts, together about as long as one; a task is one bundle of some
+channels. How problems are cut depends on their shape and segments only.
 
 A part is walked in chunks that stay in the nearest cache: inputs are converted to the accumulation dtype once, and
 every tap then multiplies the same numbers, read one further along.
@@ -32,7 +32,7 @@ from sscan.cpu._vector_math import sigmoid
 
 CHUNK = 1024
 PART = 4 * CHUNK
-ROWS = 8
+TASK = 8 * PART  # numbers in a task: less is not worth waking a second thread
 STEP_BLOCKS = 256  # of a decoding step: 4096 channels take some ten microseconds
 
 # Columns of the table of parts: batch row, first step and number of steps of the segment; first step within the segment
@@ -41,7 +41,7 @@ BATCH, BEGIN, LENGTH, FROM, STEPS, INITIAL, FINAL = range(7)
 
 
 def cut(segments, has_initial, has_final):
-    """The table of parts, and the borders of the bundles in it. Depends on the segments only, not on the threads."""
+    """The table of parts, the borders of the bundles in it, and the channels of a task."""
     pieces = np.maximum(1, -(-segments[:, 2] // PART))
     batch, begin, length, initial, final = np.repeat(segments, pieces, axis=0).T
     offset = PART * (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces))
@@ -51,7 +51,8 @@ def cut(segments, has_initial, has_final):
     cost = steps + TILE  # also counts what an empty part costs
     bundle = (np.cumsum(cost) - cost) // PART
     borders = np.append(np.flatnonzero(np.diff(bundle, prepend=-1)), len(bundle))
-    return np.ascontiguousarray(np.stack(columns, axis=1)), borders
+    channels = max(8, TASK // max(1, min(PART, cost.sum())))
+    return np.ascontiguousarray(np.stack(columns, axis=1)), borders, channels
 
 
 @register_jitable
@@ -65,10 +66,10 @@ def load_window(X, at, x, address, t0, count, halo, initial_state, initial, d):
 
 
 @kernel
-def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, initial_state, final_state):
-    """One task: ``ROWS`` channels of one bundle. The last part of a segment writes its final state."""
+def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, channels, initial_state, final_state):
+    """One task: ``channels`` channels of one bundle. The last part of a segment writes its final state."""
     dim, width = weight.shape
-    blocks = (dim + ROWS - 1) // ROWS
+    blocks = (dim + channels - 1) // channels
     halo = width - 1
     at = (halo + TILE - 1) // TILE * TILE
     Y = scratch(CHUNK, weight.dtype)
@@ -80,8 +81,8 @@ def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, initial_st
         task = take(counter)
         if task >= tasks:
             break
-        bundle, d0 = task // blocks, task % blocks * ROWS
-        for d in range(d0, min(d0 + ROWS, dim)):
+        bundle, d0 = task // blocks, task % blocks * channels
+        for d in range(d0, min(d0 + channels, dim)):
             b = repeat(splat(bias[d]), like)
             for p in range(bundles[bundle], bundles[bundle + 1]):
                 length, offset, initial, final = parts[p, LENGTH], parts[p, FROM], parts[p, INITIAL], parts[p, FINAL]
@@ -108,15 +109,16 @@ def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, initial_st
 
 @kernel
 def backward(
-    counter, tasks, dy, x, dx, weight, bias, silu, parts, bundles, initial_state, dfinal_state, dinitial_state, partials
+    counter, tasks, dy, x, dx, weight, bias, silu, parts, bundles, channels, initial_state, dfinal_state,
+    dinitial_state, partials,
 ):  # fmt: skip
-    """One task: ``ROWS`` channels of one bundle, whose sums for dweight and dbias are partials[bundle, d].
+    """One task: ``channels`` channels of one bundle, whose sums for dweight and dbias are partials[bundle, d].
 
     The gradient G of the sum before the activation is needed ``width - 1`` steps past the chunk, where it is computed
     again by whoever owns those steps. X and G are zero past what was read: the sums run over whole vectors.
     """
     dim, width = weight.shape
-    blocks = (dim + ROWS - 1) // ROWS
+    blocks = (dim + channels - 1) // channels
     halo = width - 1
     at = (halo + TILE - 1) // TILE * TILE
     DX = scratch(CHUNK, weight.dtype)
@@ -133,8 +135,8 @@ def backward(
         task = take(counter)
         if task >= tasks:
             break
-        bundle, d0 = task // blocks, task % blocks * ROWS
-        for d in range(d0, min(d0 + ROWS, dim)):
+        bundle, d0 = task // blocks, task % blocks * channels
+        for d in range(d0, min(d0 + channels, dim)):
             b = repeat(splat(bias[d]), like)
             S[:] = 0
             for p in range(bundles[bundle], bundles[bundle + 1]):
@@ -146,7 +148,7 @@ def backward(
                     count = min(steps + halo, length - t0)
                     here = start(x, batch, 0, d, begin + t0)
                     load_window(X, at, x, here, t0, count, halo, initial_state, initial, d)
-                    X[at + count : at + count + halo + wide] = 0
+                    X[at + count : at + count + wide] = 0
                     read_numbers(G, 0, dy, start(dy, batch, 0, d, begin + t0), count)
                     if silu:
                         for t in range(0, count, wide):
@@ -240,10 +242,10 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
 
     weight, bias (or None) and states (or None) are contiguous, in the accumulation dtype.
     """
-    parts, bundles = cut(segments, initial_state is not None, final_state is not None)
+    parts, bundles, channels = cut(segments, initial_state is not None, final_state is not None)
     run(
-        forward, (len(bundles) - 1) * -(-len(weight) // ROWS), view(x), view(y), weight, _or_zeros(bias, weight), silu,
-        parts, bundles, _or_empty(initial_state, weight), _or_empty(final_state, weight),
+        forward, (len(bundles) - 1) * -(-len(weight) // channels), view(x), view(y), weight, _or_zeros(bias, weight),
+        silu, parts, bundles, channels, _or_empty(initial_state, weight), _or_empty(final_state, weight),
     )  # fmt: skip
 
 
@@ -252,11 +254,11 @@ def causal_conv1d_backward(
 ):
     """Fill dx, dweight, dbias and dinitial_state (unless None); arrays as in ``causal_conv1d_forward``."""
     dim, width = weight.shape
-    parts, bundles = cut(segments, initial_state is not None, dfinal_state is not None)
+    parts, bundles, channels = cut(segments, initial_state is not None, dfinal_state is not None)
     partials = np.empty((len(bundles) - 1, dim, width + 1), weight.dtype)
     run(
-        backward, len(partials) * -(-dim // ROWS), view(dy), view(x), view(dx), weight, _or_zeros(bias, weight), silu,
-        parts, bundles, _or_empty(initial_state, weight), _or_empty(dfinal_state, weight),
+        backward, len(partials) * -(-dim // channels), view(dy), view(x), view(dx), weight, _or_zeros(bias, weight),
+        silu, parts, bundles, channels, _or_empty(initial_state, weight), _or_empty(dfinal_state, weight),
         _or_empty(dinitial_state, weight), partials,
     )  # fmt: skip
     sums = partials.sum(axis=0)

@@ -27,12 +27,18 @@ from sscan.cpu._tiles import ABSENT, TILE, start, view
 from sscan.cpu._vector import conj, flush_subnormals, fma, restore_environment, scratch
 
 ENOUGH_ROWS, LINES, SHORTEST = 64, 256, 256  # rows that are not cut; lines to cut fewer rows into; steps of a part
+TASK = 1 << 15  # numbers in a task: less is not worth waking a second thread
 
 
 def cut(rows, length):
     """Parts of each row, and their length, a multiple of 16."""
     parts = 1 if rows >= ENOUGH_ROWS or rows == 0 else max(1, min(-(-LINES // rows), length // SHORTEST))
     return parts, -(-length // (parts * TILE)) * TILE
+
+
+def lines_per_task(part_length):
+    """A multiple of 16, so many that a task is worth a thread."""
+    return max(1, TASK // (TILE * max(1, part_length))) * TILE
 
 
 @register_jitable
@@ -74,8 +80,8 @@ def write_tile(like, T, source, destination, line0, count, shape, steps, t0):
 
 
 @kernel
-def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, shape, descending, adjoint):
-    """One task: 16 lines, from the state ``first`` to ``last``. h and the product of a are written unless absent.
+def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task, shape, descending, adjoint):
+    """One task: ``per_task`` lines, from the state ``first`` to ``last``; writes h and the product of a unless absent.
 
     ``shape`` is (length, parts, part_length); ``descending``: from the last step to the first. ``adjoint``: the
     recurrence is c <- conj(a) (b + c), which carries gradients.
@@ -88,37 +94,38 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, shape, de
     store_lanes(T, ONE, one)
     tiles = shape[2] // TILE
     while True:
-        line0 = TILE * take(counter)
-        if line0 >= lines:
+        task = take(counter)
+        if task >= tasks:
             break
-        count = place_lines(steps, line0, lines, shape)
-        at = reals_per(nothing) * line0
-        state, total = read_lanes(nothing, first, start(first, 0, 0, 0, at), count), one
-        for i in range(tiles):
-            t0 = TILE * (tiles - 1 - i if descending else i)
-            load_tile(nothing, T, A, a, line0, count, shape, steps, t0, ONE)
-            load_tile(nothing, T, B, b, line0, count, shape, steps, t0, ZERO)
-            for k in range(TILE):
-                s = TILE * (TILE - 1 - k if descending else k)
-                x, y = load_lanes(nothing, T, A + s), load_lanes(nothing, T, B + s)
-                if adjoint:
-                    x = conj(x)
-                    state = x * (y + state)
-                else:
-                    state = fma(x, state, y)
-                total = total * x
-                store_lanes(T, H + s, state)
-            if h.address:
-                write_tile(nothing, T, H, h, line0, count, shape, steps, t0)
-        write_lanes(last, start(last, 0, 0, 0, at), count, state)
-        if product.address:
-            write_lanes(product, start(product, 0, 0, 0, at), count, total)
+        for line0 in range(task * per_task, min((task + 1) * per_task, lines), TILE):
+            count = place_lines(steps, line0, lines, shape)
+            at = reals_per(nothing) * line0
+            state, total = read_lanes(nothing, first, start(first, 0, 0, 0, at), count), one
+            for i in range(tiles):
+                t0 = TILE * (tiles - 1 - i if descending else i)
+                load_tile(nothing, T, A, a, line0, count, shape, steps, t0, ONE)
+                load_tile(nothing, T, B, b, line0, count, shape, steps, t0, ZERO)
+                for k in range(TILE):
+                    s = TILE * (TILE - 1 - k if descending else k)
+                    x, y = load_lanes(nothing, T, A + s), load_lanes(nothing, T, B + s)
+                    if adjoint:
+                        x = conj(x)
+                        state = x * (y + state)
+                    else:
+                        state = fma(x, state, y)
+                    total = total * x
+                    store_lanes(T, H + s, state)
+                if h.address:
+                    write_tile(nothing, T, H, h, line0, count, shape, steps, t0)
+            write_lanes(last, start(last, 0, 0, 0, at), count, state)
+            if product.address:
+                write_lanes(product, start(product, 0, 0, 0, at), count, total)
     restore_environment(environment)
 
 
 @kernel
-def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, lines, shape, descending):
-    """One task: 16 lines, against the direction of the scan; carries conj(a) G from ``first`` to ``last``.
+def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, lines, per_task, shape, descending):
+    """One task: ``per_task`` lines, against the direction of the scan; carries conj(a) G from ``first`` to ``last``.
 
     db = G = dh + carry, da = G conj(state before the step): the state is read one tile ahead, and ``before`` holds the
     state before each whole line.
@@ -133,33 +140,34 @@ def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, line
     tiles = shape[2] // TILE
     towards, edge = (-TILE, PLANE - TILE) if descending else (TILE, 0)  # the step before in the scan's direction
     while True:
-        line0 = TILE * take(counter)
-        if line0 >= lines:
+        task = take(counter)
+        if task >= tasks:
             break
-        count = place_lines(steps, line0, lines, shape)
-        at = reals_per(nothing) * line0
-        carry = read_lanes(nothing, first, start(first, 0, 0, 0, at), count)
-        store_lanes(T, BEFORE, read_lanes(nothing, before, start(before, 0, 0, 0, at), count))
-        load_tile(nothing, T, H, h, line0, count, shape, steps, TILE * (tiles - 1) if descending else 0, BEFORE)
-        for i in range(tiles):
-            t0 = TILE * (tiles - 1 - i if descending else i)
-            load_tile(nothing, T, DH, dh, line0, count, shape, steps, t0, ZERO)
-            load_tile(nothing, T, A, a, line0, count, shape, steps, t0, ONE)
-            beyond = load_lanes(nothing, T, BEFORE)
-            if i + 1 < tiles:
-                load_tile(nothing, T, ahead, h, line0, count, shape, steps, t0 + towards, BEFORE)
-                beyond = load_lanes(nothing, T, ahead + edge)
-            for k in range(TILE):
-                s = TILE * (TILE - 1 - k if descending else k)
-                G = load_lanes(nothing, T, DH + s) + carry
-                store_lanes(T, DB + s, G)
-                x = load_lanes(nothing, T, H + s + towards) if k + 1 < TILE else beyond
-                store_lanes(T, DA + s, G * conj(x))
-                carry = conj(load_lanes(nothing, T, A + s)) * G
-            write_tile(nothing, T, DA, da, line0, count, shape, steps, t0)
-            write_tile(nothing, T, DB, db, line0, count, shape, steps, t0)
-            H, ahead = ahead, H
-        write_lanes(last, start(last, 0, 0, 0, at), count, carry)
+        for line0 in range(task * per_task, min((task + 1) * per_task, lines), TILE):
+            count = place_lines(steps, line0, lines, shape)
+            at = reals_per(nothing) * line0
+            carry = read_lanes(nothing, first, start(first, 0, 0, 0, at), count)
+            store_lanes(T, BEFORE, read_lanes(nothing, before, start(before, 0, 0, 0, at), count))
+            load_tile(nothing, T, H, h, line0, count, shape, steps, TILE * (tiles - 1) if descending else 0, BEFORE)
+            for i in range(tiles):
+                t0 = TILE * (tiles - 1 - i if descending else i)
+                load_tile(nothing, T, DH, dh, line0, count, shape, steps, t0, ZERO)
+                load_tile(nothing, T, A, a, line0, count, shape, steps, t0, ONE)
+                beyond = load_lanes(nothing, T, BEFORE)
+                if i + 1 < tiles:
+                    load_tile(nothing, T, ahead, h, line0, count, shape, steps, t0 + towards, BEFORE)
+                    beyond = load_lanes(nothing, T, ahead + edge)
+                for k in range(TILE):
+                    s = TILE * (TILE - 1 - k if descending else k)
+                    G = load_lanes(nothing, T, DH + s) + carry
+                    store_lanes(T, DB + s, G)
+                    x = load_lanes(nothing, T, H + s + towards) if k + 1 < TILE else beyond
+                    store_lanes(T, DA + s, G * conj(x))
+                    carry = conj(load_lanes(nothing, T, A + s)) * G
+                write_tile(nothing, T, DA, da, line0, count, shape, steps, t0)
+                write_tile(nothing, T, DB, db, line0, count, shape, steps, t0)
+                H, ahead = ahead, H
+            write_lanes(last, start(last, 0, 0, 0, at), count, carry)
     restore_environment(environment)
 
 
@@ -188,14 +196,15 @@ def _flat(array):
 
 def _starts(a, b, initial, descending, adjoint, shape):
     """The state that every line starts from, (lines,), given those that the rows start from."""
-    rows, (_, parts, _) = len(a), shape
+    rows, (_, parts, part_length) = len(a), shape
     if parts == 1:
         return initial
+    per_task = lines_per_task(part_length)
     states, product = np.empty((rows, parts + 1), initial.dtype), np.empty((rows, parts), initial.dtype)
     zeros, last = np.zeros(rows * parts, initial.dtype), np.empty(rows * parts, initial.dtype)
     run(
-        scan, -(-rows * parts // TILE), view(a[None]), view(b[None]), ABSENT, _flat(zeros), _flat(last), _flat(product),
-        initial[:0], rows * parts, shape, descending, adjoint,
+        scan, -(-rows * parts // per_task), view(a[None]), view(b[None]), ABSENT, _flat(zeros), _flat(last),
+        _flat(product), initial[:0], rows * parts, per_task, shape, descending, adjoint,
     )  # fmt: skip
     states[:, :parts], states[:, parts] = last.reshape(rows, parts), initial
     run(combine, 1, product, states, descending)
@@ -208,12 +217,13 @@ def linear_scan_forward(a, b, initial_state, reverse, h):
     initial_state (rows,) is contiguous, in the accumulation dtype.
     """
     rows, length = a.shape
-    shape = (length, *cut(rows, length))
+    parts, part_length = cut(rows, length)
+    shape, per_task = (length, parts, part_length), lines_per_task(part_length)
     first = _starts(a, b, initial_state, reverse, False, shape)
     last = np.empty_like(first)
     run(
-        scan, -(-len(first) // TILE), view(a[None]), view(b[None]), view(h[None]), _flat(first), _flat(last), ABSENT,
-        first[:0], len(first), shape, reverse, False,
+        scan, -(-len(first) // per_task), view(a[None]), view(b[None]), view(h[None]), _flat(first), _flat(last),
+        ABSENT, first[:0], len(first), per_task, shape, reverse, False,
     )  # fmt: skip
 
 
@@ -221,7 +231,7 @@ def linear_scan_backward(dh, a, h, initial_state, reverse, da, db, dinitial_stat
     """Fill da, db and dinitial_state; arrays as in ``linear_scan_forward``."""
     rows, length = a.shape
     parts, part_length = cut(rows, length)
-    shape = length, parts, part_length
+    shape, per_task = (length, parts, part_length), lines_per_task(part_length)
     first = _starts(a, dh, np.zeros_like(initial_state), not reverse, True, shape)
     before = np.empty((rows, parts), initial_state.dtype)
     for part in range(parts):
@@ -229,7 +239,8 @@ def linear_scan_backward(dh, a, h, initial_state, reverse, da, db, dinitial_stat
         before[:, part] = h[:, border] if 0 <= border < length else initial_state
     last = np.empty_like(first)
     run(
-        backward, -(-len(first) // TILE), view(dh[None]), view(a[None]), view(h[None]), view(da[None]), view(db[None]),
-        _flat(first), _flat(last), _flat(before), first[:0], len(first), shape, not reverse,
+        backward, -(-len(first) // per_task), view(dh[None]), view(a[None]), view(h[None]), view(da[None]),
+        view(db[None]), _flat(first), _flat(last), _flat(before), first[:0], len(first), per_task,
+        shape, not reverse,
     )  # fmt: skip
     dinitial_state[...] = last.reshape(rows, parts)[:, -1 if reverse else 0]
