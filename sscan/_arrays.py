@@ -27,7 +27,8 @@ def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Call
     """The caller, and zero-copy views (NumPy on the CPU, CuPy on a GPU) of its arrays in order; None stays None.
 
     Arguments named in ``writes`` are to be changed in place. Raises TypeError for things that are not arrays, arrays of
-    two libraries or devices, tensors whose gradient would be lost, tracers, and arrays in ``writes`` that are read-only.
+    two libraries or devices, tensors whose gradient would be lost, tracers, and arrays in ``writes`` that are
+    read-only or have no memory that could be viewed as it is.
     """
     caller, first = None, ""
     views = []
@@ -43,11 +44,21 @@ def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Call
                 f"{op}: all arrays must come from one library and device; {first} is a {caller.library} array on "
                 f"{caller.device}, {name} is a {here.library} array on {here.device}"
             )
-        if name in writes and not (here.library != "jax" and (here.device != "cpu" or view.flags.writeable)):
-            raise TypeError(f"{op}: {name} is updated in place and must be writeable, got a read-only {here.library} array")
+        if name in writes:
+            _check_updatable(op, name, array, here, view)
         views.append(view)
     assert caller is not None, "every op has a required array"
     return caller, tuple(views)
+
+
+def _check_updatable(op: str, name: str, array: Any, here: Caller, view: Any) -> None:
+    """TypeError if what is written to the view would fail, or be lost because it had to be a copy."""
+    if here.library == "JAX" or (here.device == "cpu" and not view.flags.writeable):
+        raise TypeError(f"{op}: {name} is updated in place and must be writeable, got a read-only {here.library} array")
+    if here.library == "NumPy" and view is not array:
+        raise TypeError(f"{op}: {name} is updated in place and must be in native byte order, got {array.dtype.str}")
+    if here.library == "PyTorch" and (array.is_conj() or array.is_neg()):
+        raise TypeError(f"{op}: {name} is updated in place and must not be a lazily conjugated or negated tensor")
 
 
 def _recognise(op: str, name: str, array: Any) -> tuple[Caller, Any]:

@@ -1,0 +1,414 @@
+"""Array libraries: PyTorch and JAX on the CPU, anything with DLPack; the door for CUDA; what is refused, and how."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from cases import DIFFERENTIABLE, Array, Case, case_of, check_backward, check_forward, forward
+
+import sscan
+from sscan import _arrays
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+OP = "selective_scan"
+
+
+# --- PyTorch and JAX as lanes of the conformance suite ----------------------------------------------------------------
+
+
+def to_torch(x: Array) -> torch.Tensor:
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.copy().view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x.copy())  # PyTorch knows no read-only tensors
+
+
+def from_torch(x: Any) -> Array:
+    assert isinstance(x, torch.Tensor)
+    if x.dtype is torch.bfloat16:
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()
+
+
+def from_jax(x: Any) -> Array:
+    assert isinstance(x, jax.Array)
+    return np.asarray(x)
+
+
+class Lane:
+    """The ops of sscan, called with another library's arrays, for a suite that knows NumPy's."""
+
+    def __init__(self, there: Callable[[Array], Any], back: Callable[[Any], Array]) -> None:
+        self._there, self._back = there, back
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(**arguments: Any) -> Any:
+            given = {k: self._there(x) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
+            return self._numpy(getattr(sscan, name)(**given))
+
+        return call
+
+    def _numpy(self, result: Any) -> Any:
+        if isinstance(result, tuple):
+            parts = [self._numpy(x) for x in result]
+            return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
+        return None if result is None else self._back(result)
+
+
+@contextlib.contextmanager
+def double_in_jax(wanted: bool) -> Iterator[None]:
+    """JAX's default is to have no float64 at all."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", wanted)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+LANES = {"torch": Lane(to_torch, from_torch), "jax": Lane(jnp.asarray, from_jax)}
+lanes = pytest.mark.parametrize("library", LANES)
+SCANS = ["base", "float64", "float16", "bfloat16", "zoh everything", "complex groups, complex arrays",
+         "complex bfloat16", "constant B and C", "cu_seqlens with empty sequences", "length 0", "batch 0"]  # fmt: skip
+LANE_CASES = [case_of(OP, name) for name in SCANS]
+LANE_CASES += [case_of(op, name) for op in ("causal_conv1d", "rms_norm") for name in ("base", "float64", "bfloat16")]
+LANE_CASES += [case_of("linear_scan", name) for name in ("initial state", "complex64", "bfloat16")]
+LANE_CASES += [case_of("discretize", "zoh"), case_of("ssm_kernel", "zoh"), case_of("ssm_convolution", "base")]
+
+
+@pytest.mark.parametrize("case", LANE_CASES, ids=lambda case: f"{case.op}: {case.name}")
+@lanes
+def test_conforms(library: str, case: Case) -> None:
+    """Forward and backward obey the tolerance rule, in the caller's library and dtypes."""
+    with double_in_jax(case.name == "float64"):
+        check_forward(LANES[library], case)
+        if case.op in DIFFERENTIABLE:
+            check_backward(LANES[library], case)
+
+
+@pytest.mark.parametrize("name", ["base", "bfloat16", "complex", "indices"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_torch_state_is_updated_in_place(name: str, strided: bool) -> None:
+    case = case_of("selective_state_update", name)
+    given = {k: to_torch(x) if isinstance(x, np.ndarray) else x for k, x in case.arguments().items()}
+    if strided:
+        given["state"] = given["state"].transpose(1, 2).contiguous().transpose(1, 2)
+    address = given["state"].data_ptr()
+    y = sscan.selective_state_update(**given)
+    expected = forward(sscan, case.op, case.arguments())
+    np.testing.assert_array_equal(from_torch(y), expected["y"])
+    np.testing.assert_array_equal(from_torch(given["state"]), expected["state"])
+    assert given["state"].data_ptr() == address
+
+
+def test_torch_conv_state_is_updated_in_place() -> None:
+    case = case_of("causal_conv1d_update", "base")
+    given = {k: to_torch(x) if isinstance(x, np.ndarray) else x for k, x in case.arguments().items()}
+    y = sscan.causal_conv1d_update(**given)
+    expected = forward(sscan, case.op, case.arguments())
+    np.testing.assert_array_equal(from_torch(y), expected["y"])
+    np.testing.assert_array_equal(from_torch(given["conv_state"]), expected["conv_state"])
+
+
+# --- Views, not copies ------------------------------------------------------------------------------------------------
+
+
+class Minimal:
+    """What the DLPack protocol asks for, and no more."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+class WithNamespace(Minimal):
+    """The same, with a library that its results go back to."""
+
+    def __array_namespace__(self) -> Any:
+        return types.SimpleNamespace(from_dlpack=torch.from_dlpack)
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_are_viewed_where_they_lie(dtype: torch.dtype) -> None:
+    """In and out, contiguous or not."""
+    tensor = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    for x in (tensor, tensor[:, 1:], tensor.transpose(0, 2), tensor[..., ::2]):
+        caller, (view,) = _arrays.enter("op", x=x)
+        assert (caller.library, caller.device) == ("PyTorch", "cpu")
+        assert view.ctypes.data == x.data_ptr()
+        assert view.shape == tuple(x.shape)
+        assert view.strides == tuple(s * x.element_size() for s in x.stride())
+        np.testing.assert_array_equal(view, from_torch(x))
+        result = np.ascontiguousarray(view)
+        left = caller.leave(result)
+        assert left.dtype is dtype
+        assert left.data_ptr() == result.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "int32"])
+def test_jax_arrays_are_viewed_where_they_lie(dtype: str) -> None:
+    """They are read-only, and read as that; a result comes back with its dtype."""
+    x = jnp.arange(24, dtype=dtype).reshape(2, 3, 4)
+    caller, (view,) = _arrays.enter("op", x=x)
+    assert (caller.library, caller.device) == ("JAX", "cpu")
+    assert view.ctypes.data == x.unsafe_buffer_pointer()
+    assert not view.flags.writeable
+    left = caller.leave(view.copy())
+    assert isinstance(left, jax.Array)
+    assert left.dtype == x.dtype
+    np.testing.assert_array_equal(np.asarray(left), view)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.complex64, np.int32])
+def test_dlpack_arrays_are_viewed_where_they_lie(dtype: Any) -> None:
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    for source in (array, array[:, 1:], array.transpose(), array[..., ::2]):
+        caller, (view,) = _arrays.enter("op", x=Minimal(source))
+        assert caller.device == "cpu"
+        assert view.ctypes.data == source.ctypes.data
+        assert view.strides == source.strides
+        assert isinstance(caller.leave(array), np.ndarray)
+    caller, (view,) = _arrays.enter("op", x=WithNamespace(array))
+    left = caller.leave(array)
+    assert isinstance(left, torch.Tensor)
+    assert left.data_ptr() == view.ctypes.data == array.ctypes.data
+
+
+def test_dlpack_arrays_are_scanned() -> None:
+    arguments = case_of(OP, "base").arguments()
+    expected = sscan.selective_scan(**arguments)
+    for kind, result in ((Minimal, np.ndarray), (WithNamespace, torch.Tensor)):
+        wrapped = {k: kind(x) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}  # read-only arrays
+        y = sscan.selective_scan(**wrapped)
+        assert isinstance(y, result)
+        np.testing.assert_array_equal(np.asarray(y), expected)
+
+
+def test_torch_layouts() -> None:
+    """Transposed, sliced and expanded tensors, and lazily conjugated or negated ones."""
+    arguments = case_of(OP, "complex arrays").arguments()
+    expected = sscan.selective_scan(**arguments)
+    given = {k: to_torch(x) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
+    given["u"] = given["u"].transpose(1, 2).contiguous().transpose(1, 2)
+    given["delta"] = torch.stack([given["delta"], given["delta"]], dim=-1)[..., 0]
+    given["B"] = given["B"].conj().clone(memory_format=torch.contiguous_format).conj()
+    given["D"] = torch.complex(given["D"], -given["D"]).conj().imag
+    assert given["B"].is_conj()
+    assert given["D"].is_neg()
+    np.testing.assert_array_equal(from_torch(sscan.selective_scan(**given)), expected)
+    given["D"] = given["D"][:1].expand(20)
+    assert given["D"].stride() == (0,)
+    expected = sscan.selective_scan(**{**arguments, "D": np.full(20, arguments["D"][0])})
+    np.testing.assert_array_equal(from_torch(sscan.selective_scan(**given)), expected)
+
+
+def test_numpy_arrays_of_the_other_byte_order() -> None:
+    arguments = case_of(OP, "base").arguments()
+    swapped = {**arguments, "u": arguments["u"].astype(arguments["u"].dtype.newbyteorder())}
+    np.testing.assert_array_equal(sscan.selective_scan(**swapped), sscan.selective_scan(**arguments))
+
+
+# --- What would lose a gradient is refused ----------------------------------------------------------------------------
+
+
+def torch_problem() -> dict[str, Any]:
+    arguments = case_of(OP, "base").arguments()
+    return {k: to_torch(x) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
+
+
+@pytest.mark.parametrize("name", ["u", "A", "D"])
+def test_tensor_that_requires_grad(name: str) -> None:
+    given = torch_problem()
+    expected = sscan.selective_scan(**given)
+    given[name] = torch.nn.Parameter(given[name])
+    with pytest.raises(TypeError, match=rf"^selective_scan: {name} requires grad.*use sscan\.torch"):
+        sscan.selective_scan(**given)
+    with torch.no_grad():
+        y = sscan.selective_scan(**given)
+    assert torch.equal(y, expected)
+    assert not y.requires_grad
+    given[name] = given[name].detach()
+    assert torch.equal(sscan.selective_scan(**given), expected)
+
+
+def jax_problem() -> dict[str, Any]:
+    arguments = case_of(OP, "base").arguments()
+    return {k: jnp.asarray(x) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
+
+
+TRANSFORMATIONS: dict[str, Callable[..., Any]] = {
+    "jit": jax.jit,
+    "grad": lambda function: jax.grad(lambda u: function(u).sum()),
+    "vmap": lambda function: lambda u: jax.vmap(function)(u[None]),
+}
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_jax_tracers(transformation: str) -> None:
+    given = jax_problem()
+    u = given.pop("u")
+    with pytest.raises(TypeError, match=r"^selective_scan: u is traced by a JAX transformation.*use sscan\.jax"):
+        TRANSFORMATIONS[transformation](lambda u: sscan.selective_scan(u, **given))(u)
+
+
+# --- Mixed, unknown and absent ----------------------------------------------------------------------------------------
+
+
+def test_mixed_libraries() -> None:
+    given = torch_problem()
+    given["A"] = given["A"].numpy()
+    message = (
+        r"^selective_scan: all arrays must come from one library and device; "
+        r"u is a PyTorch array on cpu, A is a NumPy array on cpu$"
+    )
+    with pytest.raises(TypeError, match=message):
+        sscan.selective_scan(**given)
+    given = jax_problem() | {"delta_bias": torch.zeros(20)}
+    with pytest.raises(TypeError, match="u is a JAX array on cpu, delta_bias is a PyTorch array on cpu"):
+        sscan.selective_scan(**given)
+    given = case_of(OP, "base").arguments()
+    with pytest.raises(TypeError, match="u is a NumPy array on cpu, z is a test_interchange array on cpu"):
+        sscan.selective_scan(**{**given, "z": Minimal(given["z"])})
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda:0"))  # type: ignore[assignment]
+
+
+def test_mixed_devices() -> None:
+    given = torch_problem()
+    given["B"] = given["B"].as_subclass(OnCuda)
+    with pytest.raises(TypeError, match="u is a PyTorch array on cpu, B is a PyTorch array on cuda"):
+        sscan.selective_scan(**given)
+
+
+REFUSED = {
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_tensors_without_memory_of_their_own(kind: str) -> None:
+    given = torch_problem()
+    given["u"] = REFUSED[kind](given["u"])
+    expected = r"^selective_scan: u must be a dense tensor on cpu or cuda, got torch\.\w+ on \w+$"
+    with pytest.raises(TypeError, match=expected):
+        sscan.selective_scan(**given)
+
+
+@pytest.mark.parametrize("value", [3.0, [1.0, 2.0], "u", object()], ids=["float", "list", "str", "object"])
+def test_things_that_are_no_arrays(value: Any) -> None:
+    given = {**case_of(OP, "base").arguments(), "delta": value}
+    expected = "^selective_scan: delta must be a NumPy, CuPy, PyTorch or JAX array, or offer DLPack; got "
+    with pytest.raises(TypeError, match=f"{expected}{type(value).__name__}$"):
+        sscan.selective_scan(**given)
+
+
+def test_dlpack_arrays_in_other_memory() -> None:
+    class Elsewhere(Minimal):
+        def __dlpack_device__(self) -> Any:
+            return 10, 0  # kDLROCM
+
+    with pytest.raises(TypeError, match=r"^op: x must be in CPU memory, got DLPack device type 10$"):
+        _arrays.enter("op", x=Elsewhere(np.zeros(3)))
+
+
+# --- The door for CUDA ------------------------------------------------------------------------------------------------
+
+INSTALLABLE = r'^selective_scan: sscan has no kernels for cuda arrays.*pip install --upgrade "sscan\[cuda13\]"$'
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module that passes for CuPy."""
+
+    class ndarray:  # CuPy's name
+        pass
+
+    module = types.ModuleType("cupy")
+    module.ndarray = ndarray  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def test_cupy_arrays_reach_the_door(cupy: Any) -> None:
+    given = {name: cupy.ndarray() for name in ("u", "delta", "A", "B", "C")}
+    caller, views = _arrays.enter(OP, **given)
+    assert (caller.library, caller.device) == ("CuPy", "cuda")
+    assert views == tuple(given.values())
+    with pytest.raises(RuntimeError, match=INSTALLABLE):
+        sscan.selective_scan(**given)
+
+
+def test_cupy_arrays_do_not_mix(cupy: Any) -> None:
+    given = {**case_of(OP, "base").arguments(), "C": cupy.ndarray()}
+    with pytest.raises(TypeError, match="u is a NumPy array on cpu, C is a CuPy array on cuda"):
+        sscan.selective_scan(**given)
+
+
+def test_cuda_tensors_reach_the_door() -> None:
+    given = {k: x.as_subclass(OnCuda) if isinstance(x, torch.Tensor) else x for k, x in torch_problem().items()}
+    with pytest.raises(RuntimeError, match=INSTALLABLE):
+        sscan.selective_scan(**given)
+
+
+# --- Updates in place -------------------------------------------------------------------------------------------------
+
+
+def update_problem(there: Callable[[Array], Any]) -> dict[str, Any]:
+    arguments = case_of("selective_state_update", "base").arguments()
+    return {k: there(x) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
+
+
+def read_only(x: Array) -> Array:
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize(("there", "library"), [(read_only, "NumPy"), (jnp.asarray, "JAX")], ids=["NumPy", "JAX"])
+def test_read_only_state(there: Callable[[Array], Any], library: str) -> None:
+    """JAX arrays are never written."""
+    given = update_problem(there)
+    before = np.array(given["state"])
+    expected = (
+        f"^selective_state_update: state is updated in place and must be writeable, got a read-only {library} array$"
+    )
+    with pytest.raises(TypeError, match=expected):
+        sscan.selective_state_update(**given)
+    np.testing.assert_array_equal(np.asarray(given["state"]), before)
+
+
+def test_states_that_cannot_be_viewed() -> None:
+    """An update of a copy would be lost."""
+    given = update_problem(np.copy)
+    given["state"] = given["state"].astype(given["state"].dtype.newbyteorder())
+    with pytest.raises(TypeError, match=r"^selective_state_update: state .* must be in native byte order, got >f4$"):
+        sscan.selective_state_update(**given)
+    arguments = case_of("selective_state_update", "complex").arguments()
+    given = {k: to_torch(x) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
+    with pytest.raises(
+        TypeError, match=r"^selective_state_update: state .* must not be a lazily conjugated or negated"
+    ):
+        sscan.selective_state_update(**{**given, "state": given["state"].conj()})
