@@ -1,23 +1,25 @@
-"""Kernels of the selective scan: forward, backward with recomputed states, and carries of a split along time.
+"""Kernels of the selective scan: forward, backward with recomputed states, and the carries of a split along time.
 
 A *segment* is a stretch of one sequence that is scanned on its own (sscan/_segments.py). A *block* is 16 channels of one
 group, one per vector lane. Time advances in chunks: delta and u of a chunk are converted, transposed to time-major and put
 through softplus once; then a few states at a time stay in registers and walk over the chunk.
 
-Names in capitals are scratch memory of one task. Time-major scratch holds 16 lanes for each step of the chunk, row-major
+Names in capitals are scratch memory of one thread. Time-major scratch holds 16 lanes for each step of the chunk, row-major
 scratch 16 steps for each row of a tile. ``padded`` is the number of states, rounded up to whole wide numbers; the states
-that this adds have A = B = C = 0. A complex C is kept as 2 conj(C), so that y = Re(conj(C) h) in both cases.
+that this adds have A = B = C = 0. A complex C is kept as 2 conj(C), so that y = Re(conj(C) h) in both cases. A block with
+fewer than 16 channels has lanes that read zeros and are never written.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
 from sscan.cpu._parallel import kernel, take
-from sscan.cpu._tiles import TILE, read_numbers, read_row, start, write_row
+from sscan.cpu._tiles import TILE, View, read_numbers, read_row, start, write_row
 from sscan.cpu._vector import (
     conj,
     constant,
@@ -49,8 +51,73 @@ from sscan.cpu._vector_math import decay, decay_and_change, psi, rate, sigmoid, 
 
 CHUNK = 64  # steps that stay in cache while the states walk over them
 CHECKPOINT = 32  # the same when states are kept for the backward: their distance, and the backward's chunk
+SQUARE = TILE * TILE
+GONE = {4: 120.0, 8: 800.0}  # by bytes of a number: exp of minus this leaves nothing of any state
 
-# --- pieces of both kernels ------------------------------------------------------------------------------------------
+# Merged into the kernel before types are inferred: what is constant in the kernel is constant in the loop.
+inlined = numba.njit(inline="always")
+
+
+class Waves(NamedTuple):
+    """What is given for every step of every channel, and for every channel."""
+
+    u: View
+    delta: View
+    z: View
+    D: np.ndarray
+    delta_bias: np.ndarray
+    delta_softplus: bool
+
+
+class Block(NamedTuple):
+    """Up to 16 channels of a batch row: their group, the first one's number in it and in all, and how many they are."""
+
+    batch: int
+    group: int
+    row: int
+    channel: int
+    rows: int
+
+
+class Chunk(NamedTuple):
+    """Scratch for the steps of one chunk: delta and delta u (u under zoh) time-major, delta and u row-major, three tiles."""
+
+    DL: np.ndarray
+    DU: np.ndarray
+    DR: np.ndarray
+    UR: np.ndarray
+    tiles: np.ndarray
+
+
+# --- pieces of several kernels ---------------------------------------------------------------------------------------
+
+
+@register_jitable
+def block_of(number, batch, groups, dim):
+    """The block of that number among all of a batch row, group by group."""
+    per_group = dim // groups
+    blocks = (per_group + TILE - 1) // TILE
+    group, row = number // blocks, number % blocks * TILE
+    return Block(batch, group, row, group * per_group + row, min(TILE, per_group - row))
+
+
+@register_jitable
+def at(source, block, time):
+    """Address of a block's first channel at a step."""
+    return start(source, block.batch, block.group, block.row, time)
+
+
+@register_jitable
+def padded_to(state, step):
+    return (state + step - 1) // step * step
+
+
+@register_jitable
+def chunk_scratch(chunk, dtype):
+    tiles = scratch(3 * SQUARE, dtype)
+    tiles[:] = 0
+    size = chunk * TILE
+    return Chunk(scratch(size, dtype), scratch(size, dtype), scratch(size, dtype), scratch(size, dtype), tiles)
 
 
 def twice_conj(c):
@@ -72,94 +139,123 @@ def nonzero(A):
 
 
 @register_jitable
-def load_parameters(R, I, BS, CS, at, A, B_constant, C_constant, zoh, B_varies, C_varies, d0, rows):
-    """Scaled A, 1 / A (zoh only) and constant B and C of one block, into scratch at offset ``at``; other lanes are kept."""
+def load_rates(R, I, offset, A, zoh, block):
+    """A as ``decay`` takes it and, for zero-order hold, its reciprocal."""
     for n in range(A.shape[1]):
-        for r in range(rows):
+        for r in range(block.rows):
+            value = nonzero(A[block.channel + r, n]) if zoh else A[block.channel + r, n]
+            put(R, offset, n, r, rate(value))
             if zoh:
-                put(R, at, n, r, rate(nonzero(A[d0 + r, n])))
-                put(I, at, n, r, 1 / nonzero(A[d0 + r, n]))
-            else:
-                put(R, at, n, r, rate(A[d0 + r, n]))
-            if not B_varies:
-                put(BS, at, n, r, B_constant[d0 + r, n])
-            if not C_varies:
-                put(CS, at, n, r, twice_conj(C_constant[d0 + r, n]))
+                put(I, offset, n, r, 1 / value)
 
 
 @register_jitable
-def load_numbers(numbers, chunk, source, batch, group, state, time, steps):
-    """numbers[chunk n + t] = B or C of one chunk in the accumulation dtype."""
-    flat = reals(numbers)
-    ratio = flat.size // numbers.size
+def load_constant(S, offset, constants, block, is_C):
+    """A constant B or C of one block."""
+    for n in range(constants.shape[1]):
+        for r in range(block.rows):
+            value = constants[block.channel + r, n]
+            put(S, offset, n, r, twice_conj(value) if is_C else value)
+
+
+@register_jitable
+def load_varying(S, chunk, source, block, state, time, steps, is_C):
+    """S[chunk n + t] = B or C of one chunk in the accumulation dtype."""
+    flat = reals(S)
+    ratio = flat.size // S.size
     for n in range(state):
-        read_numbers(flat, ratio * chunk * n, source, start(source, batch, group, n, ratio * time), ratio * steps)
+        here = start(source, block.batch, block.group, n, ratio * time)
+        read_numbers(flat, ratio * chunk * n, source, here, ratio * steps)
+    if is_C:
+        for k in range(S.size):
+            S[k] = twice_conj(S[k])
 
 
 @register_jitable
-def load_delta(DL, DU, DR, UR, tile, u, delta, delta_bias, delta_softplus, zoh, at_u, at_delta, d0, rows, steps, ahead):
-    """One chunk of one block: delta after bias and softplus and delta u (u alone under zoh), time-major; delta and u, row-major.
+def move_states(S, offset, states, row, block, into_scratch):
+    """Copy a block's part of one row of a (rows, dim, state) array into scratch, or back."""
+    for r in range(block.rows):
+        for n in range(states.shape[2]):
+            if into_scratch:
+                put(S, offset, n, r, states[row, block.channel + r, n])
+            else:
+                states[row, block.channel + r, n] = get(S, offset, n, r)
+
+
+@register_jitable
+def load_delta(chunk, waves, zoh, block, time, steps, ahead):
+    """Fill a chunk's scratch, and ask for the chunk that is ``ahead`` steps further on.
 
     Rows are read one by one; functions of their elements are taken of several rows at a time, whose latencies overlap.
     """
+    u, delta, DR, UR, tile = waves.u, waves.delta, chunk.DR, chunk.UR, chunk.tiles
     zero = splat(tile.dtype.type(0))
+    at_u, at_delta = at(u, block, time), at(delta, block, time)
     for t in range(0, steps, TILE):
         count = min(TILE, steps - t)
-        for r in range(rows):
+        for r in range(block.rows):
             here = at_delta + r * delta.row + t * delta.item
             prefetch(here + ahead * delta.item)
-            store(DR, TILE * (t + r), read_row(zero, delta, here, count) + splat(delta_bias[d0 + r]))
+            store(DR, TILE * (t + r), read_row(zero, delta, here, count) + splat(waves.delta_bias[block.channel + r]))
             here = at_u + r * u.row + t * u.item
             prefetch(here + ahead * u.item)
             store(UR, TILE * (t + r), read_row(zero, u, here, count))
-        for r in range(rows, TILE):
+        for r in range(block.rows, TILE):
             store(DR, TILE * (t + r), zero)
             store(UR, TILE * (t + r), zero)
-        for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
+        for k in range(0, SQUARE, TILE * states_per_step(tile)):
             dl, x = load_wide(DR, TILE * t + k), load_wide(UR, TILE * t + k)
-            if delta_softplus:
+            if waves.delta_softplus:
                 dl = softplus(dl)
             store_wide(DR, TILE * t + k, dl)
             store_wide(tile, k, x if zoh else dl * x)
-        transpose(DR, TILE * t, TILE, DL, TILE * t, TILE)
-        transpose(tile, 0, TILE, DU, TILE * t, TILE)
-
-
-@register_jitable
-def move_states(S, size, states, row, d0, per_group, block0, block1, into_scratch):
-    """Copy one row of a (rows, dim, state) array into the scratch of some blocks, or back."""
-    for block in range(block0, block1):
-        for r in range(min(TILE, per_group - block * TILE)):
-            d = d0 + block * TILE + r
-            for n in range(states.shape[2]):
-                if into_scratch:
-                    put(S, (block - block0) * size, n, r, states[row, d, n])
-                else:
-                    states[row, d, n] = get(S, (block - block0) * size, n, r)
+        transpose(DR, TILE * t, TILE, chunk.DL, TILE * t, TILE)
+        transpose(tile, 0, TILE, chunk.DU, TILE * t, TILE)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
+@inlined
+def walk(H, R, I, BS, CS, DL, DU, Y, padded, chunk, steps, zoh, B_varies, C_varies):
+    """The recurrence over one chunk, a few states at a time; Y sums over the states."""
+    zero = splat(Y.dtype.type(0))
+    for n in range(0, padded, states_per_step(H)):
+        h, r, i = load_wide(H, n * TILE), load_wide(R, n * TILE), load_wide(I, n * TILE)
+        for t in range(steps):
+            dl, du = repeat(load(DL, t * TILE), h), repeat(load(DU, t * TILE), h)
+            b = spread(BS, n * chunk + t, chunk) if B_varies else load_wide(BS, n * TILE)
+            c = spread(CS, n * chunk + t, chunk) if C_varies else load_wide(CS, n * TILE)
+            if zoh:
+                a, change = decay_and_change(dl, r)
+                h = fma(a, h, change * i * (b * du))
+            else:
+                h = fma(decay(dl, r), h, b * du)
+            store(Y, t * TILE, real_dot(c, h, load(Y, t * TILE) if n > 0 else zero))
+        store_wide(H, n * TILE, h)
+
+
 @register_jitable
-def store_output(Y, UR, tile, D, z, y, batch, group, r0, d0, time, rows, steps, ahead):
+def store_output(Y, chunk, waves, y, block, time, steps, ahead):
     """Row-major end of a chunk: add D u, multiply by the gate, round and write."""
+    z, tile = waves.z, chunk.tiles
     zero = splat(tile.dtype.type(0))
-    at_y, at_z = start(y, batch, group, r0, time), start(z, batch, group, r0, time)
+    at_y, at_z = at(y, block, time), at(z, block, time)
     for t in range(0, steps, TILE):
         count = min(TILE, steps - t)
         transpose(Y, TILE * t, TILE, tile, 0, TILE)
-        for r in range(rows):
-            store(tile, TILE * r, fma(splat(D[d0 + r]), load(UR, TILE * (t + r)), load(tile, TILE * r)))
+        for r in range(block.rows):
+            skip = splat(waves.D[block.channel + r])
+            store(tile, TILE * r, fma(skip, load(chunk.UR, TILE * (t + r)), load(tile, TILE * r)))
         if z.address != 0:
-            for r in range(rows):
+            for r in range(block.rows):
                 here = at_z + r * z.row + t * z.item
                 prefetch(here + ahead * z.item)
-                store(tile, TILE * (TILE + r), read_row(zero, z, here, count))
-            for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
-                gate = load_wide(tile, TILE * TILE + k)
+                store(tile, SQUARE + TILE * r, read_row(zero, z, here, count))
+            for k in range(0, SQUARE, TILE * states_per_step(tile)):
+                gate = load_wide(tile, SQUARE + k)
                 store_wide(tile, k, load_wide(tile, k) * (gate * sigmoid(gate)))
-        for r in range(rows):
+        for r in range(block.rows):
             here = at_y + r * y.row + t * y.item
             prefetch(here + ahead * y.item)
             write_row(y, here, count, load(tile, TILE * r))
@@ -171,25 +267,18 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 
     @kernel
     def forward(
-        counter, tasks, chunk, groups, segments, u, delta, z, B, C, y, A, B_constant, C_constant, D, delta_bias,
-        delta_softplus, initial_state, last_state, checkpoints,
+        counter, tasks, chunk, groups, segments, waves, B, C, y, A, B_constant, C_constant, initial_state, last_state,
+        checkpoints,
     ):  # fmt: skip
         """One task: one block of one segment.
 
         ``checkpoints`` is empty, or takes the states at the start of each chunk. Without y only last_state is computed.
         """
         environment = flush_subnormals()
-        dim, state = A.shape
-        per_group = dim // groups
-        blocks = (per_group + TILE - 1) // TILE
-        step = states_per_step(A)
-        padded = (state + step - 1) // step * step
-        zero = splat(D.dtype.type(0))
-        tile, Y = scratch(2 * TILE * TILE, D.dtype), scratch(chunk * TILE, D.dtype)
-        tile[:] = 0
-        DL, DU = scratch(chunk * TILE, D.dtype), scratch(chunk * TILE, D.dtype)
-        DR, UR = scratch(chunk * TILE, D.dtype), scratch(chunk * TILE, D.dtype)
-        H, R, I = scratch(padded * TILE, A.dtype), scratch(padded * TILE, A.dtype), scratch(padded * TILE, A.dtype)
+        (dim, state), step = A.shape, states_per_step(A)
+        padded, blocks = padded_to(state, step), tasks // len(segments)
+        size, steps_scratch, Y = padded * TILE, chunk_scratch(chunk, waves.D.dtype), scratch(chunk * TILE, waves.D.dtype)
+        H, R, I = scratch(size, A.dtype), scratch(size, A.dtype), scratch(size, A.dtype)
         BS = scratch(padded * (chunk if B_varies else TILE), A.dtype)
         CS = scratch(padded * (chunk if C_varies else TILE), A.dtype)
         BS[:] = 0
@@ -200,72 +289,34 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
             task = take(counter)
             if task >= tasks:
                 break
-            segment, block = task // (groups * blocks), task % (groups * blocks)
-            group, r0 = block // blocks, block % blocks * TILE
-            rows, d0 = min(TILE, per_group - r0), group * per_group + r0
-            batch, begin, length = segments[segment, 0], segments[segment, 1], segments[segment, 2]
-            initial, final, first = segments[segment, 3], segments[segment, 4], segments[segment, 5]
-            load_parameters(R, I, BS, CS, 0, A, B_constant, C_constant, zoh, B_varies, C_varies, d0, rows)
+            batch, begin, length, initial, final, first_chunk = segments[task // blocks]
+            block = block_of(task % blocks, batch, groups, dim)
+            load_rates(R, I, 0, A, zoh, block)
+            if not B_varies:
+                load_constant(BS, 0, B_constant, block, False)
+            if not C_varies:
+                load_constant(CS, 0, C_constant, block, True)
             H[:] = 0
             if initial >= 0:
-                move_states(
-                    H, 0, initial_state, initial, group * per_group, per_group, r0 // TILE, r0 // TILE + 1, True
-                )
+                move_states(H, 0, initial_state, initial, block, True)
             for t0 in range(0, length, chunk):
                 steps, time = min(chunk, length - t0), begin + t0
                 if checkpoints.size > 0:
-                    to = ((first + t0 // chunk) * groups * blocks + block) * padded * TILE
-                    for n in range(0, padded, step):
-                        store_wide(checkpoints, to + n * TILE, load_wide(H, n * TILE))
-                at_u, at_delta = start(u, batch, group, r0, time), start(delta, batch, group, r0, time)
-                load_delta(
-                    DL,
-                    DU,
-                    DR,
-                    UR,
-                    tile,
-                    u,
-                    delta,
-                    delta_bias,
-                    delta_softplus,
-                    zoh,
-                    at_u,
-                    at_delta,
-                    d0,
-                    rows,
-                    steps,
-                    chunk,
-                )
+                    kept = ((first_chunk + t0 // chunk) * blocks + task % blocks) * size
+                    for n in range(0, size, step * TILE):
+                        store_wide(checkpoints, kept + n, load_wide(H, n))
+                load_delta(steps_scratch, waves, zoh, block, time, steps, chunk)
                 if B_varies:
-                    load_numbers(BS, chunk, B, batch, group, state, time, steps)
+                    load_varying(BS, chunk, B, block, state, time, steps, False)
                 if C_varies:
-                    load_numbers(CS, chunk, C, batch, group, state, time, steps)
-                    for k in range(CS.size):
-                        CS[k] = twice_conj(CS[k])
-                for n in range(0, padded, step):
-                    h, r = load_wide(H, n * TILE), load_wide(R, n * TILE)
-                    i = load_wide(I, n * TILE)
-                    for t in range(steps):
-                        dl, du = repeat(load(DL, t * TILE), h), repeat(load(DU, t * TILE), h)
-                        if B_varies:
-                            b = spread(BS, n * chunk + t, chunk)
-                        else:
-                            b = load_wide(BS, n * TILE)
-                        if C_varies:
-                            c = spread(CS, n * chunk + t, chunk)
-                        else:
-                            c = load_wide(CS, n * TILE)
-                        if zoh:
-                            a, change = decay_and_change(dl, r)
-                            h = fma(a, h, change * i * (b * du))
-                        else:
-                            h = fma(decay(dl, r), h, b * du)
-                        store(Y, t * TILE, real_dot(c, h, load(Y, t * TILE) if n > 0 else zero))
-                    store_wide(H, n * TILE, h)
+                    load_varying(CS, chunk, C, block, state, time, steps, True)
+                walk(
+                    H, R, I, BS, CS, steps_scratch.DL, steps_scratch.DU, Y, padded, chunk, steps, zoh, B_varies, C_varies
+                )
                 if y.address != 0:
-                    store_output(Y, UR, tile, D, z, y, batch, group, r0, d0, time, rows, steps, chunk)
+                    store_output(Y, steps_scratch, waves, y, block, time, steps, chunk)
             if final >= 0:
-                move_states(H, 0, last_state, final, group * per_group, per_group, r0 // TILE, r0 // TILE + 1, False)
+                move_states(H, 0, last_state, final, block, False)
         restore_environment(environment)
 
     return forward
@@ -274,95 +325,190 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
+class Adjoint(NamedTuple):
+    """Scratch of the backward for one chunk of one block.
+
+    Time-major: the cotangent, the output before D and gate, the sums over the states for du and ddelta; the cotangent
+    row-major; for the few states in registers, by step: the state before, the decay, and zero-order hold's factor of B.
+    """
+
+    GY: np.ndarray
+    YT: np.ndarray
+    SU: np.ndarray
+    SD: np.ndarray
+    GR: np.ndarray
+    HS: np.ndarray
+    AS: np.ndarray
+    WS: np.ndarray
+
+
+class Channels(NamedTuple):
+    """Scratch of the backward for all blocks of a task, block after block: A in three forms, the carry, the sum for dA."""
+
+    R: np.ndarray
+    I: np.ndarray
+    AA: np.ndarray
+    CARRY: np.ndarray
+    GA: np.ndarray
+
+
 @register_jitable
-def load_cotangent(GY, GR, tile, dy, z, at_dy, at_z, rows, steps):
+def adjoint_scratch(step, dtype, number):
+    size, wide = CHECKPOINT * TILE, step * CHECKPOINT * TILE
+    return Adjoint(
+        scratch(size, dtype), scratch(size, dtype), scratch(size, dtype), scratch(size, dtype), scratch(size, dtype),
+        scratch(wide + step * TILE, number), scratch(wide, number), scratch(wide, number),
+    )  # fmt: skip
+
+
+@register_jitable
+def load_cotangent(GY, GR, tile, waves, dy, block, time, steps):
     """dy of one chunk and block, through the gate if there is one, time-major and row-major."""
-    zero = splat(tile.dtype.type(0))
+    zero, z = splat(tile.dtype.type(0)), waves.z
+    at_dy, at_z = at(dy, block, time), at(z, block, time)
     for t in range(0, steps, TILE):
         count = min(TILE, steps - t)
-        for r in range(rows):
+        for r in range(block.rows):
             here = at_dy + r * dy.row + t * dy.item
             prefetch(here - CHECKPOINT * dy.item)
             store(GR, TILE * (t + r), read_row(zero, dy, here, count))
-        for r in range(rows, TILE):
+        for r in range(block.rows, TILE):
             store(GR, TILE * (t + r), zero)
         if z.address != 0:
-            for r in range(rows):
+            for r in range(block.rows):
                 here = at_z + r * z.row + t * z.item
                 prefetch(here - CHECKPOINT * z.item)
                 store(tile, TILE * r, read_row(zero, z, here, count))
-            for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
+            for k in range(0, SQUARE, TILE * states_per_step(tile)):
                 gate = load_wide(tile, k)
                 store_wide(GR, TILE * t + k, load_wide(GR, TILE * t + k) * (gate * sigmoid(gate)))
         transpose(GR, TILE * t, TILE, GY, TILE * t, TILE)
 
 
-@register_jitable
-def store_sums(S, step, state, target, ahead, plane, batch, group, time, steps):
-    """Sum the lanes of S[t] for each state and step of a chunk into a (batch, groups, state, length) real array or two."""
-    flat = reals(S)
-    stride = step * (flat.size // S.size)
-    for n in range(state):
-        here = start(target, batch, group, n, time) + ahead
-        for t in range(0, steps, TILE):
-            count, lanes = min(TILE, steps - t), t * stride + lanes_of(S, n)
-            write(here + t * target.item, count, target.item, target.storage, lane_sums(flat, lanes, stride))
-            if imaginary(S) > 0:
-                sums = lane_sums(flat, lanes + imaginary(S), stride)
-                write(here + plane + t * target.item, count, target.item, target.storage, sums)
+@inlined
+def recompute(h, n, r, i, BS, CS, at_b, at_c, DL, DU, YT, HS, AS, WS, steps, zoh, B_varies, C_varies):
+    """The states of one chunk again from its checkpoint h, and what the way back needs of every step."""
+    zero, size = splat(YT.dtype.type(0)), states_per_step(HS) * TILE
+    store_wide(HS, 0, h)
+    for t in range(steps):
+        dl, du = repeat(load(DL, t * TILE), h), repeat(load(DU, t * TILE), h)
+        b = spread(BS, n * CHECKPOINT + t, CHECKPOINT) if B_varies else load_wide(BS, at_b)
+        c = spread(CS, n * CHECKPOINT + t, CHECKPOINT) if C_varies else load_wide(CS, at_c)
+        if zoh:
+            a, change = decay_and_change(dl, r)
+            store_wide(WS, t * size, change * i)
+            h = fma(a, h, change * i * (b * du))
+        else:
+            a = decay(dl, r)
+            h = fma(a, h, b * du)
+        store_wide(AS, t * size, a)
+        store_wide(HS, (t + 1) * size, h)
+        store(YT, t * TILE, real_dot(c, h, load(YT, t * TILE) if n > 0 else zero))
+
+
+@inlined
+def walk_back(
+    n, size, offset, aa, CARRY, GA, BS, CS, GB, GC, DL, DU, GY, SU, SD, HS, AS, WS, steps, zoh, B_varies, C_varies
+):
+    """The adjoint recurrence G_t = C_t dy_t + a_{t+1} G_{t+1} over one chunk, and its part in every gradient."""
+    zero, wide, own = splat(SU.dtype.type(0)), states_per_step(HS) * TILE, offset + n * TILE
+    carry, ga = load_wide(CARRY, own), load_wide(GA, own)
+    for back in range(steps):
+        t = steps - 1 - back
+        dl, gy = repeat(load(DL, t * TILE), carry), repeat(load(GY, t * TILE), carry)
+        du = repeat(load(DU, t * TILE), carry)
+        at_b = t * size + n * TILE if B_varies else own
+        at_c = t * size + n * TILE if C_varies else own
+        b = spread(BS, n * CHECKPOINT + t, CHECKPOINT) if B_varies else load_wide(BS, own)
+        c = spread(CS, n * CHECKPOINT + t, CHECKPOINT) if C_varies else load_wide(CS, own)
+        g = fma(c, gy, carry)
+        store_wide(GC, at_c, fma(load_wide(HS, (t + 1) * wide), gy, load_wide(GC, at_c)))
+        a = load_wide(AS, t * wide)
+        carry = g * conj(a)
+        through = carry * conj(load_wide(HS, t * wide))  # conj(a h) G, the product and not h less its input
+        sum_u = load(SU, t * TILE) if n > 0 else zero
+        sum_d = real_dot(aa, through, load(SD, t * TILE) if n > 0 else zero)
+        if zoh:
+            w, bu = load_wide(WS, t * wide), b * du
+            store_wide(GB, at_b, fma(g * conj(w), du, load_wide(GB, at_b)))
+            store(SU, t * TILE, real_dot(b * w, g, sum_u))
+            store(SD, t * TILE, real_dot(bu, carry, sum_d))
+            ga = fma(through + g * conj(bu * psi(dl * aa, a, w * aa)) * dl, dl, ga)
+        else:
+            store_wide(GB, at_b, fma(g, du, load_wide(GB, at_b)))
+            store(SU, t * TILE, real_dot(b, g, sum_u))
+            store(SD, t * TILE, sum_d)
+            ga = fma(through, dl, ga)
+    store_wide(CARRY, own, carry)
+    store_wide(GA, own, ga)
 
 
 @register_jitable
-def store_gradients(
-    YT, SU, SD, DR, UR, GR, tile, D, delta_bias, delta_softplus, zoh, dy, delta, z, du, ddelta, dz, dD, dbias,
-    batch, group, r0, d0, time, rows, steps, sums,
-):  # fmt: skip
-    """Row-major end of a chunk: du, ddelta and dz from what was summed over the states; adds to the sums for dD and dbias."""
+def store_gradients(adjoint, chunk, waves, zoh, du, ddelta, D_SUM, BIAS_SUM, sums, block, time, steps):
+    """Row-major end of a chunk: du and ddelta from what was summed over the states; adds to the sums for dD and dbias."""
+    delta, tile = waves.delta, chunk.tiles
     zero = splat(tile.dtype.type(0))
-    at_delta, at_ddelta = start(delta, batch, group, r0, time), start(ddelta, batch, group, r0, time)
-    at_du = start(du, batch, group, r0, time)
+    at_delta, at_du, at_ddelta = at(delta, block, time), at(du, block, time), at(ddelta, block, time)
     for t in range(0, steps, TILE):
         count = min(TILE, steps - t)
-        transpose(SU, TILE * t, TILE, tile, 0, TILE)
-        transpose(SD, TILE * t, TILE, tile, 256, TILE)
-        for r in range(rows):
-            here = at_delta + r * delta.row + t * delta.item
-            store(tile, 512 + TILE * r, read_row(zero, delta, here, count) + splat(delta_bias[d0 + r]))
-        for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
-            sum_u, g = load_wide(tile, k), load_wide(tile, 256 + k)
+        transpose(adjoint.SU, TILE * t, TILE, tile, 0, TILE)
+        transpose(adjoint.SD, TILE * t, TILE, tile, SQUARE, TILE)
+        for r in range(block.rows):
+            before = read_row(zero, delta, at_delta + r * delta.row + t * delta.item, count)
+            store(tile, 2 * SQUARE + TILE * r, before + splat(waves.delta_bias[block.channel + r]))
+        for k in range(0, SQUARE, TILE * states_per_step(tile)):
+            sum_u, g = load_wide(tile, k), load_wide(tile, SQUARE + k)
             if not zoh:
-                g = fma(sum_u, load_wide(UR, TILE * t + k), g)
-                sum_u = sum_u * load_wide(DR, TILE * t + k)
-            if delta_softplus:
-                g = g * sigmoid(load_wide(tile, 512 + k))
+                g = fma(sum_u, load_wide(chunk.UR, TILE * t + k), g)
+                sum_u = sum_u * load_wide(chunk.DR, TILE * t + k)
+            if waves.delta_softplus:
+                g = g * sigmoid(load_wide(tile, 2 * SQUARE + k))
             store_wide(tile, k, sum_u)
-            store_wide(tile, 256 + k, g)
-        for r in range(rows):
-            gy, g = load(GR, TILE * (t + r)), first(load(tile, 256 + TILE * r), count)
-            write_row(du, at_du + r * du.row + t * du.item, count, fma(splat(D[d0 + r]), gy, load(tile, TILE * r)))
+            store_wide(tile, SQUARE + k, g)
+        for r in range(block.rows):
+            gy, x = load(adjoint.GR, TILE * (t + r)), load(chunk.UR, TILE * (t + r))
+            g = first(load(tile, SQUARE + TILE * r), count)
+            skip = splat(waves.D[block.channel + r])
+            write_row(du, at_du + r * du.row + t * du.item, count, fma(skip, gy, load(tile, TILE * r)))
             write_row(ddelta, at_ddelta + r * ddelta.row + t * ddelta.item, count, g)
-            store(dD, sums + TILE * r, fma(gy, load(UR, TILE * (t + r)), load(dD, sums + TILE * r)))
-            store(dbias, sums + TILE * r, g + load(dbias, sums + TILE * r))
-        if z.address != 0:
-            store_gate_gradient(YT, UR, tile, D, dy, z, dz, batch, group, r0, d0, time, t, rows, count)
+            store(D_SUM, sums + TILE * r, fma(gy, x, load(D_SUM, sums + TILE * r)))
+            store(BIAS_SUM, sums + TILE * r, g + load(BIAS_SUM, sums + TILE * r))
 
 
 @register_jitable
-def store_gate_gradient(YT, UR, tile, D, dy, z, dz, batch, group, r0, d0, time, t, rows, count):
-    """dz of one tile: dy times the output before the gate times the slope of silu."""
+def store_gate_gradient(YT, chunk, waves, dy, dz, block, time, steps):
+    """dz of one chunk: dy times the output before the gate times the slope of silu."""
+    z, tile = waves.z, chunk.tiles
     zero = splat(tile.dtype.type(0))
-    transpose(YT, TILE * t, TILE, tile, 0, TILE)
-    for r in range(rows):
-        store(tile, TILE * r, fma(splat(D[d0 + r]), load(UR, TILE * (t + r)), load(tile, TILE * r)))
-        store(tile, 256 + TILE * r, read_row(zero, z, start(z, batch, group, r0 + r, time + t), count))
-        store(tile, 512 + TILE * r, read_row(zero, dy, start(dy, batch, group, r0 + r, time + t), count))
-    for k in range(0, TILE * TILE, TILE * states_per_step(tile)):
-        gate = load_wide(tile, 256 + k)
-        s, one = sigmoid(gate), constant(gate, 1.0)
-        slope = s * fma(gate, one - s, one)
-        store_wide(tile, k, load_wide(tile, k) * load_wide(tile, 512 + k) * slope)
-    for r in range(rows):
-        write_row(dz, start(dz, batch, group, r0 + r, time + t), count, load(tile, TILE * r))
+    at_dy, at_z, at_dz = at(dy, block, time), at(z, block, time), at(dz, block, time)
+    for t in range(0, steps, TILE):
+        count = min(TILE, steps - t)
+        transpose(YT, TILE * t, TILE, tile, 0, TILE)
+        for r in range(block.rows):
+            skip = splat(waves.D[block.channel + r])
+            store(tile, TILE * r, fma(skip, load(chunk.UR, TILE * (t + r)), load(tile, TILE * r)))
+            store(tile, SQUARE + TILE * r, read_row(zero, z, at_z + r * z.row + t * z.item, count))
+            store(tile, 2 * SQUARE + TILE * r, read_row(zero, dy, at_dy + r * dy.row + t * dy.item, count))
+        for k in range(0, SQUARE, TILE * states_per_step(tile)):
+            gate = load_wide(tile, SQUARE + k)
+            s, one = sigmoid(gate), constant(gate, 1.0)
+            store_wide(tile, k, load_wide(tile, k) * load_wide(tile, 2 * SQUARE + k) * (s * fma(gate, one - s, one)))
+        for r in range(block.rows):
+            write_row(dz, at_dz + r * dz.row + t * dz.item, count, load(tile, TILE * r))
+
+
+@register_jitable
+def store_lane_sums(S, size, state, target, slice_offset, plane, block, time, steps):
+    """Sum the lanes of S for each state and step of a chunk into one or two (batch, groups, state, length) planes."""
+    flat = reals(S)
+    stride = size * (flat.size // S.size)
+    for n in range(state):
+        here = start(target, block.batch, block.group, n, time) + slice_offset
+        for t in range(0, steps, TILE):
+            count, lanes, to = min(TILE, steps - t), t * stride + lanes_of(S, n), here + t * target.item
+            write(to, count, target.item, target.storage, lane_sums(flat, lanes, stride))
+            if imaginary(S) > 0:
+                write(to + plane, count, target.item, target.storage, lane_sums(flat, lanes + imaginary(S), stride))
 
 
 @functools.cache
@@ -371,197 +517,112 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 
     @kernel
     def backward(
-        counter, tasks, groups, bundles, slices, segments, dy, u, delta, z, B, C, A, B_constant, C_constant, D,
-        delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz, dB, dB_plane, dB_slice, dC, dC_plane,
-        dC_slice, dA, dB_constant, dC_constant, dD, dbias, dinitial_state,
+        counter, tasks, groups, bundles, slices, segments, waves, B, C, dy, A, B_constant, C_constant, checkpoints,
+        dlast_state, du, ddelta, dz, dB, dC, dA, dB_constant, dC_constant, dD, dbias, dinitial_state,
     ):  # fmt: skip
         """One task: some blocks of one group (a slice) in some segments (a bundle).
 
         The task sums dB and dC over its channels and dA, dD, dbias over its segments, always in the same order, and is the
-        only one to write that part of the partial sums: slices of dB and dC, bundles of the others.
+        only one to write that part of the partial sums: slices of dB and dC (a view, the strides of planes and slices),
+        bundles of the others.
         """
         environment = flush_subnormals()
-        dim, state = A.shape
-        per_group = dim // groups
-        blocks = (per_group + TILE - 1) // TILE
-        most = (blocks + slices - 1) // slices
-        step = states_per_step(A)
-        padded = (state + step - 1) // step * step
+        (dim, state), step, T = A.shape, states_per_step(A), CHECKPOINT
+        blocks = (dim // groups + TILE - 1) // TILE
+        padded, most = padded_to(state, step), (blocks + slices - 1) // slices
         size = padded * TILE
-        T = CHECKPOINT
-        zero = splat(D.dtype.type(0))
-        tile = scratch(3 * TILE * TILE, D.dtype)
-        tile[:] = 0
-        DL, DU, GY = scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype)
-        YT, SU, SD = scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype)
-        DR, UR, GR = scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype), scratch(T * TILE, D.dtype)
-        HS, AS = scratch((T + 1) * step * TILE, A.dtype), scratch(T * step * TILE, A.dtype)
-        WS = scratch(T * step * TILE, A.dtype)
-        R, I, AA = scratch(most * size, A.dtype), scratch(most * size, A.dtype), scratch(most * size, A.dtype)
-        CARRY, GA = scratch(most * size, A.dtype), scratch(most * size, A.dtype)
-        BS = scratch(padded * T if B_varies else most * size, A.dtype)
-        CS = scratch(padded * T if C_varies else most * size, A.dtype)
-        GB = scratch(T * size if B_varies else most * size, A.dtype)
-        GC = scratch(T * size if C_varies else most * size, A.dtype)
-        SUM_D, SUM_BIAS = scratch(most * TILE * TILE, D.dtype), scratch(most * TILE * TILE, D.dtype)
-        R[:] = 0
-        I[:] = 0
-        AA[:] = 0
+        every = most * size
+        chunk, adjoint = chunk_scratch(T, waves.D.dtype), adjoint_scratch(step, waves.D.dtype, A.dtype)
+        own = Channels(
+            scratch(every, A.dtype), scratch(every, A.dtype), scratch(every, A.dtype), scratch(every, A.dtype),
+            scratch(every, A.dtype),
+        )  # fmt: skip
+        BS, GB = scratch(padded * T if B_varies else every, A.dtype), scratch(T * size if B_varies else every, A.dtype)
+        CS, GC = scratch(padded * T if C_varies else every, A.dtype), scratch(T * size if C_varies else every, A.dtype)
+        D_SUM, BIAS_SUM = scratch(most * SQUARE, waves.D.dtype), scratch(most * SQUARE, waves.D.dtype)
+        own.R[:] = 0
+        own.I[:] = 0
+        own.AA[:] = 0
         while True:
             task = take(counter)
             if task >= tasks:
                 break
             bundle, group, part = task // (groups * slices), task // slices % groups, task % slices
-            block0, block1 = blocks * part // slices, blocks * (part + 1) // slices
+            block0, block1 = group * blocks + blocks * part // slices, group * blocks + blocks * (part + 1) // slices
             BS[:] = 0
             CS[:] = 0
-            GA[:] = 0
             GB[:] = 0
             GC[:] = 0
-            SUM_D[:] = 0
-            SUM_BIAS[:] = 0
-            for block in range(block0, block1):
-                rows, d0 = min(TILE, per_group - block * TILE), group * per_group + block * TILE
-                at = (block - block0) * size
-                load_parameters(R, I, BS, CS, at, A, B_constant, C_constant, zoh, B_varies, C_varies, d0, rows)
+            own.GA[:] = 0
+            D_SUM[:] = 0
+            BIAS_SUM[:] = 0
+            for number in range(block0, block1):
+                block, offset = block_of(number, 0, groups, dim), (number - block0) * size
+                load_rates(own.R, own.I, offset, A, zoh, block)
                 for n in range(state):
-                    for r in range(rows):
-                        put(AA, at, n, r, A[d0 + r, n])
+                    for r in range(block.rows):
+                        put(own.AA, offset, n, r, A[block.channel + r, n])
+                if not B_varies:
+                    load_constant(BS, offset, B_constant, block, False)
+                if not C_varies:
+                    load_constant(CS, offset, C_constant, block, True)
             for segment in range(len(segments) * bundle // bundles, len(segments) * (bundle + 1) // bundles):
-                batch, begin, length = segments[segment, 0], segments[segment, 1], segments[segment, 2]
-                initial, final, chunk0 = segments[segment, 3], segments[segment, 4], segments[segment, 5]
-                CARRY[:] = 0
+                batch, begin, length, initial, final, first_chunk = segments[segment]
+                own.CARRY[:] = 0
                 if final >= 0:
-                    move_states(CARRY, size, dlast_state, final, group * per_group, per_group, block0, block1, True)
+                    for number in range(block0, block1):
+                        block = block_of(number, batch, groups, dim)
+                        move_states(own.CARRY, (number - block0) * size, dlast_state, final, block, True)
                 for t0 in range((length - 1) // T * T, -1, -T):
                     steps, time = min(T, length - t0), begin + t0
                     if B_varies:
-                        load_numbers(BS, T, B, batch, group, state, time, steps)
+                        load_varying(BS, T, B, block_of(block0, batch, groups, dim), state, time, steps, False)
                         GB[:] = 0
                     if C_varies:
-                        load_numbers(CS, T, C, batch, group, state, time, steps)
+                        load_varying(CS, T, C, block_of(block0, batch, groups, dim), state, time, steps, True)
                         GC[:] = 0
-                        for k in range(CS.size):
-                            CS[k] = twice_conj(CS[k])
-                    for block in range(block0, block1):
-                        r0, at = block * TILE, (block - block0) * size
-                        rows, d0 = min(TILE, per_group - r0), group * per_group + r0
-                        at_u, at_dy = start(u, batch, group, r0, time), start(dy, batch, group, r0, time)
-                        at_delta, at_z = start(delta, batch, group, r0, time), start(z, batch, group, r0, time)
-                        load_delta(
-                            DL,
-                            DU,
-                            DR,
-                            UR,
-                            tile,
-                            u,
-                            delta,
-                            delta_bias,
-                            delta_softplus,
-                            zoh,
-                            at_u,
-                            at_delta,
-                            d0,
-                            rows,
-                            steps,
-                            -T,
-                        )
-                        load_cotangent(GY, GR, tile, dy, z, at_dy, at_z, rows, steps)
-                        kept = ((chunk0 + t0 // T) * groups * blocks + group * blocks + block) * size
+                    for number in range(block0, block1):
+                        block, offset = block_of(number, batch, groups, dim), (number - block0) * size
+                        kept = ((first_chunk + t0 // T) * groups * blocks + number) * size
+                        load_delta(chunk, waves, zoh, block, time, steps, -T)
+                        load_cotangent(adjoint.GY, adjoint.GR, chunk.tiles, waves, dy, block, time, steps)
                         for n in range(0, padded, step):
-                            r, i, carry = (
-                                load_wide(R, at + n * TILE),
-                                load_wide(I, at + n * TILE),
-                                load_wide(CARRY, at + n * TILE),
-                            )
-                            h, ga, aa = (
-                                load_wide(checkpoints, kept + n * TILE),
-                                load_wide(GA, at + n * TILE),
-                                load_wide(AA, at + n * TILE),
-                            )
-                            store_wide(HS, 0, h)
-                            for t in range(steps):
-                                dl, du_ = repeat(load(DL, t * TILE), h), repeat(load(DU, t * TILE), h)
-                                if B_varies:
-                                    b = spread(BS, n * T + t, T)
-                                else:
-                                    b = load_wide(BS, at + n * TILE)
-                                if C_varies:
-                                    c = spread(CS, n * T + t, T)
-                                else:
-                                    c = load_wide(CS, at + n * TILE)
-                                if zoh:
-                                    a, change = decay_and_change(dl, r)
-                                    w = change * i
-                                    store_wide(WS, t * step * TILE, w)
-                                    h = fma(a, h, w * (b * du_))
-                                else:
-                                    a = decay(dl, r)
-                                    h = fma(a, h, b * du_)
-                                store_wide(AS, t * step * TILE, a)
-                                store_wide(HS, (t + 1) * step * TILE, h)
-                                store(YT, t * TILE, real_dot(c, h, load(YT, t * TILE) if n > 0 else zero))
-                            for back in range(steps):
-                                t = steps - 1 - back
-                                dl, du_ = repeat(load(DL, t * TILE), h), repeat(load(DU, t * TILE), h)
-                                gy = repeat(load(GY, t * TILE), h)
-                                if B_varies:
-                                    b = spread(BS, n * T + t, T)
-                                    to_b = (t * padded + n) * TILE
-                                else:
-                                    b = load_wide(BS, at + n * TILE)
-                                    to_b = at + n * TILE
-                                if C_varies:
-                                    c = spread(CS, n * T + t, T)
-                                    to_c = (t * padded + n) * TILE
-                                else:
-                                    c = load_wide(CS, at + n * TILE)
-                                    to_c = at + n * TILE
-                                a, before = load_wide(AS, t * step * TILE), load_wide(HS, t * step * TILE)
-                                g = fma(c, gy, carry)
-                                store_wide(GC, to_c, fma(load_wide(HS, (t + 1) * step * TILE), gy, load_wide(GC, to_c)))
-                                carry = g * conj(a)
-                                through = carry * conj(before)
-                                sum_u = load(SU, t * TILE) if n > 0 else zero
-                                sum_d = real_dot(aa, through, load(SD, t * TILE) if n > 0 else zero)
-                                if zoh:
-                                    w, bu = load_wide(WS, t * step * TILE), b * du_
-                                    store_wide(GB, to_b, fma(g * conj(w), du_, load_wide(GB, to_b)))
-                                    store(SU, t * TILE, real_dot(b * w, g, sum_u))
-                                    store(SD, t * TILE, real_dot(bu, carry, sum_d))
-                                    curve = psi(dl * aa, a, w * aa)
-                                    ga = fma(through + g * conj(bu * curve) * dl, dl, ga)
-                                else:
-                                    store_wide(GB, to_b, fma(g, du_, load_wide(GB, to_b)))
-                                    store(SU, t * TILE, real_dot(b, g, sum_u))
-                                    store(SD, t * TILE, sum_d)
-                                    ga = fma(through, dl, ga)
-                            store_wide(CARRY, at + n * TILE, carry)
-                            store_wide(GA, at + n * TILE, ga)
-                        store_gradients(
-                            YT, SU, SD, DR, UR, GR, tile, D, delta_bias, delta_softplus, zoh, dy, delta, z, du, ddelta, dz,
-                            SUM_D, SUM_BIAS, batch, group, r0, d0, time, rows, steps, (block - block0) * TILE * TILE,
-                        )  # fmt: skip
+                            here = offset + n * TILE
+                            recompute(
+                                load_wide(checkpoints, kept + n * TILE), n, load_wide(own.R, here), load_wide(own.I, here),
+                                BS, CS, here, here, chunk.DL, chunk.DU, adjoint.YT, adjoint.HS, adjoint.AS, adjoint.WS,
+                                steps, zoh, B_varies, C_varies,
+                            )  # fmt: skip
+                            walk_back(
+                                n, size, offset, load_wide(own.AA, here), own.CARRY, own.GA, BS, CS, GB, GC, chunk.DL,
+                                chunk.DU, adjoint.GY, adjoint.SU, adjoint.SD, adjoint.HS, adjoint.AS, adjoint.WS, steps,
+                                zoh, B_varies, C_varies,
+                            )  # fmt: skip
+                        sums = (number - block0) * SQUARE
+                        store_gradients(adjoint, chunk, waves, zoh, du, ddelta, D_SUM, BIAS_SUM, sums, block, time, steps)
+                        if waves.z.address != 0:
+                            store_gate_gradient(adjoint.YT, chunk, waves, dy, dz, block, time, steps)
+                    block = block_of(block0, batch, groups, dim)
                     if B_varies:
-                        store_sums(GB, size, state, dB, part * dB_slice, dB_plane, batch, group, time, steps)
+                        store_lane_sums(GB, size, state, dB[0], part * dB[2], dB[1], block, time, steps)
                     if C_varies:
-                        store_sums(GC, size, state, dC, part * dC_slice, dC_plane, batch, group, time, steps)
+                        store_lane_sums(GC, size, state, dC[0], part * dC[2], dC[1], block, time, steps)
                 if initial >= 0:
-                    move_states(
-                        CARRY, size, dinitial_state, initial, group * per_group, per_group, block0, block1, False
-                    )
-            move_states(GA, size, dA, bundle, group * per_group, per_group, block0, block1, False)
-            if not B_varies:
-                move_states(GB, size, dB_constant, bundle, group * per_group, per_group, block0, block1, False)
-            if not C_varies:
-                move_states(GC, size, dC_constant, bundle, group * per_group, per_group, block0, block1, False)
-            for block in range(block0, block1):
-                sums = (block - block0) * TILE * TILE
-                store(tile, 0, lane_sums(SUM_D, sums, TILE))
-                store(tile, TILE, lane_sums(SUM_BIAS, sums, TILE))
-                for r in range(min(TILE, per_group - block * TILE)):
-                    dD[bundle, group * per_group + block * TILE + r] = tile[r]
-                    dbias[bundle, group * per_group + block * TILE + r] = tile[TILE + r]
+                    for number in range(block0, block1):
+                        block = block_of(number, batch, groups, dim)
+                        move_states(own.CARRY, (number - block0) * size, dinitial_state, initial, block, False)
+            for number in range(block0, block1):
+                block, offset = block_of(number, 0, groups, dim), (number - block0) * size
+                move_states(own.GA, offset, dA, bundle, block, False)
+                if not B_varies:
+                    move_states(GB, offset, dB_constant, bundle, block, False)
+                if not C_varies:
+                    move_states(GC, offset, dC_constant, bundle, block, False)
+                store(chunk.tiles, 0, lane_sums(D_SUM, (number - block0) * SQUARE, TILE))
+                store(chunk.tiles, TILE, lane_sums(BIAS_SUM, (number - block0) * SQUARE, TILE))
+                for r in range(block.rows):
+                    dD[bundle, block.channel + r] = chunk.tiles[r]
+                    dbias[bundle, block.channel + r] = chunk.tiles[TILE + r]
         restore_environment(environment)
 
     return backward
@@ -569,51 +630,47 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 
 # --- carries of a split along time -----------------------------------------------------------------------------------
 
-GONE = {4: 120.0, 8: 800.0}  # by bytes of a number: exp of minus this leaves nothing of any state
-
 
 @kernel
-def reach(counter, tasks, groups, segments, delta, A, delta_bias, delta_softplus, gone, from_end, sums, walked):
+def reach(counter, tasks, groups, segments, waves, A, gone, from_end, sums, walked):
     """How far a state is felt: one task walks a block of a segment from its end (or start) until every state is gone.
 
     Writes the steps walked, and the sum of delta over them; infinity if the walk ended before the segment did. Only softplus
     promises that delta is positive, so that what is gone stays gone; without it the walk is over all of the segment.
     """
     environment = flush_subnormals()
-    dim = A.shape[0]
-    per_group = dim // groups
-    blocks = (per_group + TILE - 1) // TILE
-    S, slowest = scratch(TILE * TILE, delta_bias.dtype), np.empty(TILE, delta_bias.dtype)
-    zero = splat(delta_bias.dtype.type(0))
+    delta, dtype = waves.delta, waves.D.dtype
+    blocks = tasks // len(segments)
+    S, slowest = scratch(SQUARE, dtype), np.empty(TILE, dtype)
+    zero = splat(dtype.type(0))
     while True:
         task = take(counter)
         if task >= tasks:
             break
-        segment, block = task // (groups * blocks), task % (groups * blocks)
-        group, r0 = block // blocks, block % blocks * TILE
-        rows, d0 = min(TILE, per_group - r0), group * per_group + r0
+        segment = task // blocks
         batch, begin, length = segments[segment, 0], segments[segment, 1], segments[segment, 2]
+        block = block_of(task % blocks, batch, groups, A.shape[0])
         S[:] = 0
-        for r in range(rows):
-            slowest[r] = -A[d0 + r].real.max()
+        for r in range(block.rows):
+            slowest[r] = -A[block.channel + r].real.max()
         done, felt = 0, True
         while done < length and felt:
             steps = min(CHUNK, length - done)
-            time = begin + (length - done - steps if from_end else done)
-            felt = not delta_softplus
-            for r in range(rows):
-                at = start(delta, batch, group, r0 + r, time)
+            here = at(delta, block, begin + (length - done - steps if from_end else done))
+            felt = not waves.delta_softplus
+            for r in range(block.rows):
                 total = load(S, TILE * r)
                 for t in range(0, steps, TILE):
                     count = min(TILE, steps - t)
-                    dl = read_row(zero, delta, at + t * delta.item, count) + splat(delta_bias[d0 + r])
-                    total = total + first(softplus(dl) if delta_softplus else dl, count)
+                    dl = read_row(zero, delta, here + r * delta.row + t * delta.item, count)
+                    dl = dl + splat(waves.delta_bias[block.channel + r])
+                    total = total + first(softplus(dl) if waves.delta_softplus else dl, count)
                 store(S, TILE * r, total)
                 felt = felt or not S[TILE * r : TILE * r + TILE].sum() * slowest[r] > gone
             done += steps
-        walked[segment, block] = done
-        for r in range(rows):
-            sums[segment, d0 + r] = S[TILE * r : TILE * r + TILE].sum() if done == length else np.inf
+        walked[segment, task % blocks] = done
+        for r in range(block.rows):
+            sums[segment, block.channel + r] = S[TILE * r : TILE * r + TILE].sum() if done == length else np.inf
     restore_environment(environment)
 
 
@@ -622,20 +679,12 @@ def carry_kernel(C_varies: bool) -> Any:
     """The kernel for what a segment hands to the one before it in the backward."""
 
     @kernel
-    def carry_back(
-        counter, tasks, groups, segments, dy, u, delta, z, C, A, C_constant, delta_bias, delta_softplus, dinitial_state,
-    ):  # fmt: skip
+    def carry_back(counter, tasks, groups, segments, waves, C, dy, A, C_constant, dinitial_state):
         """One task: the gradient of the initial state of one block of one segment, from dy alone."""
         environment = flush_subnormals()
-        dim, state = A.shape
-        per_group = dim // groups
-        blocks = (per_group + TILE - 1) // TILE
-        step = states_per_step(A)
-        padded = (state + step - 1) // step * step
-        tile = scratch(TILE * TILE, delta_bias.dtype)
-        DL, DU = scratch(CHUNK * TILE, delta_bias.dtype), scratch(CHUNK * TILE, delta_bias.dtype)
-        DR, UR = scratch(CHUNK * TILE, delta_bias.dtype), scratch(CHUNK * TILE, delta_bias.dtype)
-        GY, GR = scratch(CHUNK * TILE, delta_bias.dtype), scratch(CHUNK * TILE, delta_bias.dtype)
+        (dim, state), step, dtype = A.shape, states_per_step(A), waves.D.dtype
+        padded, blocks = padded_to(state, step), tasks // len(segments)
+        chunk, GY, GR = chunk_scratch(CHUNK, dtype), scratch(CHUNK * TILE, dtype), scratch(CHUNK * TILE, dtype)
         CARRY, R = scratch(padded * TILE, A.dtype), scratch(padded * TILE, A.dtype)
         CS = scratch(padded * (CHUNK if C_varies else TILE), A.dtype)
         R[:] = 0
@@ -644,53 +693,28 @@ def carry_kernel(C_varies: bool) -> Any:
             task = take(counter)
             if task >= tasks:
                 break
-            segment, block = task // (groups * blocks), task % (groups * blocks)
-            group, r0 = block // blocks, block % blocks * TILE
-            rows, d0 = min(TILE, per_group - r0), group * per_group + r0
+            segment = task // blocks
             batch, begin, length = segments[segment, 0], segments[segment, 1], segments[segment, 2]
-            load_parameters(R, R, CS, CS, 0, A, C_constant, C_constant, False, True, C_varies, d0, rows)
+            block = block_of(task % blocks, batch, groups, dim)
+            load_rates(R, R, 0, A, False, block)
+            if not C_varies:
+                load_constant(CS, 0, C_constant, block, True)
             CARRY[:] = 0
             for t0 in range((length - 1) // CHUNK * CHUNK, -1, -CHUNK):
                 steps, time = min(CHUNK, length - t0), begin + t0
-                at_u, at_delta = start(u, batch, group, r0, time), start(delta, batch, group, r0, time)
-                load_delta(
-                    DL,
-                    DU,
-                    DR,
-                    UR,
-                    tile,
-                    u,
-                    delta,
-                    delta_bias,
-                    delta_softplus,
-                    False,
-                    at_u,
-                    at_delta,
-                    d0,
-                    rows,
-                    steps,
-                    -CHUNK,
-                )
-                at_dy, at_z = start(dy, batch, group, r0, time), start(z, batch, group, r0, time)
-                load_cotangent(GY, GR, tile, dy, z, at_dy, at_z, rows, steps)
+                load_delta(chunk, waves, False, block, time, steps, -CHUNK)
+                load_cotangent(GY, GR, chunk.tiles, waves, dy, block, time, steps)
                 if C_varies:
-                    load_numbers(CS, CHUNK, C, batch, group, state, time, steps)
-                    for k in range(CS.size):
-                        CS[k] = twice_conj(CS[k])
+                    load_varying(CS, CHUNK, C, block, state, time, steps, True)
                 for n in range(0, padded, step):
                     carry, r = load_wide(CARRY, n * TILE), load_wide(R, n * TILE)
                     for back in range(steps):
                         t = steps - 1 - back
-                        if C_varies:
-                            c = spread(CS, n * CHUNK + t, CHUNK)
-                        else:
-                            c = load_wide(CS, n * TILE)
-                        a = decay(repeat(load(DL, t * TILE), carry), r)
+                        c = spread(CS, n * CHUNK + t, CHUNK) if C_varies else load_wide(CS, n * TILE)
+                        a = decay(repeat(load(chunk.DL, t * TILE), carry), r)
                         carry = fma(c, repeat(load(GY, t * TILE), carry), carry) * conj(a)
                     store_wide(CARRY, n * TILE, carry)
-            move_states(
-                CARRY, 0, dinitial_state, segment, group * per_group, per_group, r0 // TILE, r0 // TILE + 1, False
-            )
+            move_states(CARRY, 0, dinitial_state, segment, block, False)
         restore_environment(environment)
 
     return carry_back

@@ -6,7 +6,7 @@ import numpy as np
 from numba import from_dtype
 
 from sscan.cpu._parallel import run
-from sscan.cpu._scan_kernels import CHECKPOINT, CHUNK, GONE, backward_kernel, carry_kernel, forward_kernel, reach
+from sscan.cpu._scan_kernels import CHECKPOINT, CHUNK, GONE, Waves, backward_kernel, carry_kernel, forward_kernel, reach
 from sscan.cpu._tiles import ABSENT, TILE, View, view
 from sscan.cpu._vector import STATES
 
@@ -46,6 +46,10 @@ def or_none(states: np.ndarray | None, A: np.ndarray) -> np.ndarray:
     return np.empty((0, 0, 0), A.dtype) if states is None else states
 
 
+def waves_of(groups, u, delta, z, D, delta_bias, delta_softplus) -> Waves:
+    return Waves(view(u, groups), view(delta, groups), view(z, groups), D, delta_bias, delta_softplus)
+
+
 def selective_scan_forward(
     segments, groups, u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, initial_state, y, last_state, checkpoints
 ):
@@ -65,9 +69,8 @@ def launch_forward(
         forward_kernel(zoh, B.ndim == 4, C.ndim == 4),
         len(segments) * groups * blocks_of(A, groups),
         CHUNK if checkpoints is None else CHECKPOINT, groups, with_checkpoints(segments),
-        view(u, groups), view(delta, groups), view(z, groups), B_view, C_view, view(y, groups),
-        A, B_constant, C_constant, D, delta_bias, delta_softplus, or_none(initial_state, A), last_state,
-        np.empty(0, A.dtype) if checkpoints is None else checkpoints,
+        waves_of(groups, u, delta, z, D, delta_bias, delta_softplus), B_view, C_view, view(y, groups), A, B_constant,
+        C_constant, or_none(initial_state, A), last_state, np.empty(0, A.dtype) if checkpoints is None else checkpoints,
     )  # fmt: skip
 
 
@@ -90,9 +93,9 @@ def selective_scan_backward(
     run(
         backward_kernel(zoh, B.ndim == 4, C.ndim == 4),
         bundles * groups * slices, groups, bundles, slices, with_checkpoints(segments),
-        view(dy, groups), view(u, groups), view(delta, groups), view(z, groups), B_view, C_view,
-        A, B_constant, C_constant, D, delta_bias, delta_softplus, checkpoints, or_none(dlast_state, A),
-        view(du, groups), view(ddelta, groups), view(dz, groups), *B_sums.varying, *C_sums.varying,
+        waves_of(groups, u, delta, z, D, delta_bias, delta_softplus), B_view, C_view, view(dy, groups),
+        A, B_constant, C_constant, checkpoints, or_none(dlast_state, A),
+        view(du, groups), view(ddelta, groups), view(dz, groups), B_sums.varying, C_sums.varying,
         A_sums, B_sums.constant, C_sums.constant, D_sums, bias_sums, or_none(dinitial_state, A),
     )  # fmt: skip
     for gradient, sums in ((dA, A_sums), (dD, D_sums), (ddelta_bias, bias_sums)):
@@ -188,8 +191,7 @@ def backward_parts(table, segments, groups, dy, u, delta, A, C, z, delta_bias, d
     C_view, C_constant = both_forms(C, A, groups)
     run(
         carry_kernel(C.ndim == 4), len(heads) * groups * blocks_of(A, groups), groups, heads,
-        view(dy, groups), view(u, groups), view(delta, groups), view(z, groups), C_view, A, C_constant, delta_bias,
-        delta_softplus, starts,
+        waves_of(groups, u, delta, z, delta_bias, delta_bias, delta_softplus), C_view, view(dy, groups), A, C_constant, starts,
     )  # fmt: skip
     for part, decay, start in reversed(list(zip(carrying, decays, starts, strict=True))):
         gradients[part - 1] = decay.conj() * gradients[part] + start
@@ -212,8 +214,8 @@ def felt(table, groups, delta, A, delta_bias, delta_softplus, from_end):
     sums = np.empty((len(table), A.shape[0]), delta_bias.dtype)
     walked = np.empty((len(table), blocks), np.int64)
     run(
-        reach, len(table) * blocks, groups, table, view(delta, groups), A, delta_bias, delta_softplus,
-        GONE[delta_bias.itemsize], from_end, sums, walked,
+        reach, len(table) * blocks, groups, table, waves_of(groups, delta, delta, None, delta_bias, delta_bias, delta_softplus),
+        A, GONE[delta_bias.itemsize], from_end, sums, walked,
     )  # fmt: skip
     gone = np.isinf(sums)[..., None]
     with np.errstate(over="ignore"):
