@@ -95,8 +95,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with_prototype = peers.prototype(arguments.prototype) if arguments.prototype else None
     lines = [
-        f"{datetime.now(timezone.utc):%Y-%m-%d}, {platform.processor() or platform.machine()}, {threads()} threads, "
-        f"Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}",
+        (
+            f"{datetime.now(timezone.utc):%Y-%m-%d}, {platform.machine()}, {threads()} threads, "
+            f"Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}"
+        ),
         "",
         "| (batch, dim, length) | | forward, ms (over sscan) | forward + backward, ms (over sscan) |",
         "| --- | --- | --- | --- |",

@@ -37,9 +37,13 @@ def main() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     for what in ("forward", "forward + backward"):
         output = subprocess.run(
-            [sys.executable, "-c", PROGRAM.format(shape=SHAPE), what], cwd=here, check=True, capture_output=True, text=True
+            [sys.executable, "-c", PROGRAM.format(shape=SHAPE), what],
+            cwd=here,
+            check=True,
+            capture_output=True,
+            text=True,
         )
-        print(f"{what} at {SHAPE}, state 16: {int(output.stdout) / unit:.2f} arrays of {unit / 1e6:.0f} MB, results included")
+        print(f"{what} at {SHAPE}, state 16: {int(output.stdout) / unit:.2f} arrays of {unit / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

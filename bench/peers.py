@@ -79,7 +79,7 @@ def jax_lax_scan(problem: dict[str, Any]) -> Pair:
 
 
 def torch_formula(problem: dict[str, Any]) -> Pair:
-    """The formula that users of mamba_ssm fall back to without its extension: all decays in memory, a loop over time."""
+    """What users of mamba_ssm are left with if its extension is missing: all decays in memory, a loop over time."""
     import torch
     import torch.nn.functional as F
 
@@ -113,7 +113,8 @@ def prototype(folder: Path) -> Callable[[dict[str, Any]], Pair]:
 
     def load(name: str) -> Any:
         spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)

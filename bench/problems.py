@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-# (batch, dim, length): one long prompt at the 130M model's width, a training batch of it, a very long sequence of few channels
+# (batch, dim, length): one long prompt at the 130M model's width, a training batch of it, a very long sequence of few
+# channels
 SHAPES = [(1, 1536, 2048), (8, 1536, 512), (1, 64, 131072)]
 STATE = 16
 

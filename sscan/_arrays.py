@@ -1,6 +1,7 @@
 """Array libraries: views of the caller's arrays in, results in the caller's library out.
 
-The only file that knows them. A library is looked up in ``sys.modules``, never imported: whoever passes a tensor has it.
+The only file that knows them. A library is looked up in ``sys.modules``, never imported: whoever passes a tensor has
+it.
 """
 
 import sys
@@ -31,7 +32,7 @@ def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Call
     read-only or have no memory that could be viewed as it is.
     """
     caller, first = None, ""
-    views = []
+    views: list[Any] = []
     for name, array in arrays.items():
         if array is None:
             views.append(None)
@@ -64,7 +65,11 @@ def _check_updatable(op: str, name: str, array: Any, here: Caller, view: Any) ->
 def _recognise(op: str, name: str, array: Any) -> tuple[Caller, Any]:
     if isinstance(array, np.ndarray):
         return Caller("NumPy", "cpu", lambda result: result), _native(array)
-    for library, type_name, recognise in (("torch", "Tensor", _torch), ("jax", "Array", _jax), ("cupy", "ndarray", _cupy)):
+    for library, type_name, recognise in (
+        ("torch", "Tensor", _torch),
+        ("jax", "Array", _jax),
+        ("cupy", "ndarray", _cupy),
+    ):
         module = sys.modules.get(library)
         if module is not None and isinstance(array, getattr(module, type_name, ())):
             return recognise(op, name, array, module)
@@ -82,10 +87,10 @@ def _native(array: Array) -> Array:
 def _torch(op: str, name: str, tensor: Any, torch: Any) -> tuple[Caller, Any]:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
-            f"{op}: {name} requires grad, which this function would lose; use sscan.torch, or call it under torch.no_grad()"
+            f"{op}: {name} requires grad, which this function would lose; use sscan.torch or torch.no_grad()"
         )
     if tensor.device.type == "cuda":
-        return Caller("PyTorch", "cuda", lambda result: torch.from_dlpack(result)), tensor
+        return Caller("PyTorch", "cuda", torch.from_dlpack), tensor
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got {tensor.layout} on {tensor.device}")
     tensor = tensor.detach().resolve_conj().resolve_neg()
@@ -102,13 +107,15 @@ def _torch(op: str, name: str, tensor: Any, torch: Any) -> tuple[Caller, Any]:
 
 def _jax(op: str, name: str, array: Any, jax: Any) -> tuple[Caller, Any]:
     if isinstance(array, jax.core.Tracer):
-        raise TypeError(f"{op}: {name} is traced by a JAX transformation (jit, grad, vmap); use sscan.jax inside of them")
+        raise TypeError(
+            f"{op}: {name} is traced by a JAX transformation (jit, grad, vmap); use sscan.jax inside of them"
+        )
     platforms = {device.platform for device in array.devices()}
     if platforms == {"gpu"}:
-        return Caller("JAX", "cuda", lambda result: jax.numpy.from_dlpack(result)), array
+        return Caller("JAX", "cuda", jax.numpy.from_dlpack), array
     if platforms != {"cpu"}:
         raise TypeError(f"{op}: {name} must be on cpu or gpu, got {', '.join(sorted(platforms))}")
-    return Caller("JAX", "cpu", lambda result: jax.numpy.asarray(result)), np.asarray(array)
+    return Caller("JAX", "cpu", jax.numpy.asarray), np.asarray(array)
 
 
 def _cupy(op: str, name: str, array: Any, cupy: Any) -> tuple[Caller, Any]:

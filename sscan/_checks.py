@@ -1,5 +1,7 @@
 """Shapes and dtypes of an op's arguments: one table, checked from left to right; the first failure raises."""
 
+import functools
+import math
 import re
 from typing import Any
 
@@ -8,26 +10,31 @@ import numpy as np
 
 from sscan._arrays import Array
 
-STORAGE = ("float64", "float32", "float16", "bfloat16")
+STORAGE = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 
 
 def sizes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
     """Sizes of the symbols in the arguments' shapes.
 
-    Each argument is an array (or None) and its shape in symbols: ``u=(u, "batch, dim, length")``. A symbol takes the size of
-    its first appearance; ``width-1`` and ``2*length`` are understood. Several shapes, of different rank, are separated by
-    ``|``. Raises ValueError with the argument, the shape expected and the shape that came.
+    Each argument is an array (or None) and its shape in symbols: ``u=(u, "batch, dim, length")``. A symbol takes the
+    size of its first appearance; ``width-1`` and ``2*length`` are understood. Several shapes, of different rank, are
+    separated by ``|``. Raises ValueError with the argument, the shape expected and the shape that came.
     """
     known: dict[str, int] = {}
     for name, (array, forms) in arguments.items():
         if array is None:
             continue
-        shapes = [[symbol.strip() for symbol in form.split(",") if symbol.strip()] for form in forms.split("|")]
+        shapes = _shapes(forms)
         fitting = next((shape for shape in shapes if len(shape) == array.ndim), None)
         if fitting is None or not _bind(known, fitting, array.shape):
             expected = " or ".join(_spelled(shape, known) for shape in ([fitting] if fitting else shapes))
             raise ValueError(f"{op}: {name} must have shape {expected}, got {array.shape}")
     return known
+
+
+@functools.cache
+def _shapes(forms: str) -> list[list[str]]:
+    return [[symbol.strip() for symbol in form.split(",") if symbol.strip()] for form in forms.split("|")]
 
 
 def _bind(known: dict[str, int], symbols: list[str], shape: tuple[int, ...]) -> bool:
@@ -40,6 +47,7 @@ def _bind(known: dict[str, int], symbols: list[str], shape: tuple[int, ...]) -> 
     return True
 
 
+@functools.cache
 def _parsed(symbol: str) -> tuple[int, str, int]:
     match = re.fullmatch(r"(?:(\d+)\*)?([a-z_]+)([+-]\d+)?", symbol)
     assert match, f"not a size: {symbol}"
@@ -60,12 +68,13 @@ def _spelled(symbols: list[str], known: dict[str, int]) -> str:
 def storage(op: str, **arrays: Array | None) -> np.dtype[Any]:
     """The one floating dtype of these arrays; TypeError if there are two, or one that is not stored."""
     (first, array), *others = [(name, array) for name, array in arrays.items() if array is not None]
-    if array.dtype.name not in STORAGE:
-        raise TypeError(f"{op}: {first} must have dtype {', '.join(STORAGE)}; got {array.dtype}")
+    dtype: np.dtype[Any] = array.dtype
+    if dtype not in STORAGE:
+        raise TypeError(f"{op}: {first} must have dtype {', '.join(t.name for t in STORAGE)}; got {dtype}")
     for name, other in others:
-        if other.dtype != array.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of {first}, {array.dtype}; got {other.dtype}")
-    return array.dtype
+        if other.dtype != dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of {first}, {dtype}; got {other.dtype}")
+    return dtype
 
 
 def accumulation(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -74,7 +83,7 @@ def accumulation(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def parameter(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Array | None:
-    """A parameter or state as the kernels take it: contiguous, writeable, widened to ``dtype``; copied only if it must be.
+    """A parameter or state as the kernels take it: contiguous, writeable, in ``dtype``; copied only if it must be.
 
     TypeError if ``dtype`` cannot hold its values: nothing is rounded without being asked.
     """
@@ -92,3 +101,20 @@ def time_contiguous(array: Array | None) -> Array | None:
     if array is None or array.shape[-1] < 2 or array.strides[-1] == array.itemsize:
         return array
     return np.ascontiguousarray(array)
+
+
+def same_shape(op: str, **arrays: Array | None) -> None:
+    """ValueError unless all arrays (None is left out) have the shape of the first, of at least one axis."""
+    (first, array), *others = [(name, array) for name, array in arrays.items() if array is not None]
+    if array.ndim == 0:
+        raise ValueError(f"{op}: {first} must have at least one axis, got shape ()")
+    for name, other in others:
+        if other.shape != array.shape:
+            raise ValueError(f"{op}: {name} must have the shape of {first}, {array.shape}, got {other.shape}")
+
+
+def rows(array: Array | None) -> Array | None:
+    """The array as (rows, size), copied if its leading axes do not merge into one or its last axis is strided."""
+    if array is None:
+        return None
+    return time_contiguous(array.reshape(math.prod(array.shape[:-1]), array.shape[-1]))

@@ -1,7 +1,7 @@
 """Packed sequences, batches and parts of a split sequence are one thing to the kernels: a table of segments.
 
-A segment is a stretch of one batch row that is scanned on its own. Its row in the table: batch row, first step, number of
-steps, row of ``initial_state`` to start from (-1: zero), row of ``last_state`` to write (-1: none).
+A segment is a stretch of one batch row that is scanned on its own. Its row in the table: batch row, first step,
+number of steps, row of ``initial_state`` to start from (-1: zero), row of ``last_state`` to write (-1: none).
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def segments(op: str, batch: int, length: int, seq_idx: Array | None, cu_seqlens
 def _packed(op: str, batch: int, length: int, borders: Array) -> Array:
     if batch != 1:
         raise ValueError(f"{op}: cu_seqlens needs a batch of 1, got {batch}")
-    if borders[0] != 0 or borders[-1] != length or (np.diff(borders) < 0).any():
+    if len(borders) == 0 or borders[0] != 0 or borders[-1] != length or (np.diff(borders) < 0).any():
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to length = {length}, got {borders.tolist()}")
     sequences = np.arange(len(borders) - 1)
     return np.stack([0 * sequences, borders[:-1], np.diff(borders), sequences, sequences], axis=1)

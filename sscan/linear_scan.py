@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from sscan import _arrays, _backends, _checks, _shapes
+from sscan import _arrays, _backends, _checks
 from sscan._arrays import Array
 
 
@@ -18,7 +18,7 @@ class LinearScanGradients(NamedTuple):
 
 def _initial(op: str, initial_state: Array | None, **arrays: Array) -> Array:
     """The initial state (zeros if None) as (rows,) in the accumulation dtype, after the checks on all arguments."""
-    _shapes.same(op, **arrays)
+    _checks.same_shape(op, **arrays)
     a = arrays["a"]
     dtype = a.dtype
     if dtype in (np.complex64, np.complex128):
@@ -74,7 +74,7 @@ def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False
     kernels = _backends.for_device(op, caller.device)
     state = _initial(op, initial_state, a=a, b=b)
     h = np.empty(b.shape, b.dtype)
-    kernels.linear_scan_forward(_shapes.rows(a), _shapes.rows(b), state, bool(reverse), _shapes.rows(h))
+    kernels.linear_scan_forward(_checks.rows(a), _checks.rows(b), state, bool(reverse), _checks.rows(h))
     return caller.leave(h)
 
 
@@ -109,8 +109,8 @@ def linear_scan_backward(
     state = _initial(op, initial_state, a=a, dh=dh, h=h)
     da, db, dstate = np.empty(a.shape, a.dtype), np.empty(a.shape, a.dtype), np.empty_like(state)
     kernels.linear_scan_backward(
-        _shapes.rows(dh), _shapes.rows(a), _shapes.rows(h), state, bool(reverse),
-        _shapes.rows(da), _shapes.rows(db), dstate,
+        _checks.rows(dh), _checks.rows(a), _checks.rows(h), state, bool(reverse),
+        _checks.rows(da), _checks.rows(db), dstate,
     )  # fmt: skip
     dinitial_state = None
     if initial_state is not None:

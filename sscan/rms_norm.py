@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from sscan import _arrays, _backends, _checks, _shapes
+from sscan import _arrays, _backends, _checks
 from sscan._arrays import Array
 
 
@@ -18,7 +18,7 @@ class RMSNormGradients(NamedTuple):
 
 def _weight(op: str, x: Array, weight: Array, eps: float, **also: Array | None) -> Array:
     """The weight in the accumulation dtype of x, after the checks; ``also`` are arrays of the shape of x."""
-    _shapes.same(op, x=x, **also)
+    _checks.same_shape(op, x=x, **also)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: weight must have shape (size,) = {x.shape[-1:]}, got {weight.shape}")
     if not eps >= 0:
@@ -30,8 +30,8 @@ def _weight(op: str, x: Array, weight: Array, eps: float, **also: Array | None) 
 def _stream(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Array | None:
     """A residual stream as (rows, size): in its own dtype, which kernels in float32 read as it is."""
     if array is None or (dtype == np.float32 and array.dtype.name in ("float32", "float16", "bfloat16")):
-        return _shapes.rows(array)
-    return _shapes.rows(_checks.parameter(op, name, array, dtype))
+        return _checks.rows(array)
+    return _checks.rows(_checks.parameter(op, name, array, dtype))
 
 
 def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> Any:
@@ -74,8 +74,8 @@ def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> An
     y = np.empty(x.shape, x.dtype)
     residual_out = None if residual is None else np.empty(x.shape, weight.dtype)
     kernels.rms_norm_forward(
-        _shapes.rows(x), weight, _stream(op, "residual", residual, weight.dtype), float(eps),
-        _shapes.rows(y), _shapes.rows(residual_out),
+        _checks.rows(x), weight, _stream(op, "residual", residual, weight.dtype), float(eps),
+        _checks.rows(y), _checks.rows(residual_out),
     )  # fmt: skip
     return caller.leave(y) if residual_out is None else (caller.leave(y), caller.leave(residual_out))
 
@@ -122,8 +122,8 @@ def rms_norm_backward(
     if residual is not None:  # kernels in float64 write float64 only
         dresidual = np.empty(x.shape, weight.dtype if x.dtype == np.float64 else residual.dtype)
     kernels.rms_norm_backward(
-        _shapes.rows(dy), _shapes.rows(x), weight, _stream(op, "residual", residual, weight.dtype), float(eps),
-        _stream(op, "dresidual_out", dresidual_out, weight.dtype), _shapes.rows(dx), dweight, _shapes.rows(dresidual),
+        _checks.rows(dy), _checks.rows(x), weight, _stream(op, "residual", residual, weight.dtype), float(eps),
+        _stream(op, "dresidual_out", dresidual_out, weight.dtype), _checks.rows(dx), dweight, _checks.rows(dresidual),
     )  # fmt: skip
     return RMSNormGradients(
         caller.leave(dx),

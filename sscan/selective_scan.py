@@ -16,8 +16,8 @@ Discretization = Literal["mamba", "zoh"]
 class SelectiveScanGradients(NamedTuple):
     """Gradients of a scalar with respect to the inputs of ``selective_scan``; None where there was no input.
 
-    Each has the shape and dtype of its input, parameters and states those of the accumulation. The gradient of a complex
-    input x is dL/dRe(x) + i dL/dIm(x), PyTorch's convention.
+    Each has the shape and dtype of its input, parameters and states those of the accumulation. The gradient of a
+    complex input x is dL/dRe(x) + i dL/dIm(x), PyTorch's convention.
     """
 
     du: Any
@@ -48,16 +48,17 @@ def selective_scan(
     cu_seqlens: Any = None,
     discretization: Discretization = "mamba",
 ) -> Any:
-    r"""Selective scan: a linear recurrence whose step size and input and output matrices vary with time.
+    """Selective scan: a linear recurrence whose step size and input and output matrices vary with time.
 
-    .. math::
-        h_t = \exp(\Delta_t A) \, h_{t-1} + \bar B_t u_t, \qquad y_t = (C_t h_t + D u_t) \, \mathrm{silu}(z_t)
+    For every batch row and channel, with the step size Delta = softplus(delta + delta_bias), or the bare sum without
+    ``delta_softplus`` (equations 2 and 4 and Algorithm 2 of the paper)::
 
-    for every batch row and channel, with state size ``state`` (equations 2 and 4 and Algorithm 2 of the paper). With
-    ``delta_softplus``, :math:`\Delta = \log(1 + \exp(\mathrm{delta} + \mathrm{delta\_bias}))`, else the sum itself. Under
-    ``discretization="mamba"``, which released checkpoints use, :math:`\bar B = \Delta B`; under ``"zoh"`` it is
-    :math:`(\exp(\Delta A) - 1) A^{-1} B`. For a complex A, :math:`y_t = 2 \mathrm{Re}(C_t h_t)` before D and z: the
-    states stand for themselves and their conjugates.
+        h_t = exp(Delta_t A) h_{t-1} + B_bar_t u_t        (one number for each state)
+        y_t = (sum of C_t h_t over the states + D u_t) silu(z_t)
+
+    ``discretization="mamba"``, which released checkpoints use, has B_bar = Delta B; ``"zoh"`` has
+    B_bar = (exp(Delta A) - 1) / A * B. With a complex A, the sum over the states is 2 Re(sum of C_t h_t): the states
+    stand for themselves and their conjugates.
 
     Parameters
     ----------
@@ -67,8 +68,8 @@ def selective_scan(
         Real or complex, in the accumulation dtype: float64 (complex128) for float64 inputs, else float32 (complex64).
     B, C : (dim, state), (batch, state, length) or (batch, groups, state, length)
         Constant, in A's dtype, or varying, in u's dtype; each on its own. A group serves dim / groups consecutive
-        channels. With a complex A: complex arrays, or varying real ones whose last axis interleaves real and imaginary parts
-        (2 * length).
+        channels. With a complex A: complex arrays, or varying real ones whose last axis interleaves real and
+        imaginary parts (2 * length).
     D, delta_bias : (dim,)
         In the (real) accumulation dtype, or None.
     delta_softplus : bool
@@ -88,8 +89,8 @@ def selective_scan(
     Returns
     -------
     y : (batch, dim, length)
-        In u's dtype, or ``(y, last_state)`` with last_state (batch, dim, state), (sequences, dim, state) with ``cu_seqlens``,
-        in A's dtype.
+        In u's dtype, or ``(y, last_state)`` with last_state (batch, dim, state), (sequences, dim, state) with
+        ``cu_seqlens``, in A's dtype.
 
     Raises
     ------
@@ -100,9 +101,9 @@ def selective_scan(
 
     Notes
     -----
-    Arithmetic is in the accumulation dtype throughout; results are rounded once. They are the same bit for bit in every run
-    and for every number of threads. Memory beyond the result: a few kilobytes for each thread. Inputs may have any strides;
-    one with a strided last axis is copied. No input is written.
+    Arithmetic is in the accumulation dtype throughout; results are rounded once. They are the same bit for bit in every
+    run and for every number of threads. Memory beyond the results: a few kilobytes for each thread. Inputs may have any
+    strides; one with a strided last axis is copied. No input is written.
     """
     problem = _prepare(
         "selective_scan", u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens,
@@ -171,8 +172,10 @@ def selective_scan_backward(
     checkpoints
         What ``selective_scan_forward`` returned for the same inputs; without it the forward is run again.
 
-    The other parameters are those of ``selective_scan``. Between checkpoints the states are recomputed. Sums over batch,
-    time and channels are taken in a fixed order: the results are the same bit for bit in every run.
+    Notes
+    -----
+    The other parameters are those of ``selective_scan``. Between checkpoints the states are recomputed. Sums over
+    batch, time and channels are taken in a fixed order: the results are the same bit for bit in every run.
     """
     op = "selective_scan_backward"
     problem = _prepare(
@@ -185,56 +188,63 @@ def selective_scan_backward(
     return problem.run_backward(checkpoints)
 
 
-@dataclass
-class _Problem:
-    """Checked arguments in the form that the kernels take."""
+class _Inputs(NamedTuple):
+    """What every kernel of the scan reads. B and C are (dim, state) or (batch, groups or 1, state, length)."""
 
-    caller: _arrays.Caller
-    backend: ModuleType
-    segments: Array
-    sequences: int
-    groups: int
-    arrays: dict[str, Any]  # by argument name, as given (views)
+    u: Array
+    delta: Array
+    A: Array
     B: Array
     C: Array
     D: Array
+    z: Array | None
     delta_bias: Array
     delta_softplus: bool
     zoh: bool
 
-    def inputs(self) -> tuple[Any, ...]:
-        a = self.arrays
-        return (
-            a["u"], a["delta"], a["A"], self.B, self.C, self.D, a["z"], self.delta_bias, self.delta_softplus, self.zoh,
-        )  # fmt: skip
+
+@dataclass(frozen=True)
+class _Problem:
+    """A checked call: its arrays as given (views) by argument name, and in the form that the kernels take."""
+
+    caller: _arrays.Caller
+    backend: ModuleType
+    given: dict[str, Any]
+    inputs: _Inputs
+    groups: int
+    segments: Array
+    sequences: int
 
     def empty_checkpoints(self) -> Any:
-        return self.backend.empty_checkpoints(self.segments, self.groups, self.arrays["A"])
+        return self.backend.empty_checkpoints(self.segments, self.groups, self.inputs.A)
 
     def run(self, checkpoints: Any) -> tuple[Any, Any]:
-        u, A = self.arrays["u"], self.arrays["A"]
+        u, A = self.inputs.u, self.inputs.A
         y, last_state = np.empty(u.shape, u.dtype), np.empty((self.sequences, *A.shape), A.dtype)
         self.backend.selective_scan_forward(
-            self.segments, self.groups, *self.inputs(), self.arrays["initial_state"], y, last_state, checkpoints
+            self.segments, self.groups, self.inputs, self.given["initial_state"], y, last_state, checkpoints
         )
         return self.caller.leave(y), self.caller.leave(last_state)
 
     def run_backward(self, checkpoints: Any) -> SelectiveScanGradients:
-        given = self.arrays
-        made = {
-            name: None if given[name] is None else np.empty(given[name].shape, given[name].dtype)
-            for name in ("u", "delta", "A", "B", "C", "z", "initial_state")
-        }
-        dD, ddelta_bias = np.empty_like(self.D), np.empty_like(self.delta_bias)
-        self.backend.selective_scan_backward(
-            self.segments, self.groups, given["dy"], *self.inputs(), checkpoints, given["dlast_state"],
-            made["u"], made["delta"], made["A"], _by_group(made["B"]), _by_group(made["C"]), dD, made["z"],
-            ddelta_bias, made["initial_state"],
+        made = {name: _empty_like(self.given[name]) for name in _DIFFERENTIABLE}
+        gradients = SelectiveScanGradients(*made.values())._replace(
+            dB=_by_group(made["B"]), dC=_by_group(made["C"]),
+            dD=np.empty_like(self.inputs.D), ddelta_bias=np.empty_like(self.inputs.delta_bias),
         )  # fmt: skip
-        made["D"] = None if given["D"] is None else dD
-        made["delta_bias"] = None if given["delta_bias"] is None else ddelta_bias
-        order = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-        return SelectiveScanGradients(*(None if made[n] is None else self.caller.leave(made[n]) for n in order))
+        self.backend.selective_scan_backward(
+            self.segments, self.groups, self.inputs, checkpoints, self.given["dy"], self.given["dlast_state"], gradients
+        )
+        filled = gradients._replace(dB=made["B"], dC=made["C"])
+        results = zip(filled, made.values(), strict=True)
+        return SelectiveScanGradients(*(None if asked is None else self.caller.leave(x) for x, asked in results))
+
+
+_DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+def _empty_like(array: Array | None) -> Array | None:
+    return None if array is None else np.empty(array.shape, array.dtype)
 
 
 def _prepare(
@@ -258,7 +268,21 @@ def _prepare(
 ) -> _Problem:
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "seq_idx", "cu_seqlens", "dy", "dlast_state")
+    names = (
+        "u",
+        "delta",
+        "A",
+        "B",
+        "C",
+        "D",
+        "z",
+        "delta_bias",
+        "initial_state",
+        "seq_idx",
+        "cu_seqlens",
+        "dy",
+        "dlast_state",
+    )
     values = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
     caller, views = _arrays.enter(op, **dict(zip(names, values, strict=True)))
     a = dict(zip(names, views, strict=True))
@@ -272,11 +296,11 @@ def _prepare(
             a[name] = _checks.time_contiguous(a[name])
     groups = max(1, *(x.shape[1] for x in (a["B"], a["C"]) if x.ndim == 4), 1)
     zeros = np.zeros(sizes["dim"], real)
-    return _Problem(
-        caller, backend, table, sizes.get("sequences", sizes["batch"]), groups, a, _by_group(a["B"]), _by_group(a["C"]),
-        zeros if a["D"] is None else a["D"], zeros if a["delta_bias"] is None else a["delta_bias"], bool(delta_softplus),
-        discretization == "zoh",
+    inputs = _Inputs(
+        a["u"], a["delta"], a["A"], _by_group(a["B"]), _by_group(a["C"]), zeros if a["D"] is None else a["D"], a["z"],
+        zeros if a["delta_bias"] is None else a["delta_bias"], bool(delta_softplus), discretization == "zoh",
     )  # fmt: skip
+    return _Problem(caller, backend, a, inputs, groups, table, sizes.get("sequences", sizes["batch"]))
 
 
 def _check_shapes(op: str, a: dict[str, Any], is_complex: bool) -> dict[str, int]:

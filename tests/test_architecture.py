@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 # Layer of each package and file below sscan/. A public file that is not named is an op: layer 3.
 LAYERS = {
     "torch": 4, "jax": 4, "nn": 4, "compat": 4, "tasks": 4, "cli": 4, "__main__": 4,
-    "_backends": 2, "_arrays": 2, "_shapes": 2, "_segments": 2,
+    "_backends": 2, "_arrays": 2, "_checks": 2, "_segments": 2,
     "cpu": 1, "cuda": 1,
     "_math": 0, "reference": 0,
 }  # fmt: skip

@@ -1,9 +1,9 @@
 """How kernels are compiled, cached on disk and spread over threads.
 
-Numba's own threading layers are not used: ``workqueue`` aborts the process when two Python threads call it at once, ``omp``
-cannot be used after a fork, ``tbb`` does not exist on every platform. Kernels are compiled serial, release the GIL, and take
-task numbers from a counter in memory; a few Python threads run the same kernel on the same counter. What a task computes
-does not depend on who runs it, so results are bit-identical for every number of threads.
+Numba's own threading layers are not used: ``workqueue`` aborts the process when two Python threads call it at once,
+``omp`` cannot be used after a fork, ``tbb`` does not exist on every platform. Kernels are compiled serial, release
+the GIL, and take task numbers from a counter in memory; a few Python threads run the same kernel on the same counter.
+What a task computes does not depend on who runs it, so results are bit-identical for every number of threads.
 """
 
 import functools
@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.caching import CompileResultCacheImpl, Cache, _CacheLocator
+from numba.core.caching import Cache, CompileResultCacheImpl, _CacheLocator
 from numba.extending import intrinsic
 
 _PACKAGE = Path(__file__).parent
@@ -61,7 +61,7 @@ class _Locator(_CacheLocator):
 
 
 class _CacheImpl(CompileResultCacheImpl):
-    _locator_classes = [_Locator]
+    _locator_classes = (_Locator,)
 
 
 class _Cache(Cache):

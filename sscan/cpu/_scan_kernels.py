@@ -1,13 +1,13 @@
 """Kernels of the selective scan: forward, backward with recomputed states, and the carries of a split along time.
 
-A *segment* is a stretch of one sequence that is scanned on its own (sscan/_segments.py). A *block* is 16 channels of one
-group, one per vector lane. Time advances in chunks: delta and u of a chunk are converted, transposed to time-major and put
-through softplus once; then a few states at a time stay in registers and walk over the chunk.
+A *segment* is a stretch of one sequence that is scanned on its own (sscan/_segments.py). A *block* is 16 channels of
+one group, one per vector lane. Time advances in chunks: delta and u of a chunk are converted, transposed to
+time-major and put through softplus once; then a few states at a time stay in registers and walk over the chunk.
 
-Names in capitals are scratch memory of one thread. Time-major scratch holds 16 lanes for each step of the chunk, row-major
-scratch 16 steps for each row of a tile. ``padded`` is the number of states, rounded up to whole wide numbers; the states
-that this adds have A = B = C = 0. A complex C is kept as 2 conj(C), so that y = Re(conj(C) h) in both cases. A block with
-fewer than 16 channels has lanes that read zeros and are never written.
+Names in capitals are scratch memory of one thread. Time-major scratch holds 16 lanes for each step of the chunk,
+row-major scratch 16 steps for each row of a tile. ``padded`` is the number of states, rounded up to whole wide
+numbers; the states that this adds have A = B = C = 0. A complex C is kept as 2 conj(C), so that y = Re(conj(C) h) in
+both cases. A block with fewer than 16 channels has lanes that read zeros and are never written.
 """
 
 import functools
@@ -80,7 +80,7 @@ class Block(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Scratch for the steps of one chunk: delta and delta u (u under zoh) time-major, delta and u row-major, three tiles."""
+    """Scratch for one chunk: delta and delta u (u under zoh) time-major, delta and u row-major, three tiles."""
 
     DL: np.ndarray
     DU: np.ndarray
@@ -277,7 +277,11 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         environment = flush_subnormals()
         (dim, state), step = A.shape, states_per_step(A)
         padded, blocks = padded_to(state, step), tasks // len(segments)
-        size, steps_scratch, Y = padded * TILE, chunk_scratch(chunk, waves.D.dtype), scratch(chunk * TILE, waves.D.dtype)
+        size, steps_scratch, Y = (
+            padded * TILE,
+            chunk_scratch(chunk, waves.D.dtype),
+            scratch(chunk * TILE, waves.D.dtype),
+        )
         H, R, I = scratch(size, A.dtype), scratch(size, A.dtype), scratch(size, A.dtype)
         BS = scratch(padded * (chunk if B_varies else TILE), A.dtype)
         CS = scratch(padded * (chunk if C_varies else TILE), A.dtype)
@@ -311,7 +315,20 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                 if C_varies:
                     load_varying(CS, chunk, C, block, state, time, steps, True)
                 walk(
-                    H, R, I, BS, CS, steps_scratch.DL, steps_scratch.DU, Y, padded, chunk, steps, zoh, B_varies, C_varies
+                    H,
+                    R,
+                    I,
+                    BS,
+                    CS,
+                    steps_scratch.DL,
+                    steps_scratch.DU,
+                    Y,
+                    padded,
+                    chunk,
+                    steps,
+                    zoh,
+                    B_varies,
+                    C_varies,
                 )
                 if y.address != 0:
                     store_output(Y, steps_scratch, waves, y, block, time, steps, chunk)
@@ -343,7 +360,7 @@ class Adjoint(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """Scratch of the backward for all blocks of a task, block after block: A in three forms, the carry, the sum for dA."""
+    """Scratch of the backward for the blocks of a task, one after another: A in three forms, carry, sum for dA."""
 
     R: np.ndarray
     I: np.ndarray
@@ -445,7 +462,7 @@ def walk_back(
 
 @register_jitable
 def store_gradients(adjoint, chunk, waves, zoh, du, ddelta, D_SUM, BIAS_SUM, sums, block, time, steps):
-    """Row-major end of a chunk: du and ddelta from what was summed over the states; adds to the sums for dD and dbias."""
+    """Row-major end of a chunk: du and ddelta from the sums over the states; adds to the sums for dD and dbias."""
     delta, tile = waves.delta, chunk.tiles
     zero = splat(tile.dtype.type(0))
     at_delta, at_du, at_ddelta = at(delta, block, time), at(du, block, time), at(ddelta, block, time)
@@ -522,9 +539,9 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
     ):  # fmt: skip
         """One task: some blocks of one group (a slice) in some segments (a bundle).
 
-        The task sums dB and dC over its channels and dA, dD, dbias over its segments, always in the same order, and is the
-        only one to write that part of the partial sums: slices of dB and dC (a view, the strides of planes and slices),
-        bundles of the others.
+        The task sums dB and dC over its channels and dA, dD, dbias over its segments, always in the same order, and
+        is the only one to write that part of the partial sums: slices of dB and dC (a view, the strides of planes and
+        slices), bundles of the others.
         """
         environment = flush_subnormals()
         (dim, state), step, T = A.shape, states_per_step(A), CHECKPOINT
@@ -589,9 +606,9 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                         for n in range(0, padded, step):
                             here = offset + n * TILE
                             recompute(
-                                load_wide(checkpoints, kept + n * TILE), n, load_wide(own.R, here), load_wide(own.I, here),
-                                BS, CS, here, here, chunk.DL, chunk.DU, adjoint.YT, adjoint.HS, adjoint.AS, adjoint.WS,
-                                steps, zoh, B_varies, C_varies,
+                                load_wide(checkpoints, kept + n * TILE), n, load_wide(own.R, here),
+                                load_wide(own.I, here), BS, CS, here, here, chunk.DL, chunk.DU, adjoint.YT,
+                                adjoint.HS, adjoint.AS, adjoint.WS, steps, zoh, B_varies, C_varies,
                             )  # fmt: skip
                             walk_back(
                                 n, size, offset, load_wide(own.AA, here), own.CARRY, own.GA, BS, CS, GB, GC, chunk.DL,
@@ -599,7 +616,9 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                                 zoh, B_varies, C_varies,
                             )  # fmt: skip
                         sums = (number - block0) * SQUARE
-                        store_gradients(adjoint, chunk, waves, zoh, du, ddelta, D_SUM, BIAS_SUM, sums, block, time, steps)
+                        store_gradients(
+                            adjoint, chunk, waves, zoh, du, ddelta, D_SUM, BIAS_SUM, sums, block, time, steps
+                        )
                         if waves.z.address != 0:
                             store_gate_gradient(adjoint.YT, chunk, waves, dy, dz, block, time, steps)
                     block = block_of(block0, batch, groups, dim)
@@ -635,8 +654,9 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 def reach(counter, tasks, groups, segments, waves, A, gone, from_end, sums, walked):
     """How far a state is felt: one task walks a block of a segment from its end (or start) until every state is gone.
 
-    Writes the steps walked, and the sum of delta over them; infinity if the walk ended before the segment did. Only softplus
-    promises that delta is positive, so that what is gone stays gone; without it the walk is over all of the segment.
+    Writes the steps walked, and the sum of delta over them; infinity if the walk ended before the segment did. Only
+    softplus promises that delta is positive, so that what is gone stays gone; without it the walk is over all of the
+    segment.
     """
     environment = flush_subnormals()
     delta, dtype = waves.delta, waves.D.dtype

@@ -1,6 +1,6 @@
-"""Arrays of the caller, as kernels see them: strided views of any storage dtype, moved in tiles of 16 rows by 16 steps."""
+"""Arrays of the caller, as kernels see them: strided views of any storage dtype, 16 elements at a time."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.extending import register_jitable
@@ -11,7 +11,7 @@ TILE = 16
 
 
 class View(NamedTuple):
-    """A (batch, groups, rows, length) array: address and byte strides, unit stride along time. ``address`` 0: absent."""
+    """A (batch, groups, rows, length) array, contiguous along time: address and byte strides; address 0: absent."""
 
     address: int
     batch: int
@@ -22,6 +22,10 @@ class View(NamedTuple):
 
 
 ABSENT = View(0, 0, 0, 0, 0, 0)
+_PARTS: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(np.complex64): np.dtype(np.float32),
+    np.dtype(np.complex128): np.dtype(np.float64),
+}
 
 
 def view(array: np.ndarray | None, groups: int = 1) -> View:
@@ -32,22 +36,16 @@ def view(array: np.ndarray | None, groups: int = 1) -> View:
     """
     if array is None:
         return ABSENT
-    code = STORAGE[array.real.dtype.name]
+    dtype = _PARTS.get(array.dtype, array.dtype)
     *outer, row = array.strides[:-1]
     batch, group = outer if len(outer) == 2 else (outer[0], row * (array.shape[1] // groups))
-    return View(array.ctypes.data, batch, group, row, array.real.dtype.itemsize, code)
+    return View(array.ctypes.data, batch, group, row, dtype.itemsize, STORAGE[dtype])
 
 
 @register_jitable
 def start(source, batch, group, row, time):
     """Address of one element."""
-    return (
-        source.address
-        + batch * source.batch
-        + group * source.group
-        + row * source.row
-        + time * source.item
-    )
+    return source.address + batch * source.batch + group * source.group + row * source.row + time * source.item
 
 
 @register_jitable
@@ -64,7 +62,7 @@ def write_row(destination, address, count, x):
 
 @register_jitable
 def read_numbers(row, offset, source, address, count):
-    """row[offset + k] = the k-th of ``count`` consecutive elements from ``address`` on; zeros up to a multiple of 16."""
+    """row[offset + k] = the k-th of ``count`` elements from ``address`` on; zeros up to a multiple of 16."""
     like = splat(row.dtype.type(0))
     for k in range(0, count, TILE):
         store(row, offset + k, read_row(like, source, address + k * source.item, min(TILE, count - k)))

@@ -1,12 +1,14 @@
 """SIMD numbers for the CPU kernels: 16 channels side by side, real or complex, float32 or float64.
 
-Numba has no vector type and LLVM's auto-vectoriser leaves a factor of two to three behind on a scan, so this file adds
-two types to Numba. ``Vector`` is LLVM's ``<lanes x float>``; ``Complex`` is a pair of them. LLVM cuts either into whatever
-registers the machine has (AVX-512, AVX2, NEON). Kernels then read like the equations: ``h = fma(a, h, b)``.
+Numba has no vector type and LLVM's auto-vectoriser leaves a factor of two to three behind on a scan, so this file
+adds two types to Numba. ``Vector`` is LLVM's ``<lanes x float>``; ``Complex`` is a pair of them. LLVM cuts either
+into whatever registers the machine has (AVX-512, AVX2, NEON). Kernels then read like the equations: ``h = fma(a, h,
+b)``.
 
-Two widths occur. A *narrow* vector holds one value for each of 16 channels. A *wide* one holds ``states`` of them after
-another (16 channels of state n, 16 of state n + 1, ...), enough to keep the arithmetic units busy; ``STATES`` says how many
-for each dtype. A complex number lies in scratch memory as its real vector followed by its imaginary vector.
+Two widths occur. A *narrow* vector holds one value for each of 16 channels. A *wide* one holds ``states`` of them
+after another (16 channels of state n, 16 of state n + 1, ...), enough to keep the arithmetic units busy; ``STATES``
+says how many for each dtype. A complex number lies in scratch memory as its real vector followed by its imaginary
+vector.
 
 No fast-math flag is set anywhere: every operation rounds as IEEE 754 says, so results do not depend on the machine.
 """
@@ -15,6 +17,7 @@ import operator
 import platform
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -25,7 +28,13 @@ from numba.extending import intrinsic, lower_builtin, models, overload, register
 WIDTH = 16  # channels in a narrow vector
 
 # Storage dtypes: run-time codes, so that one compiled kernel reads and writes all of those of its accumulation dtype.
-STORAGE = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
+FLOAT32, FLOAT16, BFLOAT16, FLOAT64 = range(4)
+STORAGE = {
+    np.dtype(np.float32): FLOAT32,
+    np.dtype(np.float16): FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): BFLOAT16,
+    np.dtype(np.float64): FLOAT64,
+}
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -548,9 +557,9 @@ def _stored(builder, pointer, code, element):
         builder,
         code,
         {
-            STORAGE["float32"]: lambda: builder.store(fetch(_FLOAT), result),
-            STORAGE["float16"]: lambda: builder.store(builder.fpext(fetch(_HALF), target), result),
-            STORAGE["bfloat16"]: lambda: builder.store(bfloat16(), result),
+            FLOAT32: lambda: builder.store(fetch(_FLOAT), result),
+            FLOAT16: lambda: builder.store(builder.fpext(fetch(_HALF), target), result),
+            BFLOAT16: lambda: builder.store(bfloat16(), result),
         },
     )
     return builder.load(result)
@@ -578,9 +587,9 @@ def _put_stored(builder, pointer, code, value, element):
         builder,
         code,
         {
-            STORAGE["float32"]: lambda: put_back(value),
-            STORAGE["float16"]: lambda: put_back(builder.fptrunc(value, ir.VectorType(_HALF, WIDTH))),
-            STORAGE["bfloat16"]: bfloat16,
+            FLOAT32: lambda: put_back(value),
+            FLOAT16: lambda: put_back(builder.fptrunc(value, ir.VectorType(_HALF, WIDTH))),
+            BFLOAT16: bfloat16,
         },
     )
 
@@ -607,7 +616,7 @@ def _bounce(builder):
 
 @intrinsic
 def read(typingctx, like, address, count, item, storage):
-    """``count`` <= 16 consecutive elements of ``item`` bytes, then zeros, as a vector like the narrow vector ``like``."""
+    """``count`` <= 16 elements of ``item`` bytes, then zeros, as a vector like the narrow vector ``like``."""
 
     def codegen(context, builder, sig, args):
         _, address, count, item, storage = args
@@ -659,8 +668,8 @@ def prefetch(typingctx, address):
 
 
 def _transposed(builder, rows):
-    """16 vectors of 16: four rounds of pairwise interleaving, the vectors a power of two apart."""
-    for distance in (8, 4, 2, 1):
+    """16 vectors of 16: four rounds of interleaving each vector with the one 8 further on."""
+    for _ in range(4):
         low = [i for k in range(WIDTH // 2) for i in (k, WIDTH + k)]
         high = [i + WIDTH // 2 for i in low]
         paired = [None] * WIDTH

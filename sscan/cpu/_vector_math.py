@@ -21,7 +21,6 @@ from sscan.cpu._vector import (
     _common,
     _concatenate,
     _fma,
-    _llvm_vector,
     _parts,
     _slice,
     _times_plus,
@@ -149,8 +148,8 @@ _at_least = _clamp(-88.0, -709.0)  # exp of less is 0
 def _nearest(typingctx, x):
     """(x - k, k, s) for the integer k nearest to x; ``_scale`` turns s into a factor 2^k.
 
-    AVX-512 has instructions for the remainder and for the factor: s is k. Elsewhere, adding 1.5 * 2^23 leaves no room for a
-    fraction and puts k, limited to [-127, 128] and biased by 127, into the low bits of the sum, which is s.
+    AVX-512 has instructions for the remainder and for the factor: s is k. Elsewhere, adding 1.5 * 2^23 leaves no room
+    for a fraction and puts k, limited to [-127, 128] and biased by 127, into the low bits of the sum, which is s.
     """
 
     def codegen(context, builder, sig, args):

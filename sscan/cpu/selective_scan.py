@@ -1,7 +1,5 @@
 """The selective scan on the CPU: what is launched, and the split along time of a call that has few channels."""
 
-from typing import Any
-
 import numpy as np
 from numba import from_dtype
 
@@ -46,66 +44,68 @@ def or_none(states: np.ndarray | None, A: np.ndarray) -> np.ndarray:
     return np.empty((0, 0, 0), A.dtype) if states is None else states
 
 
-def waves_of(groups, u, delta, z, D, delta_bias, delta_softplus) -> Waves:
-    return Waves(view(u, groups), view(delta, groups), view(z, groups), D, delta_bias, delta_softplus)
-
-
-def selective_scan_forward(
-    segments, groups, u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, initial_state, y, last_state, checkpoints
-):
-    """Fill y, last_state and, unless None, checkpoints. B and C: (dim, state) or (batch, groups or 1, state, length)."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh)
-    table = parts(segments, blocks_of(A, groups) * groups)
-    if table is not None:
-        segments, initial_state = forward_parts(table, segments, groups, *inputs, initial_state)
-    launch_forward(segments, groups, *inputs, initial_state, y, last_state, checkpoints)
-
-
-def launch_forward(
-    segments, groups, u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, initial_state, y, last_state, checkpoints
-):
-    (B_view, B_constant), (C_view, C_constant) = both_forms(B, A, groups), both_forms(C, A, groups)
-    run(
-        forward_kernel(zoh, B.ndim == 4, C.ndim == 4),
-        len(segments) * groups * blocks_of(A, groups),
-        CHUNK if checkpoints is None else CHECKPOINT, groups, with_checkpoints(segments),
-        waves_of(groups, u, delta, z, D, delta_bias, delta_softplus), B_view, C_view, view(y, groups), A, B_constant,
-        C_constant, or_none(initial_state, A), last_state, np.empty(0, A.dtype) if checkpoints is None else checkpoints,
+def waves_of(inputs, groups: int) -> Waves:
+    """The inputs along time as the kernels take them."""
+    return Waves(
+        view(inputs.u, groups), view(inputs.delta, groups), view(inputs.z, groups), inputs.D, inputs.delta_bias,
+        inputs.delta_softplus,
     )  # fmt: skip
 
 
-def selective_scan_backward(
-    segments, groups, dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, checkpoints, dlast_state,
-    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state,
-):  # fmt: skip
-    """Fill the gradients. The forms of B and C, and so of their gradients, are those of ``selective_scan_forward``."""
-    table = parts(segments, blocks_of(A, groups) * groups)
+def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
+    """Fill y (if not None), last_state and checkpoints (if not None).
+
+    ``inputs`` has the attributes u, delta, A, B, C, D, z, delta_bias, delta_softplus and zoh; B and C are
+    (dim, state) or (batch, groups or 1, state, length).
+    """
+    table = parts(segments, groups * blocks_of(inputs.A, groups))
     if table is not None:
-        segments, dlast_state = backward_parts(
-            table, segments, groups, dy, u, delta, A, C, z, delta_bias, delta_softplus, dlast_state
-        )
+        segments, initial_state = forward_parts(table, segments, groups, inputs, initial_state)
+    launch_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints)
+
+
+def launch_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
+    """``selective_scan_forward`` of segments that are split already."""
+    A, B, C = inputs.A, inputs.B, inputs.C
+    (B_view, B_constant), (C_view, C_constant) = both_forms(B, A, groups), both_forms(C, A, groups)
+    run(
+        forward_kernel(inputs.zoh, B.ndim == 4, C.ndim == 4),
+        len(segments) * groups * blocks_of(A, groups),
+        CHUNK if checkpoints is None else CHECKPOINT, groups, with_checkpoints(segments), waves_of(inputs, groups),
+        B_view, C_view, view(y, groups), A, B_constant, C_constant, or_none(initial_state, A), last_state,
+        np.empty(0, A.dtype) if checkpoints is None else checkpoints,
+    )  # fmt: skip
+
+
+def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
+    """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state."""
+    A, B, C = inputs.A, inputs.B, inputs.C
+    table = parts(segments, groups * blocks_of(A, groups))
+    if table is not None:
+        segments, dlast_state = backward_parts(table, segments, groups, inputs, dy, dlast_state)
     bundles = max(1, min(len(segments), TASKS))
     slices = max(1, min(blocks_of(A, groups), -(-TASKS // (bundles * groups))))
     (B_view, B_constant), (C_view, C_constant) = both_forms(B, A, groups), both_forms(C, A, groups)
-    B_sums, C_sums = (Sums(x, A, groups, u.shape[2], bundles, slices) for x in (B, C))
+    B_sums, C_sums = (Sums(x, A, groups, inputs.u.shape[2], bundles, slices) for x in (B, C))
     A_sums = np.empty((bundles, *A.shape), A.dtype)
-    D_sums, bias_sums = np.empty((2, bundles, A.shape[0]), D.dtype)
+    D_sums, bias_sums = np.empty((2, bundles, A.shape[0]), inputs.D.dtype)
     run(
-        backward_kernel(zoh, B.ndim == 4, C.ndim == 4),
-        bundles * groups * slices, groups, bundles, slices, with_checkpoints(segments),
-        waves_of(groups, u, delta, z, D, delta_bias, delta_softplus), B_view, C_view, view(dy, groups),
-        A, B_constant, C_constant, checkpoints, or_none(dlast_state, A),
-        view(du, groups), view(ddelta, groups), view(dz, groups), B_sums.varying, C_sums.varying,
-        A_sums, B_sums.constant, C_sums.constant, D_sums, bias_sums, or_none(dinitial_state, A),
+        backward_kernel(inputs.zoh, B.ndim == 4, C.ndim == 4),
+        bundles * groups * slices, groups, bundles, slices, with_checkpoints(segments), waves_of(inputs, groups),
+        B_view, C_view, view(dy, groups), A, B_constant, C_constant, checkpoints, or_none(dlast_state, A),
+        view(gradients.du, groups), view(gradients.ddelta, groups), view(gradients.dz, groups), B_sums.varying,
+        C_sums.varying, A_sums, B_sums.constant, C_sums.constant, D_sums, bias_sums,
+        or_none(gradients.dinitial_state, A),
     )  # fmt: skip
-    for gradient, sums in ((dA, A_sums), (dD, D_sums), (ddelta_bias, bias_sums)):
-        gradient[...] = sums.sum(0)
-    store_numbers(dB, B_sums.total())
-    store_numbers(dC, twice_conj_array(C_sums.total()))
+    gradients.dA[...] = A_sums.sum(0)
+    gradients.dD[...] = D_sums.sum(0)
+    gradients.ddelta_bias[...] = bias_sums.sum(0)
+    store_numbers(gradients.dB, B_sums.total())
+    store_numbers(gradients.dC, twice_conj_array(C_sums.total()))
 
 
 class Sums:
-    """Where the backward kernel puts its partial sums for dB or dC: one for each slice if it varies, else for each bundle."""
+    """Partial sums of the backward kernel for dB or dC: one for each slice if it varies, for each bundle if not."""
 
     def __init__(self, like: np.ndarray, A: np.ndarray, groups: int, length: int, bundles: int, slices: int) -> None:
         self.varies, real = like.ndim == 4, A.real.dtype
@@ -116,6 +116,7 @@ class Sums:
         self.constant = np.empty((0, 0, 0) if self.varies else (bundles, *A.shape), A.dtype)
 
     def total(self) -> np.ndarray:
+        """All partial sums added up in order, as real or complex numbers."""
         if not self.varies:
             return self.constant.sum(0)
         planes = self.sums.sum(0) if len(self.sums) > 1 else self.sums[0]
@@ -134,9 +135,10 @@ def store_numbers(gradient: np.ndarray, total: np.ndarray) -> None:
     gradient[...] = total if gradient.dtype.kind == total.dtype.kind else total.view(total.real.dtype)
 
 
-# --- the split along time --------------------------------------------------------------------------------------------
-# A part's end state is its own, from zero, plus what is left of its initial state: exp(A sum(delta)) of it. The part's own end
-# state needs only those last steps that are still felt at its end. The backward is the same in reverse.
+# --- the split along time
+# -------------------------------------------------------------------------------------------- A part's end state is
+# its own, from zero, plus what is left of its initial state: exp(A sum(delta)) of it. The part's own end state needs
+# only those last steps that are still felt at its end. The backward is the same in reverse.
 
 BLOCKS = 4  # with fewer, the segments are split
 PARTS = 8  # into parts for about as many blocks
@@ -161,42 +163,46 @@ def parts(segments: np.ndarray, blocks: int) -> np.ndarray | None:
     return np.stack([batch, start + begin, np.minimum(begin + step, whole) - begin, parent, parent], axis=1)
 
 
-def forward_parts(table, segments, groups, u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, initial_state):
+def forward_parts(table, segments, groups, inputs, initial_state):
     """The table for the forward over parts, and the parts' initial states."""
-    parent, last = table[:, 3], np.append(np.diff(table[:, 3]) > 0, True)
-    first = np.insert(last[:-1], 0, True)
-    states = first_rows(first, segments[parent, 3], initial_state, A)
+    parent, first, last = relatives(table)
+    states = first_rows(first, segments[parent, 3], initial_state, inputs.A)
     carrying = np.flatnonzero(~last)
-    decays, steps = felt(table[carrying], groups, delta, A, delta_bias, delta_softplus, True)
+    decays, steps = felt(table[carrying], groups, inputs, True)
     tails = table[carrying]
-    tails = np.column_stack([tails[:, 0], tails[:, 1] + tails[:, 2] - steps, steps, 0 * steps - 1, np.arange(len(tails))])
-    ends = np.empty((len(carrying), *A.shape), A.dtype)
-    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh)
-    launch_forward(tails, groups, *inputs, None, None, ends, None)
+    tails = np.column_stack(
+        [tails[:, 0], tails[:, 1] + tails[:, 2] - steps, steps, 0 * steps - 1, np.arange(len(tails))]
+    )
+    ends = np.empty((len(carrying), *inputs.A.shape), inputs.A.dtype)
+    launch_forward(tails, groups, inputs, None, None, ends, None)
     for part, decay, end in zip(carrying, decays, ends, strict=True):
         states[part + 1] = decay * states[part] + end
-    final = np.where(last, segments[parent, 4], -1)
-    return np.column_stack([table[:, :3], np.arange(len(table)), final]), states
+    return np.column_stack([table[:, :3], np.arange(len(table)), np.where(last, segments[parent, 4], -1)]), states
 
 
-def backward_parts(table, segments, groups, dy, u, delta, A, C, z, delta_bias, delta_softplus, dlast_state):
+def backward_parts(table, segments, groups, inputs, dy, dlast_state):
     """The table for the backward over parts, and the gradients of the parts' last states."""
-    parent, last = table[:, 3], np.append(np.diff(table[:, 3]) > 0, True)
-    first = np.insert(last[:-1], 0, True)
-    gradients = first_rows(last, segments[parent, 4], dlast_state, A)
+    parent, first, last = relatives(table)
+    gradients = first_rows(last, segments[parent, 4], dlast_state, inputs.A)
     carrying = np.flatnonzero(~first)
-    decays, steps = felt(table[carrying], groups, delta, A, delta_bias, delta_softplus, False)
-    heads = np.column_stack([table[carrying, :2], steps, steps, steps])
-    starts = np.empty((len(carrying), *A.shape), A.dtype)
-    C_view, C_constant = both_forms(C, A, groups)
+    decays, steps = felt(table[carrying], groups, inputs, False)
+    heads = np.column_stack([table[carrying, :2], steps])
+    starts = np.empty((len(carrying), *inputs.A.shape), inputs.A.dtype)
+    C_view, C_constant = both_forms(inputs.C, inputs.A, groups)
     run(
-        carry_kernel(C.ndim == 4), len(heads) * groups * blocks_of(A, groups), groups, heads,
-        waves_of(groups, u, delta, z, delta_bias, delta_bias, delta_softplus), C_view, view(dy, groups), A, C_constant, starts,
+        carry_kernel(inputs.C.ndim == 4), len(heads) * groups * blocks_of(inputs.A, groups), groups, heads,
+        waves_of(inputs, groups), C_view, view(dy, groups), inputs.A, C_constant, starts,
     )  # fmt: skip
     for part, decay, start in reversed(list(zip(carrying, decays, starts, strict=True))):
         gradients[part - 1] = decay.conj() * gradients[part] + start
-    initial = np.where(first, segments[parent, 3], -1)
-    return np.column_stack([table[:, :3], initial, np.arange(len(table))]), gradients
+    return np.column_stack([table[:, :3], np.where(first, segments[parent, 3], -1), np.arange(len(table))]), gradients
+
+
+def relatives(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each part: the segment it comes from, whether it is the segment's first, whether its last."""
+    parent = table[:, 3]
+    border = np.diff(parent) > 0
+    return parent, np.insert(border, 0, True), np.append(border, True)
 
 
 def first_rows(at: np.ndarray, rows: np.ndarray, states: np.ndarray | None, A: np.ndarray) -> np.ndarray:
@@ -208,15 +214,13 @@ def first_rows(at: np.ndarray, rows: np.ndarray, states: np.ndarray | None, A: n
     return taken
 
 
-def felt(table, groups, delta, A, delta_bias, delta_softplus, from_end):
+def felt(table, groups, inputs, from_end):
     """The decay over each part, and how many steps at its end (or start) the state beyond that end still feels."""
+    A, dtype = inputs.A, inputs.delta_bias.dtype
     blocks = groups * blocks_of(A, groups)
-    sums = np.empty((len(table), A.shape[0]), delta_bias.dtype)
-    walked = np.empty((len(table), blocks), np.int64)
-    run(
-        reach, len(table) * blocks, groups, table, waves_of(groups, delta, delta, None, delta_bias, delta_bias, delta_softplus),
-        A, GONE[delta_bias.itemsize], from_end, sums, walked,
-    )  # fmt: skip
+    sums, walked = np.empty((len(table), A.shape[0]), dtype), np.empty((len(table), blocks), np.int64)
+    waves = waves_of(inputs, groups)
+    run(reach, len(table) * blocks, groups, table, waves, A, GONE[dtype.itemsize], from_end, sums, walked)
     gone = np.isinf(sums)[..., None]
     with np.errstate(over="ignore"):
         decays = np.where(gone, 0, np.exp(np.where(gone, 0, sums[..., None]) * A))
