@@ -8,6 +8,7 @@ function named beside them, computed with 60 digits.
 import math
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -33,7 +34,9 @@ from sscan.cpu._vector import (
 )
 
 LOG2_E = math.log2(math.e)
-_AVX512 = bool(llvm.get_host_cpu_features().get("avx512dq"))
+# Numba compiles for the host unless NUMBA_CPU_FEATURES or NUMBA_CPU_NAME says otherwise.
+_CHOSEN = numba.config.CPU_FEATURES
+_AVX512 = "+avx512dq" in (llvm.get_host_cpu_features().flatten() if _CHOSEN is None else _CHOSEN)
 
 
 def _literal(ty, element, number):
