@@ -11,14 +11,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from cases import Arguments, Array, backward, case_of, cotangents, forward
 
 import sscan
-from sscan.cpu import _parallel
 
 OP = "selective_scan"
 ROOT = Path(sscan.__file__).parents[1]
