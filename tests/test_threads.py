@@ -1,9 +1,10 @@
-"""Kernels among threads and processes: concurrent calls, forks, the GIL, and the cache on disk."""
+"""Kernels among threads and processes: concurrent calls, forks, the GIL, interrupts, and the cache on disk."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -11,12 +12,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cases import Arguments, Array, backward, case_of, cotangents, forward
 
 import sscan
+from sscan.cpu import _parallel
 
 OP = "selective_scan"
 ROOT = Path(sscan.__file__).parents[1]
@@ -114,6 +117,52 @@ def test_number_of_threads(wanted: int) -> None:
         sys.stdout.write(f"{_parallel.threads()} {threading.active_count()}")
     """
     assert output(start(code, NUMBA_NUM_THREADS=str(wanted))) == f"{wanted} {wanted}"
+
+
+def test_interrupt_waits_for_the_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C leaves no thread behind that still writes to arrays which are about to be freed."""
+    monkeypatch.setattr(_parallel, "threads", lambda: 2)
+    begun, finished = threading.Event(), threading.Event()
+    caller = threading.current_thread()
+
+    def kernel(counter: Any, tasks: int) -> None:
+        if threading.current_thread() is caller:
+            begun.wait()  # so that the helper is past being cancelled
+        else:
+            begun.set()
+            time.sleep(0.4)
+            finished.set()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            _parallel.run(kernel, 2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert finished.is_set()
+
+
+def test_error_in_the_caller_waits_for_the_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same when the calling thread's share of a kernel fails, for want of memory say."""
+    monkeypatch.setattr(_parallel, "threads", lambda: 2)
+    begun, finished = threading.Event(), threading.Event()
+    caller = threading.current_thread()
+
+    def kernel(counter: Any, tasks: int) -> None:
+        if threading.current_thread() is caller:
+            begun.wait()
+            raise MemoryError
+        begun.set()
+        time.sleep(0.2)
+        finished.set()
+
+    with pytest.raises(MemoryError):
+        _parallel.run(kernel, 2)
+    assert finished.is_set()
 
 
 # --- Forks ------------------------------------------------------------------------------------------------------------
@@ -220,6 +269,24 @@ def test_processes_share_their_cache(filled: tuple[Path, str]) -> None:
     """A third one compiles nothing."""
     folder, digest = filled
     assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(folder))).split() == ["1", "0", digest]
+
+
+def test_cache_folder_that_cannot_be_written(filled: tuple[Path, str], tmp_path: Path) -> None:
+    """Kernels are compiled for this process alone."""
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "below"  # permissions would not stop root
+    assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(folder))).split() == ["0", "1", filled[1]]
+
+
+def test_cached_kernels_that_are_damaged(filled: tuple[Path, str], tmp_path: Path) -> None:
+    """Files cut short, by a full disk say, are compiled anew, once."""
+    shutil.copytree(filled[0], tmp_path, dirs_exist_ok=True)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for counts in (["0", "1"], ["1", "0"]):
+        assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))).split() == [*counts, filled[1]]
 
 
 FOLDER = "import sys; from sscan.cpu import _parallel; sys.stdout.write(str(_parallel.cache_folder()))"

@@ -6,12 +6,13 @@ the GIL, and take task numbers from a counter in memory; a few Python threads ru
 What a task computes does not depend on who runs it, so results are bit-identical for every number of threads.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,25 @@ class _CacheImpl(CompileResultCacheImpl):
 
 
 class _Cache(Cache):
+    """A cache that is never in the way: what cannot be read is compiled, what cannot be written is not kept."""
+
     _impl_class = _CacheImpl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # no such folder, not permitted, or a file that was cut short: unpickling raises anything
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError:
+            return
+        except Exception:  # a damaged index, which is begun anew
+            with contextlib.suppress(OSError):
+                self.flush()
+                super().save_overload(sig, data)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -119,8 +138,27 @@ if hasattr(os, "register_at_fork"):
 def run(function: Any, tasks: int, *arguments: Any) -> None:
     """Call ``function(counter, tasks, *arguments)`` on up to ``threads()`` threads at once, this one included."""
     counter = np.zeros(1, np.int64)
-    helpers = [_helpers().submit(function, counter, tasks, *arguments) for _ in range(min(threads(), tasks) - 1)]
-    function(counter, tasks, *arguments)
+    helpers: list[Future[None]] = []
+    try:
+        for _ in range(min(threads(), tasks) - 1):
+            helpers.append(_helpers().submit(function, counter, tasks, *arguments))
+        function(counter, tasks, *arguments)
+    finally:
+        counter[0] = tasks  # matters after an error only
+        _finish(helpers)
     for helper in helpers:
-        if not helper.cancel():
+        if not helper.cancelled():
             helper.result()
+
+
+def _finish(helpers: "list[Future[None]]") -> None:
+    """Wait until no helper runs. They know arrays by address, so not even Ctrl-C may go on before them."""
+    interrupted = None
+    for helper in [helper for helper in helpers if not helper.cancel()]:
+        while not helper.done():
+            try:
+                helper.exception()
+            except KeyboardInterrupt as error:
+                interrupted = error
+    if interrupted is not None:
+        raise interrupted
