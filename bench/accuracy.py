@@ -26,11 +26,9 @@ def problem(dtype: Any = np.float32, imaginary: float = 0.0, **options: Any) -> 
     """A problem of the benchmarks; a complex one has that many radians to a unit of decay in its slowest state."""
     arguments = {**scan_problem(SHAPE, dtype), **options}
     if imaginary:
-        A, length = arguments["A"], SHAPE[2]
-        arguments["A"] = (A + 1j * imaginary * A).astype(np.complex64)
+        arguments["A"] = arguments["A"] * (1 + 1j * imaginary)
         for name in ("B", "C"):
-            parts = np.concatenate([arguments[name], arguments[name][..., ::-1]], axis=2)
-            arguments[name] = np.ascontiguousarray(parts.reshape(*parts.shape[:2], length, 2)).view(np.complex64)[..., 0]
+            arguments[name] = arguments[name] + 1j * arguments[name][..., ::-1]
     return arguments
 
 

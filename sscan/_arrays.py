@@ -4,6 +4,7 @@ The only file that knows them. A library is looked up in ``sys.modules``, never 
 it.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Caller:
-    """Where the arrays of a call came from: ``leave`` takes results back there, without a copy."""
+    """Where the arrays of a call came from: ``empty`` makes results that ``leave`` takes back there without a copy."""
 
     library: str
     device: str  # "cpu" or "cuda"
     leave: Callable[[Any], Any]
+    empty: Callable[[tuple[int, ...], Any], Any] = np.empty
 
 
 def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Caller, tuple[Any, ...]]:
@@ -115,7 +117,20 @@ def _jax(op: str, name: str, array: Any, jax: Any) -> tuple[Caller, Any]:
         return Caller("JAX", "cuda", jax.numpy.from_dlpack), array
     if platforms != {"cpu"}:
         raise TypeError(f"{op}: {name} must be on cpu or gpu, got {', '.join(sorted(platforms))}")
-    return Caller("JAX", "cpu", jax.numpy.asarray), np.asarray(array)
+
+    def leave(result: Array) -> Any:
+        return jax.device_put(result, may_alias=True)
+
+    return Caller("JAX", "cpu", leave, _empty_on_cache_line), np.asarray(array)
+
+
+def _empty_on_cache_line(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Memory that JAX takes over as it is: it copies what does not start at a multiple of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    aligned: Array = memory[start : start + size].view(dtype).reshape(shape)
+    return aligned
 
 
 def _cupy(op: str, name: str, array: Any, cupy: Any) -> tuple[Caller, Any]:

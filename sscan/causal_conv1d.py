@@ -121,10 +121,10 @@ def causal_conv1d(
     )
     kernels = _backends.for_device(op, caller.device)
     problem = _checked(op, views, activation)
-    y, final_state = np.empty(problem.x.shape, problem.x.dtype), None
+    y, final_state = caller.empty(problem.x.shape, problem.x.dtype), None
     if return_final_state:
         dim, width = problem.weight.shape
-        final_state = np.empty((_state_rows(problem, cu_seqlens), dim, width - 1), problem.dtype)
+        final_state = caller.empty((_state_rows(problem, cu_seqlens), dim, width - 1), problem.dtype)
     kernels.causal_conv1d_forward(
         problem.x, problem.weight, problem.bias, problem.silu, problem.segments, problem.initial_state, y, final_state
     )
@@ -181,7 +181,7 @@ def causal_conv1d_backward(
     given = {"dy": (dy, "batch, dim, length"), "dfinal_state": (dfinal_state, "rows, dim, width-1")}
     problem = _checked(op, tuple(views), activation, **given)
     dfinal_state = _checks.parameter(op, "dfinal_state", dfinal_state, problem.dtype)
-    dx, dweight = np.empty(problem.x.shape, problem.x.dtype), np.empty_like(problem.weight)
+    dx, dweight = caller.empty(problem.x.shape, problem.x.dtype), np.empty_like(problem.weight)
     dbias, dinitial_state = (None if p is None else np.empty_like(p) for p in (problem.bias, problem.initial_state))
     kernels.causal_conv1d_backward(
         _checks.time_contiguous(dy), problem.x, problem.weight, problem.bias, problem.silu, problem.segments,
@@ -235,7 +235,7 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
     silu = _is_silu(op, activation)
     own = _checks.parameter(op, "conv_state", state, dtype)
     parameters = (_checks.parameter(op, name, p, dtype) for name, p in (("weight", weight), ("bias", bias)))
-    y = np.empty(x.shape, x.dtype)
+    y = caller.empty(x.shape, x.dtype)
     kernels.causal_conv1d_update(_checks.time_contiguous(x), own, *parameters, silu, y)
     if own is not state:
         state[...] = own

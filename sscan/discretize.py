@@ -100,7 +100,7 @@ def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> Any:
     caller, (delta, A, B) = _arrays.enter(op, delta=delta, A=A, B=B)
     kernels = _backends.for_device(op, caller.device)
     problem = _checked(op, delta, A, B, method)
-    A_bar, B_bar = (np.empty(problem.selective, problem.A.dtype) for _ in range(2))
+    A_bar, B_bar = (caller.empty(problem.selective, problem.A.dtype) for _ in range(2))
     kernels.discretize_forward(problem.delta, problem.A, problem.B, method, A_bar, B_bar)
     return caller.leave(A_bar.reshape(problem.shape)), caller.leave(B_bar.reshape(problem.shape))
 
@@ -142,7 +142,7 @@ def discretize_backward(
         if gradient.shape != problem.shape:
             raise ValueError(f"{op}: {name} must have shape {problem.shape}, got {gradient.shape}")
         outputs.append(cast(Array, _checks.parameter(op, name, gradient, problem.A.dtype)).reshape(problem.selective))
-    ddelta, dA, dB = (np.empty(array.shape, array.dtype) for array in (problem.delta, problem.A, problem.B))
+    ddelta, dA, dB = (caller.empty(array.shape, array.dtype) for array in (problem.delta, problem.A, problem.B))
     kernels.discretize_backward(*outputs, problem.delta, problem.A, problem.B, method, ddelta, dA, dB)
     return DiscretizeGradients(
         caller.leave(ddelta.reshape(delta.shape)),

@@ -73,7 +73,7 @@ def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False
     caller, (a, b, initial_state) = _arrays.enter(op, a=a, b=b, initial_state=initial_state)
     kernels = _backends.for_device(op, caller.device)
     state = _initial(op, initial_state, a=a, b=b)
-    h = np.empty(b.shape, b.dtype)
+    h = caller.empty(b.shape, b.dtype)
     kernels.linear_scan_forward(_checks.rows(a), _checks.rows(b), state, bool(reverse), _checks.rows(h))
     return caller.leave(h)
 
@@ -107,7 +107,7 @@ def linear_scan_backward(
     caller, (a, dh, h, initial_state) = _arrays.enter(op, a=a, dh=dh, h=h, initial_state=initial_state)
     kernels = _backends.for_device(op, caller.device)
     state = _initial(op, initial_state, a=a, dh=dh, h=h)
-    da, db, dstate = np.empty(a.shape, a.dtype), np.empty(a.shape, a.dtype), np.empty_like(state)
+    da, db, dstate = caller.empty(a.shape, a.dtype), caller.empty(a.shape, a.dtype), np.empty_like(state)
     kernels.linear_scan_backward(
         _checks.rows(dh), _checks.rows(a), _checks.rows(h), state, bool(reverse),
         _checks.rows(da), _checks.rows(db), dstate,

@@ -71,8 +71,8 @@ def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> An
     caller, (x, weight, residual) = _arrays.enter(op, x=x, weight=weight, residual=residual)
     kernels = _backends.for_device(op, caller.device)
     weight = _weight(op, x, weight, eps, residual=residual)
-    y = np.empty(x.shape, x.dtype)
-    residual_out = None if residual is None else np.empty(x.shape, weight.dtype)
+    y = caller.empty(x.shape, x.dtype)
+    residual_out = None if residual is None else caller.empty(x.shape, weight.dtype)
     kernels.rms_norm_forward(
         _checks.rows(x), weight, _stream(op, "residual", residual, weight.dtype), float(eps),
         _checks.rows(y), _checks.rows(residual_out),
@@ -118,9 +118,9 @@ def rms_norm_backward(
     if residual is None and dresidual_out is not None:
         raise ValueError(f"{op}: dresidual_out is the gradient of an output that exists only with a residual")
     weight = _weight(op, x, given_weight, eps, dy=dy, residual=residual, dresidual_out=dresidual_out)
-    dx, dweight, dresidual = np.empty(x.shape, x.dtype), np.empty_like(weight), None
+    dx, dweight, dresidual = caller.empty(x.shape, x.dtype), np.empty_like(weight), None
     if residual is not None:  # kernels in float64 write float64 only
-        dresidual = np.empty(x.shape, weight.dtype if x.dtype == np.float64 else residual.dtype)
+        dresidual = caller.empty(x.shape, weight.dtype if x.dtype == np.float64 else residual.dtype)
     kernels.rms_norm_backward(
         _checks.rows(dy), _checks.rows(x), weight, _stream(op, "residual", residual, weight.dtype), float(eps),
         _stream(op, "dresidual_out", dresidual_out, weight.dtype), _checks.rows(dx), dweight, _checks.rows(dresidual),

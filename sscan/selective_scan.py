@@ -215,22 +215,25 @@ class _Problem:
     segments: Array
     sequences: int
 
+    def _empty_like(self, array: Any) -> Any:
+        return None if array is None else self.caller.empty(array.shape, array.dtype)
+
     def empty_checkpoints(self) -> Any:
         return self.backend.empty_checkpoints(self.segments, self.groups, self.inputs.A)
 
     def run(self, checkpoints: Any) -> tuple[Any, Any]:
         u, A = self.inputs.u, self.inputs.A
-        y, last_state = np.empty(u.shape, u.dtype), np.empty((self.sequences, *A.shape), A.dtype)
+        y, last_state = self._empty_like(u), self.caller.empty((self.sequences, *A.shape), A.dtype)
         self.backend.selective_scan_forward(
             self.segments, self.groups, self.inputs, self.given["initial_state"], y, last_state, checkpoints
         )
         return self.caller.leave(y), self.caller.leave(last_state)
 
     def run_backward(self, checkpoints: Any) -> SelectiveScanGradients:
-        made = {name: _empty_like(self.given[name]) for name in _DIFFERENTIABLE}
+        made = {name: self._empty_like(self.given[name]) for name in _DIFFERENTIABLE}
         gradients = SelectiveScanGradients(*made.values())._replace(
             dB=_by_group(made["B"]), dC=_by_group(made["C"]),
-            dD=np.empty_like(self.inputs.D), ddelta_bias=np.empty_like(self.inputs.delta_bias),
+            dD=self._empty_like(self.inputs.D), ddelta_bias=self._empty_like(self.inputs.delta_bias),
         )  # fmt: skip
         self.backend.selective_scan_backward(
             self.segments, self.groups, self.inputs, checkpoints, self.given["dy"], self.given["dlast_state"], gradients
@@ -241,10 +244,6 @@ class _Problem:
 
 
 _DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-
-
-def _empty_like(array: Array | None) -> Array | None:
-    return None if array is None else np.empty(array.shape, array.dtype)
 
 
 def _prepare(

@@ -126,7 +126,7 @@ def selective_state_update(
         for name, array, dtype in (("A", A, of_A), ("D", D, real), ("dt_bias", dt_bias, real))
     )
     B, C = _matrix(op, "B", B, of_A), _matrix(op, "C", C, of_A)
-    own, y = _own_state(op, state, of_A), np.empty(x.shape, x.dtype)
+    own, y = _own_state(op, state, of_A), caller.empty(x.shape, x.dtype)
     kernels.selective_state_update(
         own, slots, _unit_stride(x), _unit_stride(dt), A, B, C, D, _unit_stride(z), dt_bias, bool(dt_softplus), y
     )

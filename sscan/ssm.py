@@ -79,7 +79,7 @@ def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "z
     kernels = _backends.for_device(op, caller.device)
     system, C = _checked(op, delta, A, B, C, length, method)
     A_bar, B_bar = _discretized(kernels, system, method)
-    K = np.empty((len(A), length), system.A.real.dtype)
+    K = caller.empty((len(A), length), system.A.real.dtype)
     kernels.ssm_kernel_forward(A_bar, B_bar, C, K)
     return caller.leave(K)
 
@@ -119,7 +119,7 @@ def ssm_kernel_backward(
     dK_ = cast(Array, _checks.parameter(op, "dK", given, system.A.real.dtype))
     dA_bar, dB_bar, dC = (np.empty_like(C_) for _ in range(3))
     kernels.ssm_kernel_backward(dK_, *_discretized(kernels, system, method), C_, dA_bar, dB_bar, dC)
-    gradients = [np.empty(array.shape, array.dtype) for array in (system.delta, system.A, system.B)]
+    gradients = [caller.empty(array.shape, array.dtype) for array in (system.delta, system.A, system.B)]
     cotangents = (gradient.reshape(system.selective) for gradient in (dA_bar, dB_bar))
     kernels.discretize_backward(*cotangents, system.delta, system.A, system.B, method, *gradients)
     results = zip((*gradients, dC), system_views, strict=True)
@@ -166,7 +166,7 @@ def ssm_convolution(u: Any, kernel: Any) -> Any:
     caller, (u, kernel) = _arrays.enter(op, u=u, kernel=kernel)
     kernels = _backends.for_device(op, caller.device)
     kernel = _convolution(op, u, kernel)
-    y = np.empty(u.shape, u.dtype)
+    y = caller.empty(u.shape, u.dtype)
     kernels.ssm_convolution_forward(u, kernel, y)
     return caller.leave(y)
 
@@ -195,6 +195,6 @@ def ssm_convolution_backward(dy: Any, u: Any, kernel: Any) -> SSMConvolutionGrad
     caller, (dy, u, given) = _arrays.enter(op, dy=dy, u=u, kernel=kernel)
     kernels = _backends.for_device(op, caller.device)
     kernel = _convolution(op, u, given, dy)
-    du, dkernel = np.empty(u.shape, u.dtype), np.empty(kernel.shape, kernel.dtype)
+    du, dkernel = caller.empty(u.shape, u.dtype), caller.empty(kernel.shape, kernel.dtype)
     kernels.ssm_convolution_backward(dy, u, kernel, du, dkernel)
     return SSMConvolutionGradients(caller.leave(du), caller.leave(dkernel.astype(given.dtype, copy=False)))

@@ -1,7 +1,8 @@
 """Exponentials and what is built on them, for the vectors of ``_vector.py``.
 
-Every function is branch-free, correct for every finite input and accurate to a few units in the last place of its
-accumulation dtype; tests/test_vector_math.py measures it. Polynomials are Chebyshev interpolants (near-minimax) of the
+Every function is branch-free and, unless it says otherwise, correct for every finite input and accurate to a few units in
+the last place of its accumulation dtype (softplus and sigmoid lose one more for every eight units of x below zero);
+tests/test_vector_math.py measures it. Polynomials are Chebyshev interpolants (near-minimax) of the
 function named beside them, computed with 60 digits.
 """
 
@@ -315,8 +316,9 @@ def rate(A):
 @overload(rate)
 def _rate(A):
     if isinstance(A, types.Complex):
-        return lambda A: complex(A.real * LOG2_E, A.imag)
-    return lambda A: A * LOG2_E
+        return lambda A: complex(rate(A.real), A.imag)
+    most = 1e307 if A.bitwidth == 64 else 2e38  # times log2(e) it would overflow, and infinity times 0 is no decay
+    return lambda A: A * LOG2_E if abs(A) < most else A + 0.0
 
 
 def decay(delta, rate):
@@ -325,7 +327,10 @@ def decay(delta, rate):
 
 
 def decay_and_change(delta, rate):
-    """(exp(delta A), exp(delta A) - 1), the second without cancellation. Only inside compiled code."""
+    """(exp(delta A), exp(delta A) - 1), the second without cancellation. Only inside compiled code.
+
+    NaN instead of infinity where the exponential overflows.
+    """
     raise NotImplementedError
 
 
@@ -365,9 +370,18 @@ def _decay_and_change(delta, rate):
     return real_decay
 
 
-@register_jitable
 def psi(z, a, change):
-    """(z exp(z) - (exp(z) - 1)) / z^2 from z, a = exp(z) and change = exp(z) - 1; real or complex."""
-    closed = (z * a - change) / (z * z)
-    near = real(z) * real(z) + imag(z) * imag(z) - constant(z, 0.25)
-    return where_negative(near, _psi_series(z), closed)
+    """(z exp(z) - (exp(z) - 1)) / z^2 from z, a = exp(z) and change = exp(z) - 1. Only inside compiled code."""
+    raise NotImplementedError
+
+
+@overload(psi)
+def _psi(z, a, change):
+    def psi_real(z, a, change):
+        return where_negative(z * z - constant(z, 0.25), _psi_series(z), (z * a - change) / (z * z))
+
+    def psi_complex(z, a, change):
+        near = real(z) * real(z) + imag(z) * imag(z) - constant(z, 0.25)
+        return where_negative(near, _psi_series(z), (z * a - change) / z / z)  # z^2 may overflow to infinity - infinity
+
+    return psi_complex if isinstance(z, Complex) else psi_real
