@@ -1,7 +1,7 @@
 """Exponentials and what is built on them, for the vectors of ``_vector.py``.
 
-Every function is branch-free and, unless it says otherwise, correct for every finite input and accurate to a few units in
-the last place of its accumulation dtype (softplus and sigmoid lose one more for every eight units of x below zero);
+Every function is branch-free and, unless it says otherwise, correct for every finite input and accurate to a few units
+in the last place of its accumulation dtype (softplus and sigmoid lose one more for every eight units of x below zero);
 tests/test_vector_math.py measures it. Polynomials are Chebyshev interpolants (near-minimax) of the
 function named beside them, computed with 60 digits.
 """
@@ -139,10 +139,10 @@ _half_cosine_less_one_over = _polynomial(
         3.8164614144531184e-25,
     ),
 )  # fmt: skip
-# (z exp(z) - exp(z) + 1) / z^2 = sum z^k / (k! (k + 2)), for |z| < 1/2
+# (z exp(z) - exp(z) + 1) / z^2 = sum z^k / (k! (k + 2)), for |z| < 1
 _psi_series = _polynomial(
-    tuple(1 / (math.factorial(k) * (k + 2)) for k in range(9)),
-    tuple(1 / (math.factorial(k) * (k + 2)) for k in range(16)),
+    tuple(1 / (math.factorial(k) * (k + 2)) for k in range(11)),
+    tuple(1 / (math.factorial(k) * (k + 2)) for k in range(19)),
 )
 
 _at_least = _clamp(-88.0, -709.0)  # exp of less is 0
@@ -378,10 +378,10 @@ def psi(z, a, change):
 @overload(psi)
 def _psi(z, a, change):
     def psi_real(z, a, change):
-        return where_negative(z * z - constant(z, 0.25), _psi_series(z), (z * a - change) / (z * z))
+        return where_negative(z * z - constant(z, 1.0), _psi_series(z), (z * a - change) / (z * z))
 
     def psi_complex(z, a, change):
-        near = real(z) * real(z) + imag(z) * imag(z) - constant(z, 0.25)
+        near = real(z) * real(z) + imag(z) * imag(z) - constant(z, 1.0)
         return where_negative(near, _psi_series(z), (z * a - change) / z / z)  # z^2 may overflow to infinity - infinity
 
     return psi_complex if isinstance(z, Complex) else psi_real
