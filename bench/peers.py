@@ -8,12 +8,14 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from problems import cotangent
 
 import sscan
+from sscan.selective_scan import _prepare
 
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 Pair = tuple[Callable[[], Any], Callable[[], Any] | None]
@@ -29,6 +31,32 @@ def ours(problem: dict[str, Any], **options: Any) -> Pair:
         return y, {name: getattr(gradients, f"d{name}") for name in DIFFERENTIABLE}
 
     return lambda: sscan.selective_scan(**arguments), both
+
+
+def kernels_alone(problem: dict[str, Any], **options: Any) -> Pair:
+    """sscan's kernels without checks and allocation: results go to the same arrays every time, as in the prototype."""
+    checked = _prepare(
+        "bench",
+        **dict.fromkeys(("D", "z", "delta_bias", "initial_state", "seq_idx", "cu_seqlens"))
+        | {"discretization": "mamba", **problem, **options},
+    )
+    dy, inputs, where = cotangent(problem), checked.inputs, (checked.segments, checked.groups)
+    y, last_state = np.empty_like(inputs.u), np.empty((len(inputs.u), *inputs.A.shape), inputs.A.dtype)
+    checkpoints = checked.empty_checkpoints()
+    results = {f"d{name}": np.empty_like(problem[name]) for name in DIFFERENTIABLE}
+    gradients = SimpleNamespace(**results, dinitial_state=None)
+    gradients.dB, gradients.dC = results["dB"][:, None], results["dC"][:, None]
+
+    def forward() -> Any:
+        checked.backend.selective_scan_forward(*where, inputs, None, y, last_state, None)
+        return y
+
+    def both() -> Any:
+        checked.backend.selective_scan_forward(*where, inputs, None, y, last_state, checkpoints)
+        checked.backend.selective_scan_backward(*where, inputs, checkpoints, dy, None, gradients)
+        return y, {name: results[f"d{name}"] for name in DIFFERENTIABLE}
+
+    return forward, both
 
 
 def numpy_reference(problem: dict[str, Any]) -> Pair:

@@ -49,7 +49,7 @@ from sscan.cpu._vector import (
 )
 from sscan.cpu._vector_math import decay, decay_and_change, psi, rate, sigmoid, softplus
 
-CHUNK = 64  # steps that stay in cache while the states walk over them
+CHUNK = 128  # steps that stay in cache while the states walk over them
 CHECKPOINT = 32  # the same when states are kept for the backward: their distance, and the backward's chunk
 SQUARE = TILE * TILE
 GONE = {4: 120.0, 8: 800.0}  # by bytes of a number: exp of minus this leaves nothing of any state
