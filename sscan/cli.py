@@ -140,11 +140,19 @@ def _mistakes() -> Iterator[None]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from sscan.tasks.byte_text import BackoffModel, bits_per_byte
-    from sscan.tasks.progress import draw_loss_curve
+    from threadpoolctl import threadpool_limits
 
     with _mistakes():
         run, folder = _open_run(options)
+    # OpenBLAS' threads spin for milliseconds after each product; they would take the cores from the kernels.
+    with threadpool_limits(1, "blas"):
+        return _train_and_report(run, folder)
+
+
+def _train_and_report(run: TrainingRun, folder: Path) -> int:
+    from sscan.tasks.byte_text import BackoffModel, bits_per_byte
+    from sscan.tasks.progress import draw_loss_curve
+
     size, width = run.data.size, run.options
     count = f"{run.model.parameter_count():,} parameters"
     print(f"text        {run.text}: {size:,} bytes, the last {size - run.held_out:,} of them held out")
@@ -297,7 +305,7 @@ def _info(options: argparse.Namespace) -> int:
         ("works with", ["torch", "jax", "cupy", "numba-cuda"]),
     ]:
         print(f"{title:<12}" + ", ".join(f"{name} {_version(name)}" for name in names))
-    print(f"CPU         {len(os.sched_getaffinity(0))} cores, {_parallel.threads()} threads (NUMBA_NUM_THREADS)")
+    print(f"CPU         {os.cpu_count()} cores, {_parallel.threads()} threads (NUMBA_NUM_THREADS)")
     print("threading   kernels release the GIL and run on sscan's own Python threads; no Numba threading layer")
     print(f"cache       {_parallel.cache_folder()} (NUMBA_CACHE_DIR)")
     print(f"CUDA        {_cuda_devices()}")

@@ -28,11 +28,11 @@ class RunOptions:
     of a number of steps is the same again, bit for bit.
     """
 
-    d_model: int = 128
-    n_layer: int = 4
+    d_model: int = 96
+    n_layer: int = 6
     length: int = 256
-    batch: int = 16
-    lr: float = 3e-3
+    batch: int = 4
+    lr: float = 1.2e-2
     seed: int = 0
     steps: int | None = None
     minutes: float | None = 2.0
