@@ -528,6 +528,40 @@ def store_lane_sums(S, size, state, target, slice_offset, plane, block, time, st
                 write(to + plane, count, target.item, target.storage, lane_sums(flat, lanes + imaginary(S), stride))
 
 
+@register_jitable
+def load_blocks(own, BS, CS, A, B_constant, C_constant, zoh, B_varies, C_varies, groups, block0, block1, size):
+    """What a task's blocks need of A, and of B and C where they are constant."""
+    for number in range(block0, block1):
+        block, offset = block_of(number, 0, groups, A.shape[0]), (number - block0) * size
+        load_rates(own.R, own.I, offset, A, zoh, block)
+        for n in range(A.shape[1]):
+            for r in range(block.rows):
+                put(own.AA, offset, n, r, A[block.channel + r, n])
+        if not B_varies:
+            load_constant(BS, offset, B_constant, block, False)
+        if not C_varies:
+            load_constant(CS, offset, C_constant, block, True)
+
+
+@register_jitable
+def move_blocks(S, size, states, row, groups, block0, block1, into_scratch):
+    """``move_states`` for the blocks of a task."""
+    for number in range(block0, block1):
+        block = block_of(number, 0, groups, states.shape[1])
+        move_states(S, (number - block0) * size, states, row, block, into_scratch)
+
+
+@register_jitable
+def store_channel_sums(S, sums, row, groups, block0, block1):
+    """sums[row, channel] = the sum of the channel's 16 lanes."""
+    for number in range(block0, block1):
+        block = block_of(number, 0, groups, sums.shape[1])
+        total = lane_sums(S, (number - block0) * SQUARE, TILE)
+        store(S, (number - block0) * SQUARE, total)
+        for r in range(block.rows):
+            sums[row, block.channel + r] = S[(number - block0) * SQUARE + r]
+
+
 @functools.cache
 def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
     """The backward kernel of one discretisation rule and one form of B and C."""
@@ -573,23 +607,12 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
             own.GA[:] = 0
             D_SUM[:] = 0
             BIAS_SUM[:] = 0
-            for number in range(block0, block1):
-                block, offset = block_of(number, 0, groups, dim), (number - block0) * size
-                load_rates(own.R, own.I, offset, A, zoh, block)
-                for n in range(state):
-                    for r in range(block.rows):
-                        put(own.AA, offset, n, r, A[block.channel + r, n])
-                if not B_varies:
-                    load_constant(BS, offset, B_constant, block, False)
-                if not C_varies:
-                    load_constant(CS, offset, C_constant, block, True)
+            load_blocks(own, BS, CS, A, B_constant, C_constant, zoh, B_varies, C_varies, groups, block0, block1, size)
             for segment in range(len(segments) * bundle // bundles, len(segments) * (bundle + 1) // bundles):
                 batch, begin, length, initial, final, first_chunk = segments[segment]
                 own.CARRY[:] = 0
                 if final >= 0:
-                    for number in range(block0, block1):
-                        block = block_of(number, batch, groups, dim)
-                        move_states(own.CARRY, (number - block0) * size, dlast_state, final, block, True)
+                    move_blocks(own.CARRY, size, dlast_state, final, groups, block0, block1, True)
                 for t0 in range((length - 1) // T * T, -1, -T):
                     steps, time = min(T, length - t0), begin + t0
                     if B_varies:
@@ -627,21 +650,14 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                     if C_varies:
                         store_lane_sums(GC, size, state, dC[0], part * dC[2], dC[1], block, time, steps)
                 if initial >= 0:
-                    for number in range(block0, block1):
-                        block = block_of(number, batch, groups, dim)
-                        move_states(own.CARRY, (number - block0) * size, dinitial_state, initial, block, False)
-            for number in range(block0, block1):
-                block, offset = block_of(number, 0, groups, dim), (number - block0) * size
-                move_states(own.GA, offset, dA, bundle, block, False)
-                if not B_varies:
-                    move_states(GB, offset, dB_constant, bundle, block, False)
-                if not C_varies:
-                    move_states(GC, offset, dC_constant, bundle, block, False)
-                store(chunk.tiles, 0, lane_sums(D_SUM, (number - block0) * SQUARE, TILE))
-                store(chunk.tiles, TILE, lane_sums(BIAS_SUM, (number - block0) * SQUARE, TILE))
-                for r in range(block.rows):
-                    dD[bundle, block.channel + r] = chunk.tiles[r]
-                    dbias[bundle, block.channel + r] = chunk.tiles[TILE + r]
+                    move_blocks(own.CARRY, size, dinitial_state, initial, groups, block0, block1, False)
+            move_blocks(own.GA, size, dA, bundle, groups, block0, block1, False)
+            if not B_varies:
+                move_blocks(GB, size, dB_constant, bundle, groups, block0, block1, False)
+            if not C_varies:
+                move_blocks(GC, size, dC_constant, bundle, groups, block0, block1, False)
+            store_channel_sums(D_SUM, dD, bundle, groups, block0, block1)
+            store_channel_sums(BIAS_SUM, dbias, bundle, groups, block0, block1)
         restore_environment(environment)
 
     return backward
