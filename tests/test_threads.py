@@ -301,7 +301,7 @@ def test_cache_folder_is_named_by_the_kernels_sources(tmp_path: Path) -> None:
 
     names = [folder()]
     assert names[0].parent == tmp_path / "cache"
-    for edited in ("selective_scan.py", "cpu/_tiles.py", "_math.py"):
+    for edited in ("selective_scan.py", "cpu/_tiles.py", "cpu/_vector.py"):
         with (tmp_path / "sscan" / edited).open("a") as file:
             file.write("\n# edited\n")
         names.append(folder())

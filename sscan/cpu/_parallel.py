@@ -36,7 +36,7 @@ def cache_folder() -> Path:
     Numba's own rule looks at one file's time stamp and misses an edit in a file that the kernel's file imports.
     """
     digest = hashlib.sha256()
-    for path in sorted([*_PACKAGE.glob("*.py"), _PACKAGE.parent / "_math.py"]):
+    for path in sorted(_PACKAGE.glob("*.py")):
         digest.update(path.read_bytes())
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else Path(home) / "sscan"
