@@ -119,9 +119,10 @@ def torch_formula(problem: dict[str, Any]) -> Pair:
         decays = torch.exp(torch.einsum("bdl,dn->bdln", delta, a["A"]))
         inputs = torch.einsum("bdl,bnl,bdl->bdln", delta, a["B"], a["u"])
         h, outputs = decays.new_zeros(decays[:, :, 0].shape), []
-        for t in range(decays.shape[2]):
-            h = decays[:, :, t] * h + inputs[:, :, t]
-            outputs.append(torch.einsum("bdn,bn->bd", h, a["C"][:, :, t]))
+        # unbind: the backward of an index would fill an array of the size of all decays at every step
+        for decay, x, C_t in zip(decays.unbind(2), inputs.unbind(2), a["C"].unbind(2), strict=True):
+            h = decay * h + x
+            outputs.append(torch.einsum("bdn,bn->bd", h, C_t))
         return (torch.stack(outputs, 2) + a["D"][:, None] * a["u"]) * F.silu(a["z"])
 
     def forward() -> Any:
