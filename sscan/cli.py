@@ -308,7 +308,7 @@ def _info(options: argparse.Namespace) -> int:
     print(f"CPU         {os.cpu_count()} cores, {_parallel.threads()} threads (NUMBA_NUM_THREADS)")
     print("threading   kernels release the GIL and run on sscan's own Python threads; no Numba threading layer")
     print(f"cache       {_parallel.cache_folder()} (NUMBA_CACHE_DIR)")
-    print(f"CUDA        {_cuda_devices()}")
+    print(f"CUDA        {_cuda_devices()}; this version has no kernels for them")
     return 0
 
 
@@ -324,7 +324,7 @@ def _cuda_devices() -> str:
     try:
         import cupy
     except ImportError:
-        return "CuPy is not installed: pip install 'sscan[cuda12]' or 'sscan[cuda13]'"
+        return "devices unknown, CuPy is not installed"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -109,7 +109,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         patch.setattr(TrainingRun, "step", interrupted_step)
         assert main([*arguments, "--out", str(tmp_path / "parts")]) == 130
     assert "--resume" in capsys.readouterr().err
-    load_model(tmp_path / "parts")  # usable as it is
+    load_model(str(tmp_path / "parts"))  # usable as it is
     assert len(TrainingRun.load(tmp_path / "parts").losses) == 3
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from sscan.nn.language_model import MambaConfig, MambaLM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -46,15 +46,16 @@ def load_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def save_model(model: MambaLM, folder: Path) -> None:
+def save_model(model: MambaLM, folder: str | Path) -> None:
     """Write a model to a folder, which is created if need be. A shared parameter is written once."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
     write_atomically(folder / "config.json", lambda new: new.write_text(text, encoding="utf-8"))
     save_arrays(folder / "model.safetensors", {name: p.data for name, p in model.named_parameters()})
 
 
-def load_model(folder: Path, dtype: Any = np.float32) -> MambaLM:
+def load_model(folder: str | Path, dtype: Any = np.float32) -> MambaLM:
     """Read a model that :func:`save_model` wrote.
 
     Raises
@@ -64,6 +65,7 @@ def load_model(folder: Path, dtype: Any = np.float32) -> MambaLM:
     ValueError
         If the configuration is not one of a Mamba language model, or the arrays are not those of the configuration.
     """
+    folder = Path(folder)
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError("config.json holds no configuration")
