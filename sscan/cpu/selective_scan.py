@@ -11,9 +11,14 @@ from sscan.cpu._vector import STATES
 TASKS = 16  # of a backward call, about: enough for many cores, few enough that partial sums stay small
 
 
+def checkpoints_of(segments: np.ndarray) -> np.ndarray:
+    """How many checkpoints each segment has."""
+    return -(-segments[:, 2] // CHECKPOINT)
+
+
 def with_checkpoints(segments: np.ndarray) -> np.ndarray:
     """The table of segments with one column more: the number of the segment's first checkpoint."""
-    chunks = -(-segments[:, 2] // CHECKPOINT)
+    chunks = checkpoints_of(segments)
     return np.column_stack([segments, np.cumsum(chunks) - chunks])
 
 
@@ -24,12 +29,12 @@ def blocks_of(A: np.ndarray, groups: int) -> int:
 
 def empty_checkpoints(segments: np.ndarray, groups: int, A: np.ndarray) -> np.ndarray:
     """Memory for the states at the start of every 32nd step of every segment."""
-    table = parts(segments, blocks_of(A, groups) * groups)
-    segments = segments if table is None else table
-    chunks = int((-(-segments[:, 2] // CHECKPOINT)).sum())
+    blocks = groups * blocks_of(A, groups)
+    table = parts(segments, blocks)
+    chunks = int(checkpoints_of(segments if table is None else table).sum())
     step = STATES[from_dtype(A.dtype)]
     padded = -(-A.shape[1] // step) * step
-    return np.empty(chunks * groups * blocks_of(A, groups) * padded * TILE, A.dtype)
+    return np.empty(chunks * blocks * padded * TILE, A.dtype)
 
 
 def both_forms(array: np.ndarray, A: np.ndarray, groups: int) -> tuple[View, np.ndarray]:
