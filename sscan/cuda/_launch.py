@@ -1,0 +1,244 @@
+"""How kernels are compiled, kept on disk and launched.
+
+A *kernel* is named by a module of ``sscan.cuda.kernels``, a factory in it and the factory's arguments, its
+specialisation. The factory returns the kernel's Python function and how many threads it runs in. Numba makes PTX of it,
+nvJitLink a cubin for the GPU, and the driver launches that: Numba's own launch costs 60 to 300 microseconds, this 3.
+
+Cubins are kept in a folder named by a digest of all that decides them; a process that finds its kernels there imports
+neither Numba nor the kernels' source.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+_PACKAGE = Path(__file__).parent
+OLDEST = (8, 0)  # Ampere: the first with bfloat16
+
+
+class Kernel(NamedTuple):
+    """A specialised kernel: ``sscan.cuda.kernels.<module>.<factory>(*key)``."""
+
+    module: str
+    factory: str
+    key: tuple
+
+    @property
+    def name(self):
+        return f"{self.module}_{self.factory}"
+
+
+class Shape(NamedTuple):
+    """What a factory says about its kernel: threads of a block, and blocks to fit on a multiprocessor at once."""
+
+    threads: int
+    blocks_per_processor: int
+
+
+# --- from Python to a cubin ------------------------------------------------------------------------------------------
+
+
+def build(kernel):
+    """The kernel's Python function and its shape."""
+    module = importlib.import_module(f"sscan.cuda.kernels.{kernel.module}")
+    return getattr(module, kernel.factory)(*kernel.key)
+
+
+def compile_ptx(kernel):
+    """PTX, the same for every GPU, and the number of threads."""
+    from sscan.cuda import _target
+
+    function, shape = build(kernel)
+    return _target.compile_ptx(function, kernel.name, shape.threads, shape.blocks_per_processor), shape.threads
+
+
+def assemble(ptx, capability):
+    """A cubin for a compute capability such as (9, 0), and what the assembler says of registers and spills."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    cubin = bytes(linker.link("cubin").code)
+    return cubin, linker.get_info_log()
+
+
+@functools.cache
+def cache_folder():
+    """$NUMBA_CACHE_DIR or the user's cache folder, by digest of the kernels' sources and of the compilers' versions."""
+    digest = hashlib.sha256()
+    for path in [*sorted(_PACKAGE.glob("_*.py")), *sorted((_PACKAGE / "kernels").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    for package in ("numba-cuda", "llvmlite", "nvidia-cuda-nvvm", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            digest.update(f"{package} {importlib.metadata.version(package)}".encode())
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("NUMBA_CACHE_DIR") or Path(home) / "sscan"
+    return Path(root) / f"cuda-{digest.hexdigest()[:16]}"
+
+
+def cached(kernel, capability):
+    """(cubin, threads) of a kernel from the cache folder, or made and put there."""
+    key = hashlib.sha256(repr((*kernel, capability)).encode()).hexdigest()[:24]
+    path = cache_folder() / f"{kernel.name}-{key}.cubin"
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data[36:]).digest() == data[4:36]:  # a file may be cut short
+            return data[36:], int.from_bytes(data[:4], "little")
+    except OSError:
+        pass
+    ptx, threads = compile_ptx(kernel)
+    cubin, _ = assemble(ptx, capability)
+    with contextlib.suppress(OSError):  # what cannot be written is not kept
+        _write(path, threads.to_bytes(4, "little") + hashlib.sha256(cubin).digest() + cubin)
+    return cubin, threads
+
+
+def _write(path, data):
+    """All of it or nothing, however many processes do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+# --- the driver ------------------------------------------------------------------------------------------------------
+
+
+class Function(NamedTuple):
+    """A loaded kernel."""
+
+    handle: ctypes.c_void_p
+    threads: int
+
+
+@functools.cache
+def _driver():
+    """The driver's library; RuntimeError if there is none."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError as error:
+        raise RuntimeError(f"sscan: no NVIDIA driver ({name}) on this machine: {error}") from None
+    unsigned, pointer = ctypes.c_uint, ctypes.c_void_p
+    driver.cuLaunchKernel.argtypes = [pointer, *(unsigned,) * 7, pointer, pointer, pointer]
+    return driver
+
+
+def _check(status, doing):
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"sscan: {doing}: {(text.value or b'unknown error').decode()} (CUDA error {status})")
+
+
+@functools.cache
+def capability_of(device):
+    """Compute capability of a device by its number; RuntimeError if it is too old."""
+    driver, major, minor = _driver(), ctypes.c_int(), ctypes.c_int()
+    _check(driver.cuInit(0), "starting the driver")
+    for value, attribute in ((major, 75), (minor, 76)):
+        _check(driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device), "asking for the GPU's capability")
+    if (major.value, minor.value) < OLDEST:
+        raise RuntimeError(
+            f"sscan: device {device} has compute capability {major.value}.{minor.value}; the kernels need "
+            f"{OLDEST[0]}.{OLDEST[1]} (Ampere) or newer"
+        )
+    return major.value, minor.value
+
+
+_functions = {}
+_lock = threading.Lock()
+
+
+def function(kernel, device):
+    """The kernel, loaded for a device."""
+    key = kernel, capability_of(device)
+    found = _functions.get(key)
+    if found is None:
+        with _lock:
+            found = _functions.get(key)
+            if found is None:
+                found = _functions[key] = _load(kernel, key[1])
+    return found
+
+
+def _load(kernel, capability):
+    cubin, threads = cached(kernel, capability)
+    library, handle = ctypes.c_void_p(), ctypes.c_void_p()
+    nothing = (None, None, 0)
+    _check(
+        _driver().cuLibraryLoadData(ctypes.byref(library), cubin, *nothing, *nothing),
+        f"loading the kernel {kernel.name}",
+    )
+    _check(_driver().cuLibraryGetKernel(ctypes.byref(handle), library, kernel.name.encode()), f"finding {kernel.name}")
+    return Function(handle, threads)
+
+
+def _address(argument):
+    """A kernel's argument as an integer."""
+    if isinstance(argument, int):
+        return argument
+    return 0 if argument is None else argument.data.ptr
+
+
+def empty(shape, dtype):
+    """Workspace, in the memory of the current device and from the caller's allocator."""
+    return sys.modules["cupy"].empty(shape, dtype)
+
+
+def launch(kernel, blocks, *arguments):
+    """Start ``blocks`` blocks of a kernel on CuPy's current device and stream; none if ``blocks`` is 0.
+
+    Arguments are arrays, of which the address is passed, None (address 0) and integers.
+    """
+    if not blocks:
+        return
+    cuda = sys.modules["cupy"].cuda
+    loaded = function(kernel, cuda.runtime.getDevice())
+    count = len(arguments)
+    values = (ctypes.c_int64 * count)(*map(_address, arguments))
+    start = ctypes.addressof(values)
+    pointers = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+    stream = cuda.get_current_stream().ptr
+    launch = _driver().cuLaunchKernel
+    grid = (blocks, 1, 1, loaded.threads, 1, 1, 0)
+    status = launch(loaded.handle, *grid, stream, pointers, None)
+    if status == 201:  # this thread has no context yet: bring up the current device's
+        cuda.runtime.free(0)
+        status = launch(loaded.handle, *grid, stream, pointers, None)
+    if status:
+        _check(status, f"launching {kernel.name}")
+
+
+def processors():
+    """Multiprocessors of the current device."""
+    return _processors(sys.modules["cupy"].cuda.runtime.getDevice())
+
+
+@functools.cache
+def _processors(device):
+    count = ctypes.c_int()
+    capability_of(device)  # starts the driver
+    _check(_driver().cuDeviceGetAttribute(ctypes.byref(count), 16, device), "asking for the GPU's size")
+    return count.value
+
+
+def bits(number):
+    """A float as the integer that the primitive ``as_real`` turns back."""
+    return int(np.float64(number).view(np.int64))

@@ -1,0 +1,547 @@
+"""Named instructions: what kernels do with memory, lanes and numbers beyond plain Python arithmetic.
+
+Kernels are written for threads in lockstep: control flow depends on compile-time constants, kernel arguments and the
+block only, and whatever depends on the thread goes through ``select`` and predicated reads and writes. So the same
+bodies run on a GPU, one thread at a time, and in ``tests/emulator.py``, all threads of a block as one NumPy vector; the
+emulator has a twin for every name that ``primitive`` registers here.
+
+Addresses are int64, indices count elements and are int64 too. Numbers are float32, float64, complex64 or complex128;
+storage is float64, float32, float16 or bfloat16, and holds complex numbers as interleaved real and imaginary parts.
+"""
+
+import ml_dtypes
+import numpy as np
+from llvmlite import ir
+
+from sscan.cuda._target import cgutils, intrinsic, types
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+PRIMITIVES = {}  # intrinsic -> (name, parameters), for the emulator
+
+_I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+_REALS = {np.dtype(np.float32): (types.float32, _F32), np.dtype(np.float64): (types.float64, _F64)}
+_COMPLEX = {np.dtype(np.complex64): types.complex64, np.dtype(np.complex128): types.complex128}
+
+
+def primitive(name, *parameters):
+    """Register an intrinsic under a name and the parameters that its factory was called with."""
+
+    def register(function):
+        made = intrinsic(function)
+        PRIMITIVES[made] = (name, parameters)
+        return made
+
+    return register
+
+
+def planes(number):
+    """Reals in a number: 2 for complex ones."""
+    return 2 if np.dtype(number).kind == "c" else 1
+
+
+def real_of(number):
+    """The real dtype of a number's parts."""
+    return np.dtype(number).type(0).real.dtype
+
+
+def _number_type(number):
+    number = np.dtype(number)
+    return _COMPLEX[number] if number.kind == "c" else _REALS[number][0]
+
+
+def _assembly(builder, text, constraints, result, arguments, volatile=False):
+    kind = ir.FunctionType(result, [x.type for x in arguments])
+    return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=volatile), arguments)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _unary(name, text):
+    """A float32 instruction of one operand."""
+
+    @primitive(name)
+    def instruction(typingctx, x):
+        def codegen(context, builder, sig, args):
+            return _assembly(builder, text, "=f,f", _F32, args)
+
+        return types.float32(types.float32), codegen
+
+    return instruction
+
+
+exp2_approx = _unary("exp2_approx", "ex2.approx.ftz.f32 $0, $1;")  # 2 ulp; exact for 0; subnormals are 0
+reciprocal_approx = _unary("reciprocal_approx", "rcp.approx.ftz.f32 $0, $1;")  # 1 ulp
+rsqrt_approx = _unary("rsqrt_approx", "rsqrt.approx.ftz.f32 $0, $1;")  # 2 ulp
+
+
+@primitive("select")
+def select(typingctx, condition, x, y):
+    """x where the condition holds, else y, without a branch."""
+    if x != y:
+        return None
+
+    def codegen(context, builder, sig, args):
+        condition = args[0] if args[0].type == _I1 else builder.trunc(args[0], _I1)
+        return builder.select(condition, args[1], args[2])
+
+    return x(types.boolean, x, y), codegen
+
+
+@primitive("fma")
+def fma(typingctx, x, y, z):
+    """x y + z, rounded once."""
+
+    def codegen(context, builder, sig, args):
+        return builder.fma(*args)
+
+    return x(x, x, x), codegen
+
+
+def _real_instruction(name, operands):
+    """A PTX instruction of float32 or float64 operands."""
+
+    def codegen(context, builder, sig, args):
+        double = args[0].type == _F64
+        names = ", ".join(f"${i}" for i in range(1 + operands))
+        constraints = ",".join((["=d", "d"] if double else ["=f", "f"])[min(i, 1)] for i in range(1 + operands))
+        return _assembly(builder, f"{name}.f{64 if double else 32} {names};", constraints, args[0].type, args)
+
+    return codegen
+
+
+@primitive("absolute")
+def absolute(typingctx, x):
+    return x(x), _real_instruction("abs", 1)
+
+
+@primitive("maximum")
+def maximum(typingctx, x, y):
+    return x(x, x), _real_instruction("max", 2)
+
+
+@primitive("nearest")
+def nearest(typingctx, x):
+    """The integer nearest to x, as a number of x's type."""
+    return x(x), _real_instruction(f"cvt.rni.f{x.bitwidth}", 1)
+
+
+@primitive("power_of_two")
+def power_of_two(typingctx, k):
+    """2^k for an integral k within the range of normal numbers."""
+
+    def codegen(context, builder, sig, args):
+        double = args[0].type == _F64
+        integer, mantissa, bias = (_I64, 52, 1023) if double else (_I32, 23, 127)
+        exponent = builder.add(builder.fptosi(args[0], integer), ir.Constant(integer, bias))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(integer, mantissa)), args[0].type)
+
+    return k(k), codegen
+
+
+@primitive("complex_number")
+def complex_number(typingctx, re, im):
+    kind = types.complex128 if re == types.float64 else types.complex64
+
+    def codegen(context, builder, sig, args):
+        z = context.make_complex(builder, kind)
+        z.real, z.imag = args
+        return z._getvalue()
+
+    return kind(re, im), codegen
+
+
+@primitive("as_real")
+def as_real(typingctx, bits):
+    """The float64 whose bits a kernel argument is."""
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(args[0], _F64)
+
+    return types.float64(types.int64), codegen
+
+
+# --- threads and barriers --------------------------------------------------------------------------------------------
+
+
+def _special_register(name, register):
+    @primitive(name)
+    def index(typingctx):
+        def codegen(context, builder, sig, args):
+            kind = ir.FunctionType(_I32, [])
+            function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.nvvm.read.ptx.sreg.{register}")
+            return builder.zext(builder.call(function, []), _I64)
+
+        return types.int64(), codegen
+
+    return index
+
+
+thread_index = _special_register("thread_index", "tid.x")
+block_index = _special_register("block_index", "ctaid.x")
+
+
+def _barrier(name, function, *arguments):
+    @primitive(name)
+    def wait(typingctx):
+        def codegen(context, builder, sig, args):
+            kind = ir.FunctionType(ir.VoidType(), [_I32] * len(arguments))
+            barrier = cgutils.get_or_insert_function(builder.module, kind, function)
+            builder.call(barrier, [ir.Constant(_I32, n) for n in arguments])
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return wait
+
+
+synchronize = _barrier("synchronize", "llvm.nvvm.barrier0")  # all threads of the block
+synchronize_warp = _barrier("synchronize_warp", "llvm.nvvm.bar.warp.sync", 0xFFFFFFFF)
+
+
+# --- memory of a thread and of a block -------------------------------------------------------------------------------
+
+
+def _array(context, builder, kind, data, size, itemsize):
+    array = context.make_array(kind)(context, builder)
+    count, step = (ir.Constant(_I64, n) for n in (size, itemsize))
+    context.populate_array(array, data=data, shape=[count], strides=[step], itemsize=step, meminfo=None)
+    return array._getvalue()
+
+
+def local_array(size, number):
+    """``make()``: an array of a thread, in registers as long as every index into it is known when compiling."""
+    kind = types.Array(_number_type(number), 1, "C")
+
+    @primitive("local_array", size, np.dtype(number))
+    def make(typingctx):
+        def codegen(context, builder, sig, args):
+            memory = cgutils.alloca_once(builder, ir.ArrayType(context.get_data_type(kind.dtype), size))
+            start = builder.bitcast(memory, context.get_data_type(kind.dtype).as_pointer())
+            return _array(context, builder, kind, start, size, np.dtype(number).itemsize)
+
+        return kind(), codegen
+
+    return make
+
+
+def shared_array(size, number):
+    """``make()``: an array of a block, aligned to 16 bytes, for ``shared_reader`` and ``shared_writer``."""
+    kind = types.Array(_number_type(number), 1, "C")
+
+    @primitive("shared_array", size, np.dtype(number))
+    def make(typingctx):
+        def codegen(context, builder, sig, args):
+            memory = ir.ArrayType(context.get_data_type(kind.dtype), size)
+            name = builder.module.get_unique_name("sscan_shared")
+            variable = cgutils.add_global_variable(builder.module, memory, name, 3)
+            variable.linkage, variable.align, variable.initializer = "internal", 16, ir.Constant(memory, ir.Undefined)
+            generic = builder.addrspacecast(variable, memory.as_pointer())
+            start = builder.bitcast(generic, context.get_data_type(kind.dtype).as_pointer())
+            return _array(context, builder, kind, start, size, np.dtype(number).itemsize)
+
+        return kind(), codegen
+
+    return make
+
+
+# --- lanes of a warp -------------------------------------------------------------------------------------------------
+
+
+def _shuffle(name, mode, clamp):
+    """Value of another lane of the warp, for numbers of any type; all 32 lanes take part."""
+
+    @primitive(name)
+    def shuffle(typingctx, x, lane):
+        def one(builder, word, lane):
+            kind = ir.FunctionType(_I32, [_I32] * 4)
+            exchange = cgutils.get_or_insert_function(builder.module, kind, f"llvm.nvvm.shfl.sync.{mode}.i32")
+            return builder.call(exchange, [ir.Constant(_I32, 0xFFFFFFFF), word, lane, ir.Constant(_I32, clamp)])
+
+        def real(builder, value, lane):
+            if value.type == _F32:
+                return builder.bitcast(one(builder, builder.bitcast(value, _I32), lane), _F32)
+            pair = builder.bitcast(value, ir.VectorType(_I32, 2))
+            for i in (0, 1):
+                at = ir.Constant(_I32, i)
+                pair = builder.insert_element(pair, one(builder, builder.extract_element(pair, at), lane), at)
+            return builder.bitcast(pair, _F64)
+
+        def codegen(context, builder, sig, args):
+            to = args[1] if args[1].type == _I32 else builder.trunc(args[1], _I32)
+            if not isinstance(x, types.Complex):
+                return real(builder, args[0], to)
+            z = context.make_complex(builder, x, value=args[0])
+            z.real, z.imag = real(builder, z.real, to), real(builder, z.imag, to)
+            return z._getvalue()
+
+        return x(x, lane), codegen
+
+    return shuffle
+
+
+shuffle_xor = _shuffle("shuffle_xor", "bfly", 31)  # of lane ^ mask
+shuffle_up = _shuffle("shuffle_up", "up", 0)  # of lane - distance; the own value where there is none
+shuffle_from = _shuffle("shuffle_from", "idx", 31)  # of the lane given
+
+
+# --- global memory ---------------------------------------------------------------------------------------------------
+
+
+def _storage_type(storage):
+    storage = np.dtype(storage)
+    if storage in _REALS:
+        return _REALS[storage][1]
+    return _I16  # float16 and bfloat16, as bits
+
+
+def _widen(builder, storage, real, value):
+    """A stored real as a number."""
+    if storage == real:
+        return value
+    if storage == BFLOAT16:
+        word = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16))
+        single = builder.bitcast(word, _F32)
+    elif storage == np.float16:
+        single = _assembly(builder, "cvt.f32.f16 $0, $1;", "=f,h", _F32, [value])
+    else:
+        single = value
+    if real == np.float64 and single.type == _F32:
+        return builder.fpext(single, _F64)
+    return single
+
+
+def _narrow(builder, storage, value):
+    """A number as a stored real, rounded to nearest even."""
+    if np.dtype(storage) in _REALS:
+        wanted = _REALS[np.dtype(storage)][1]
+        if value.type == wanted:
+            return value
+        return builder.fptrunc(value, _F32) if wanted == _F32 else builder.fpext(value, _F64)
+    if value.type == _F64:
+        value = builder.fptrunc(value, _F32)
+    kind = "bf16" if storage == BFLOAT16 else "f16"
+    return _assembly(builder, f"cvt.rn.{kind}.f32 $0, $1;", "=h,f", _I16, [value])
+
+
+def _element_pointer(builder, address, index, element):
+    return builder.gep(builder.inttoptr(address, element.as_pointer(1)), [index])
+
+
+def _local_reals(context, builder, array_type, array, real):
+    """Pointer to a local array's memory, seen as reals."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(data, real.as_pointer(data.type.addrspace))
+
+
+def _slot(builder, pointer, i):
+    return builder.gep(pointer, [ir.Constant(_I32, i)])
+
+
+def reader(storage, number, count, together=False, constant=True):
+    """``read(into, address, index, valid)``: the local array ``into`` = ``count`` numbers from ``index`` on.
+
+    Only the first ``valid`` of them are read, the others are 0. ``together``: in one instruction of up to 16 bytes at a
+    time, for which address and index must be aligned and ``valid`` be 0 or at least ``count``. ``constant``: no thread
+    of the kernel writes there.
+    """
+    storage, number = np.dtype(storage), np.dtype(number)
+    real, element, reals = real_of(number), _storage_type(storage), planes(number)
+    total, size = count * reals, storage.itemsize
+
+    def marked(builder, load):
+        if constant:
+            load.set_metadata("invariant.load", builder.module.add_metadata([]))
+        return load
+
+    def group(builder, pointer, out, first, width):
+        vector = ir.VectorType(element, width)
+        start = builder.bitcast(_slot(builder, pointer, first), vector.as_pointer(1))
+        loaded = marked(builder, builder.load(start, align=width * size))
+        for i in range(width):
+            value = builder.extract_element(loaded, ir.Constant(_I32, i))
+            builder.store(_widen(builder, storage, real, value), _slot(builder, out, first + i))
+
+    @primitive("reader", storage, number, count, together, constant)
+    def read(typingctx, into, address, index, valid):
+        def codegen(context, builder, sig, args):
+            out = _local_reals(context, builder, into, args[0], _REALS[real][1])
+            at = builder.mul(args[2], ir.Constant(args[2].type, reals)) if reals > 1 else args[2]
+            pointer = _element_pointer(builder, args[1], at, element)
+            zero = ir.Constant(_REALS[real][1], 0.0)
+            for i in range(total):
+                builder.store(zero, _slot(builder, out, i))
+            if together:
+                width = min(total, 16 // size)
+                with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, 0))):
+                    for first in range(0, total, width):
+                        group(builder, pointer, out, first, width)
+                return context.get_dummy_value()
+            for k in range(count):
+                with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, k))):
+                    for i in range(k * reals, (k + 1) * reals):
+                        value = marked(builder, builder.load(_slot(builder, pointer, i), align=size))
+                        builder.store(_widen(builder, storage, real, value), _slot(builder, out, i))
+            return context.get_dummy_value()
+
+        return types.void(into, types.int64, types.int64, types.int64), codegen
+
+    return read
+
+
+def writer(storage, number, count, together=False):
+    """``write(address, index, values, valid)``: the first ``valid`` of ``count`` numbers of a local array, rounded.
+
+    ``together`` as for ``reader``.
+    """
+    storage, number = np.dtype(storage), np.dtype(number)
+    real, element, reals = real_of(number), _storage_type(storage), planes(number)
+    total, size = count * reals, storage.itemsize
+
+    @primitive("writer", storage, number, count, together)
+    def write(typingctx, address, index, values, valid):
+        def codegen(context, builder, sig, args):
+            source = _local_reals(context, builder, values, args[2], _REALS[real][1])
+            at = builder.mul(args[1], ir.Constant(args[1].type, reals)) if reals > 1 else args[1]
+            pointer = _element_pointer(builder, args[0], at, element)
+
+            def rounded(i):
+                return _narrow(builder, storage, builder.load(_slot(builder, source, i)))
+
+            if together:
+                width = min(total, 16 // size)
+                vector = ir.VectorType(element, width)
+                with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, 0))):
+                    for first in range(0, total, width):
+                        packed = ir.Constant(vector, ir.Undefined)
+                        for i in range(width):
+                            packed = builder.insert_element(packed, rounded(first + i), ir.Constant(_I32, i))
+                        start = builder.bitcast(_slot(builder, pointer, first), vector.as_pointer(1))
+                        builder.store(packed, start, align=width * size)
+                return context.get_dummy_value()
+            for k in range(count):
+                with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, k))):
+                    for i in range(k * reals, (k + 1) * reals):
+                        builder.store(rounded(i), _slot(builder, pointer, i), align=size)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, values, types.int64), codegen
+
+    return write
+
+
+def _integer_reader(bits):
+    @primitive("integer_reader", bits)
+    def read_integer(typingctx, address, index, valid):
+        """One integer as int64, 0 where ``valid`` is not positive."""
+
+        def codegen(context, builder, sig, args):
+            pointer = _element_pointer(builder, args[0], args[1], ir.IntType(bits))
+            out = cgutils.alloca_once_value(builder, ir.Constant(_I64, 0))
+            with builder.if_then(builder.icmp_signed(">", args[2], ir.Constant(args[2].type, 0))):
+                value = builder.load(pointer, align=bits // 8)
+                builder.store(value if bits == 64 else builder.sext(value, _I64), out)
+            return builder.load(out)
+
+        return types.int64(types.int64, types.int64, types.int64), codegen
+
+    return read_integer
+
+
+INTEGER_READERS = {bits: _integer_reader(bits) for bits in (8, 16, 32, 64)}
+
+
+@primitive("prefetch")
+def prefetch(typingctx, address):
+    """Bring a line of global memory, given by its address in bytes, into the L2 cache."""
+
+    def codegen(context, builder, sig, args):
+        nothing = ir.VoidType()
+        _assembly(builder, "prefetch.global.L2 [$0];", "l", nothing, [args[0]], volatile=True)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+# --- shared memory ---------------------------------------------------------------------------------------------------
+
+
+@primitive("shared_get")
+def shared_get(typingctx, shared, index):
+    """One number of a shared array."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(builder.gep(context.make_array(shared)(context, builder, args[0]).data, [args[1]]))
+
+    return shared.dtype(shared, types.int64), codegen
+
+
+@primitive("shared_set")
+def shared_set(typingctx, shared, index, value):
+    """Set one number of a shared array."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.gep(context.make_array(shared)(context, builder, args[0]).data, [args[1]])
+        builder.store(args[2], pointer)
+        return context.get_dummy_value()
+
+    return types.void(shared, types.int64, shared.dtype), codegen
+
+
+def shared_reader(number, count):
+    """``read(into, shared, index)``: ``count`` numbers of a shared array of their type, 16 bytes at a time.
+
+    The index must be a multiple of ``count`` (1, 2 or 4).
+    """
+    number = np.dtype(number)
+    real, total = real_of(number), count * planes(number)
+    width = min(total, 16 // real.itemsize)
+
+    @primitive("shared_reader", number, count)
+    def read(typingctx, into, shared, index):
+        def codegen(context, builder, sig, args):
+            element = _REALS[real][1]
+            out = _local_reals(context, builder, into, args[0], element)
+            data = context.make_array(shared)(context, builder, args[1]).data
+            start = builder.bitcast(builder.gep(data, [args[2]]), element.as_pointer(data.type.addrspace))
+            for first in range(0, total, width):
+                vector = ir.VectorType(element, width)
+                pointer = builder.bitcast(_slot(builder, start, first), vector.as_pointer(data.type.addrspace))
+                loaded = builder.load(pointer, align=width * real.itemsize)
+                for i in range(width):
+                    value = builder.extract_element(loaded, ir.Constant(_I32, i))
+                    builder.store(value, _slot(builder, out, first + i))
+            return context.get_dummy_value()
+
+        return types.void(into, shared, types.int64), codegen
+
+    return read
+
+
+def shared_writer(number, count):
+    """``write(shared, index, values)``: ``count`` numbers of a local array, 16 bytes at a time, as ``shared_reader``."""
+    number = np.dtype(number)
+    real, total = real_of(number), count * planes(number)
+    width = min(total, 16 // real.itemsize)
+
+    @primitive("shared_writer", number, count)
+    def write(typingctx, shared, index, values):
+        def codegen(context, builder, sig, args):
+            element = _REALS[real][1]
+            source = _local_reals(context, builder, values, args[2], element)
+            data = context.make_array(shared)(context, builder, args[0]).data
+            start = builder.bitcast(builder.gep(data, [args[1]]), element.as_pointer(data.type.addrspace))
+            for first in range(0, total, width):
+                vector = ir.VectorType(element, width)
+                packed = ir.Constant(vector, ir.Undefined)
+                for i in range(width):
+                    value = builder.load(_slot(builder, source, first + i))
+                    packed = builder.insert_element(packed, value, ir.Constant(_I32, i))
+                pointer = builder.bitcast(_slot(builder, start, first), vector.as_pointer(data.type.addrspace))
+                builder.store(packed, pointer, align=width * real.itemsize)
+            return context.get_dummy_value()
+
+        return types.void(shared, types.int64, values), codegen
+
+    return write

@@ -1,0 +1,336 @@
+"""A GPU in NumPy: runs the bodies of ``sscan.cuda.kernels`` without a GPU, all threads of a block as one vector.
+
+The functions are the product's own, with every primitive replaced by its twin here. Threads go in lockstep, so control
+flow that depends on the thread raises (a vector has no truth value). Beyond the result it finds what is hidden on a
+GPU: reads and writes outside the arrays that a kernel was given, vector accesses that are not aligned, and shared memory
+that two threads use without a barrier in between.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+
+from sscan.cuda import _launch, _primitives
+
+WARP = 32
+
+
+class Local:
+    """An array of each thread: (size, threads). Reading copies, as registers do."""
+
+    def __init__(self, size: int, number: Any, threads: int) -> None:
+        self.values = np.full((size, threads), np.nan, number)
+
+    def __getitem__(self, i: int) -> Any:
+        assert isinstance(i, int), "indices of a local array must be known when compiling"
+        assert 0 <= i < len(self.values)
+        return self.values[i].copy()
+
+    def __setitem__(self, i: int, value: Any) -> None:
+        assert isinstance(i, int)
+        assert 0 <= i < len(self.values)
+        assert np.result_type(value) == self.values.dtype or np.ndim(value) == 0, "a conversion that costs registers"
+        self.values[i] = value
+
+
+class Shared:
+    """An array of a block, which knows who used which element since the last barrier."""
+
+    def __init__(self, size: int, number: Any, emulator: Emulator) -> None:
+        self.values = np.full(size, np.nan, number)
+        self.emulator = emulator
+        self.writes, self.reads = _Accesses(size), _Accesses(size)
+
+    def check(self, index: Any, count: int) -> Any:
+        index = np.broadcast_to(np.asarray(index), (self.emulator.threads,))
+        assert (index % count == 0).all(), "vector access to shared memory is not aligned"
+        assert (index >= 0).all(), f"shared index {index.min()}"
+        assert (index + count <= len(self.values)).all(), f"shared index {index.max()} of {len(self.values)}"
+        return index
+
+    def get(self, index: Any) -> Any:
+        clash = self.writes.clash(self.emulator, index)
+        assert not clash.any(), f"race: read of shared {index[clash][:4]} that another thread wrote"
+        self.reads.note(self.emulator, index)
+        return self.values[index]
+
+    def set(self, index: Any, value: Any) -> None:
+        value = np.broadcast_to(value, index.shape)
+        for accesses, did in ((self.reads, "read"), (self.writes, "wrote")):
+            clash = accesses.clash(self.emulator, index)
+            assert not clash.any(), f"race: write of shared {index[clash][:4]} that another thread {did}"
+        self.values[index] = value
+        self.writes.note(self.emulator, index)
+        same = (self.values[index] == value) | (value != value)
+        assert same.all(), "race: two threads write different numbers to one element of shared memory"
+
+
+class _Accesses:
+    """Who last accessed each element, when, and whether others did so in the same interval between barriers."""
+
+    def __init__(self, size: int) -> None:
+        self.thread, self.warp_epoch, self.block_epoch = (np.full(size, -1) for _ in range(3))
+        self.other_lanes, self.other_warps = np.zeros(size, bool), np.zeros(size, bool)
+
+    def _fresh(self, e: Emulator, index: Any) -> tuple[Any, Any]:
+        same_block_epoch = self.block_epoch[index] == e.block_epoch
+        return same_block_epoch & (self.warp_epoch[index] == e.warp_epoch), same_block_epoch
+
+    def clash(self, e: Emulator, index: Any) -> Any:
+        """Whether an access of each thread now and the ones before have no barrier in between."""
+        fresh_for_warp, fresh_for_block = self._fresh(e, index)
+        other, other_warp = self.thread[index] != e.thread, self.thread[index] // WARP != e.thread // WARP
+        return (fresh_for_warp & (other | self.other_lanes[index])) | (
+            fresh_for_block & (other_warp | self.other_warps[index])
+        )
+
+    def note(self, e: Emulator, index: Any) -> None:
+        fresh_for_warp, fresh_for_block = self._fresh(e, index)
+        thread = self.thread[index]
+        self.other_lanes[index] &= fresh_for_warp
+        self.other_warps[index] &= fresh_for_block
+        np.logical_or.at(self.other_lanes, index, fresh_for_warp & (thread != e.thread))
+        np.logical_or.at(self.other_warps, index, fresh_for_block & (thread // WARP != e.thread // WARP))
+        self.thread[index], self.warp_epoch[index], self.block_epoch[index] = e.thread, e.warp_epoch, e.block_epoch
+        thread = self.thread[index]  # of several threads in this very instruction, one
+        np.logical_or.at(self.other_lanes, index, thread != e.thread)
+        np.logical_or.at(self.other_warps, index, thread // WARP != e.thread // WARP)
+
+
+class Emulator:
+    """The twins of the primitives, for one block at a time."""
+
+    def __init__(self, threads: int, arrays: list[Any]) -> None:
+        self.threads, self.thread = threads, np.arange(threads, dtype=np.int64)
+        self.block = 0
+        self.warp_epoch = self.block_epoch = 0
+        self.memory = [(a.ctypes.data, _bytes(a), a) for a in arrays if a.size]
+
+    # numbers
+
+    def exp2_approx(self, x: Any) -> Any:
+        return np.exp2(x)
+
+    def reciprocal_approx(self, x: Any) -> Any:
+        return np.float32(1) / x
+
+    def rsqrt_approx(self, x: Any) -> Any:
+        return (1 / np.sqrt(x.astype(np.float64))).astype(np.float32)
+
+    def select(self, condition: Any, x: Any, y: Any) -> Any:
+        assert np.result_type(x) == np.result_type(y), "select of two types"
+        return np.where(condition, x, y)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        real = np.result_type(x, y, z)
+        wide = np.float64 if real == np.float32 else np.longdouble
+        return (np.asarray(x, wide) * np.asarray(y, wide) + np.asarray(z, wide)).astype(real)
+
+    def absolute(self, x: Any) -> Any:
+        return np.abs(x)
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        return np.fmax(x, y)
+
+    def nearest(self, x: Any) -> Any:
+        return np.rint(x)
+
+    def power_of_two(self, k: Any) -> Any:
+        return np.ldexp(np.ones_like(k), k.astype(np.int32))
+
+    def complex_number(self, re: Any, im: Any) -> Any:
+        re, im = np.broadcast_arrays(re, im)
+        z = np.empty(re.shape, np.result_type(re, np.complex64))
+        z.real, z.imag = re, im
+        return z
+
+    def as_real(self, bits: int) -> Any:
+        return np.int64(bits).view(np.float64)
+
+    # threads
+
+    def thread_index(self) -> Any:
+        return self.thread
+
+    def block_index(self) -> int:
+        return self.block
+
+    def synchronize(self) -> None:
+        self.block_epoch += 1
+        self.warp_epoch += 1
+
+    def synchronize_warp(self) -> None:
+        self.warp_epoch += 1
+
+    def _lane(self, x: Any, source: Any) -> Any:
+        self.warp_epoch += 1  # lanes wait for each other
+        return np.broadcast_to(x, (self.threads,))[self.thread // WARP * WARP + source]
+
+    def shuffle_xor(self, x: Any, mask: int) -> Any:
+        return self._lane(x, (self.thread % WARP) ^ mask)
+
+    def shuffle_up(self, x: Any, distance: int) -> Any:
+        lane = self.thread % WARP
+        return self._lane(x, np.where(lane >= distance, lane - distance, lane))
+
+    def shuffle_from(self, x: Any, lane: Any) -> Any:
+        return self._lane(x, np.broadcast_to(lane, (self.threads,)) % WARP)
+
+    # memory
+
+    def local_array(self, size: int, number: Any) -> Any:
+        return lambda: Local(size, number, self.threads)
+
+    def shared_array(self, size: int, number: Any) -> Any:
+        return lambda: Shared(size, number, self)
+
+    def _elements(self, address: int, index: Any, storage: Any, valid: Any, align: int) -> tuple[Any, Any]:
+        """The array that an address belongs to, as elements, and where in it the threads with ``valid`` are."""
+        at = address + np.broadcast_to(np.asarray(index, np.int64), (self.threads,)) * storage.itemsize
+        assert (at[valid] % align == 0).all(), "access to global memory is not aligned"
+        for start, data, _ in self.memory:
+            if start <= address < start + len(data) or (start == address):
+                offset = at - start
+                inside = (offset >= 0) & (offset + storage.itemsize <= len(data))
+                assert (inside | ~valid).all(), (
+                    f"outside the array: byte {offset[valid & ~inside][:4]} of {len(data)}, "
+                    f"threads {self.thread[valid & ~inside][:4]}"
+                )
+                return data, np.where(valid & inside, offset, 0)
+        assert not valid.any(), f"no array at address {address}"
+        return np.zeros(16, np.uint8), np.zeros(self.threads, np.int64)
+
+    def _gather(self, data: Any, offset: Any, storage: Any) -> Any:
+        raw = data[offset[:, None] + np.arange(storage.itemsize)]
+        return np.ascontiguousarray(raw).view(storage)[:, 0]
+
+    def reader(self, storage: Any, number: Any, count: int, together: bool, constant: bool) -> Any:
+        real, reals = _primitives.real_of(number), _primitives.planes(number)
+        align = min(count * reals * storage.itemsize, 16) if together else storage.itemsize
+
+        def read(into: Local, address: int, index: Any, valid: Any) -> None:
+            valid = np.broadcast_to(np.asarray(valid), (self.threads,))
+            assert not together or ((valid <= 0) | (valid >= count)).all(), "a part of a vector"
+            for k in range(count):
+                parts = []
+                for i in range(reals):
+                    where = np.asarray(index) * reals + k * reals + i
+                    asked = align if together and k == i == 0 else storage.itemsize
+                    data, offset = self._elements(address, where, storage, valid > k, asked)
+                    value = self._gather(data, offset, storage).astype(real)
+                    parts.append(np.where(valid > k, value, real.type(0)))
+                into[k] = self.complex_number(*parts) if reals == 2 else parts[0]
+
+        return read
+
+    def writer(self, storage: Any, number: Any, count: int, together: bool) -> Any:
+        reals = _primitives.planes(number)
+        align = min(count * reals * storage.itemsize, 16) if together else storage.itemsize
+
+        def write(address: int, index: Any, values: Local, valid: Any) -> None:
+            valid = np.broadcast_to(np.asarray(valid), (self.threads,))
+            assert not together or ((valid <= 0) | (valid >= count)).all(), "a part of a vector"
+            for k in range(count):
+                parts = (values[k].real, values[k].imag)[:reals]
+                for i, part in enumerate(parts):
+                    where = np.asarray(index) * reals + k * reals + i
+                    asked = align if together and k == i == 0 else storage.itemsize
+                    data, offset = self._elements(address, where, storage, valid > k, asked)
+                    with np.errstate(over="ignore"):
+                        raw = np.ascontiguousarray(part.astype(storage)).view(np.uint8).reshape(self.threads, -1)
+                    active = np.flatnonzero(valid > k)
+                    data[offset[active][:, None] + np.arange(storage.itemsize)] = raw[active]
+
+        return write
+
+    def integer_reader(self, bits: int) -> Any:
+        storage = np.dtype(f"i{bits // 8}")
+
+        def read(address: int, index: Any, valid: Any) -> Any:
+            shape = np.broadcast(np.asarray(index), np.asarray(valid)).shape
+            mask = np.broadcast_to(np.asarray(valid) > 0, (self.threads,))
+            data, offset = self._elements(address, index, storage, mask, storage.itemsize)
+            value = np.where(mask, self._gather(data, offset, storage).astype(np.int64), 0)
+            return value if shape else int(value[0])
+
+        return read
+
+    def prefetch(self, address: Any) -> None:
+        pass
+
+    def shared_reader(self, number: Any, count: int) -> Any:
+        def read(into: Local, shared: Shared, index: Any) -> None:
+            index = shared.check(index, count)
+            for k in range(count):
+                into[k] = shared.get(index + k)
+
+        return read
+
+    def shared_writer(self, number: Any, count: int) -> Any:
+        def write(shared: Shared, index: Any, values: Local) -> None:
+            index = shared.check(index, count)
+            for k in range(count):
+                shared.set(index + k, values[k])
+
+        return write
+
+    def shared_get(self, shared: Shared, index: Any) -> Any:
+        return shared.get(shared.check(index, 1))
+
+    def shared_set(self, shared: Shared, index: Any, value: Any) -> None:
+        assert np.result_type(value) == shared.values.dtype, "a conversion on the way to shared memory"
+        shared.set(shared.check(index, 1), value)
+
+    # functions
+
+    def rebound(self, value: Any, known: dict[int, Any]) -> Any:
+        """A primitive's twin, a device function or kernel that uses twins, or the value itself."""
+        if id(value) in known:
+            return known[id(value)]
+        if isinstance(value, type(_primitives.select)) and value in _primitives.PRIMITIVES:
+            name, parameters = _primitives.PRIMITIVES[value]
+            twin = getattr(self, name)
+            known[id(value)] = twin(*parameters) if parameters else twin
+            return known[id(value)]
+        body = getattr(value, "py_func", value)
+        if not isinstance(body, types.FunctionType) or not body.__module__.startswith("sscan.cuda."):
+            return value
+        names = {name: body.__globals__[name] for name in body.__code__.co_names if name in body.__globals__}
+        replaced = {name: self.rebound(x, known) for name, x in names.items()}
+        cells = tuple(types.CellType(self.rebound(cell.cell_contents, known)) for cell in body.__closure__ or ())
+        function = types.FunctionType(body.__code__, {**body.__globals__, **replaced}, body.__name__, None, cells)
+        known[id(value)] = function
+        return function
+
+
+def _bytes(array: Any) -> Any:
+    """The memory of an array, from its first element to its last, as bytes (strides are never negative here)."""
+    extent = array.itemsize + sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True))
+    interface = {"data": (array.ctypes.data, False), "shape": (extent,), "typestr": "|u1", "version": 3}
+    holder = types.SimpleNamespace(__array_interface__=interface, owner=array)
+    return np.asarray(holder)
+
+
+def launch(kernel: Any, blocks: int, *arguments: Any) -> None:
+    """``_launch.launch`` on NumPy arrays."""
+    if not blocks:
+        return
+    function, shape = _launch.build(kernel)
+    arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+    values = [0 if a is None else a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
+    emulator = Emulator(shape.threads, arrays)
+    body = emulator.rebound(function, {})
+    with np.errstate(all="ignore"):
+        for emulator.block in range(blocks):
+            emulator.synchronize()
+            body(*values)
+
+
+def empty(shape: Any, dtype: Any) -> Any:
+    """Memory that shows whether it was written before it is read."""
+    array = np.empty(shape, dtype)
+    array.view(np.uint8).fill(0xFF)  # NaN
+    return array
