@@ -2,18 +2,25 @@
 
 The functions are the product's own, with every primitive replaced by its twin here. Threads go in lockstep, so control
 flow that depends on the thread raises (a vector has no truth value). Beyond the result it finds what is hidden on a
-GPU: reads and writes outside the arrays that a kernel was given, vector accesses that are not aligned, and shared memory
-that two threads use without a barrier in between.
+GPU: reads and writes outside the arrays that a kernel was given, vector accesses that are not aligned, and shared
+memory that two threads use without a barrier in between.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import sscan
+from sscan import _backends
 from sscan.cuda import _launch, _primitives
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WARP = 32
 
@@ -334,3 +341,33 @@ def empty(shape: Any, dtype: Any) -> Any:
     array = np.empty(shape, dtype)
     array.view(np.uint8).fill(0xFF)  # NaN
     return array
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Inside, sscan's ops run the CUDA backend on NumPy arrays."""
+    keep = _launch.launch, _launch.empty, _launch.processors, dict(_backends._PACKAGES)
+    _launch.launch, _launch.empty, _launch.processors = launch, empty, lambda: 4
+    _backends._PACKAGES["cpu"] = "sscan.cuda"
+    try:
+        yield
+    finally:
+        _launch.launch, _launch.empty, _launch.processors = keep[:3]
+        _backends._PACKAGES.update(keep[3])
+
+
+class _Emulated:
+    """sscan's public functions by name, run by the emulator."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(sscan, name)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            with patched():
+                return function(*arguments, **options)
+
+        return call
+
+
+emulated = _Emulated()

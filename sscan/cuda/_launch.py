@@ -197,6 +197,28 @@ def _address(argument):
     return 0 if argument is None else argument.data.ptr
 
 
+def address(array):
+    """Where an array lies, CuPy's or, for the tests, NumPy's."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
+def aligned(count, *arrays):
+    """Whether groups of ``count`` elements along the last axes of all arrays (None: no matter) start at whole groups.
+
+    That is what vector accesses of up to 16 bytes need: aligned addresses, unit stride along the last axis, and sizes
+    and other strides that are multiples of ``count``.
+    """
+    for array in arrays:
+        if array is None:
+            continue
+        size = array.itemsize
+        if array.shape[-1] % count or address(array) % min(16, count * size):
+            return False
+        if array.strides[-1] != size or any(step % (count * size) for step in array.strides[:-1]):
+            return False
+    return True
+
+
 def empty(shape, dtype):
     """Workspace, in the memory of the current device and from the caller's allocator."""
     return sys.modules["cupy"].empty(shape, dtype)

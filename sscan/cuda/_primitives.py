@@ -35,6 +35,11 @@ def primitive(name, *parameters):
     return register
 
 
+def dtype_of(name):
+    """The dtype of a name, "bfloat16" included."""
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
 def planes(number):
     """Reals in a number: 2 for complex ones."""
     return 2 if np.dtype(number).kind == "c" else 1
@@ -520,7 +525,7 @@ def shared_reader(number, count):
 
 
 def shared_writer(number, count):
-    """``write(shared, index, values)``: ``count`` numbers of a local array, 16 bytes at a time, as ``shared_reader``."""
+    """``write(shared, index, values)``: ``count`` numbers of a local array, as ``shared_reader`` reads them."""
     number = np.dtype(number)
     real, total = real_of(number), count * planes(number)
     width = min(total, 16 // real.itemsize)

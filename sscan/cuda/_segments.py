@@ -1,0 +1,38 @@
+"""What is scanned on its own: batch rows, or sequences packed into one row. Values are never read on the host."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Segments(NamedTuple):
+    """``count`` segments of (batch, length); integer arrays are contiguous int64, or None."""
+
+    count: int
+    batch: int
+    length: int
+    seq_idx: Any  # (batch, length): the state starts again from zero where it changes
+    cu_seqlens: Any  # (count + 1,): borders of the sequences in the one row
+
+
+def segments(op, batch, length, seq_idx, cu_seqlens):
+    """The segments of a call. Raises for arguments that exclude each other or have a wrong dtype.
+
+    The values of ``cu_seqlens`` cannot be checked without waiting for the GPU; kernels clip them to the row.
+    """
+    if seq_idx is not None and cu_seqlens is not None:
+        raise ValueError(f"{op}: give seq_idx or cu_seqlens, not both")
+    for name, array in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
+        if array is not None and array.dtype.kind not in "iu":
+            raise TypeError(f"{op}: {name} must be integers, got {array.dtype}")
+    if cu_seqlens is not None and batch != 1:
+        raise ValueError(f"{op}: cu_seqlens needs a batch of 1, got {batch}")
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return Segments(count, batch, length, _int64(seq_idx), _int64(cu_seqlens))
+
+
+def _int64(array):
+    if array is None:
+        return None
+    array = array.astype(np.int64, copy=False)
+    return array if array.flags.c_contiguous else array.copy()
