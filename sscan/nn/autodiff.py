@@ -41,6 +41,11 @@ def to_numpy(array: Array) -> Array:
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 
+def move(array: Array, module: Any) -> Array:
+    """The array as one of `module` (numpy or cupy), on its current device; copied only if it is not there yet."""
+    return to_numpy(array) if module is np else module.asarray(array)
+
+
 @contextlib.contextmanager
 def no_grad() -> Iterator[None]:
     """Record nothing inside the block: results require no gradient and keep nothing alive."""

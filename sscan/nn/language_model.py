@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.autodiff import Array, Tensor, array_module, no_grad
+from sscan.nn.autodiff import Array, Tensor, array_module, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
 from sscan.nn.mamba import Mamba, MambaState
 from sscan.nn.modules import Embedding, Linear, Module, RMSNorm
@@ -34,7 +34,7 @@ class MambaConfig:
     ssm_cfg : dict
         Further arguments of :class:`sscan.nn.Mamba`.
     residual_in_fp32 : bool
-        Keep the residual stream in float32 when the model is in half precision.
+        Keep the residual stream in float32 when the activations are in half precision.
     fused_add_norm : bool
         Add to the stream and normalise in one operation; the same up to rounding.
     tie_embeddings : bool
@@ -90,14 +90,17 @@ class ResidualBlock(Module):
 class Backbone(Module):
     """Token ids (batch, length) to normalised hidden vectors (batch, length, d_model)."""
 
-    def __init__(self, config: MambaConfig, dtype: Any) -> None:
+    def __init__(self, config: MambaConfig, dtype: Any, activation_dtype: Any) -> None:
         self.config = config
+        self.activation_dtype = np.dtype(activation_dtype)
         self.embedding = Embedding(config.padded_vocab_size, config.d_model, dtype)
         self.layers = [ResidualBlock(config, dtype) for _ in range(config.n_layer)]
         self.norm_f = RMSNorm(config.d_model, dtype=dtype)
 
     def __call__(self, ids: Array, seq_idx: Array | None = None) -> Tensor:
         """Hidden vectors of sequences from their beginnings; `seq_idx` as in :class:`sscan.nn.Mamba`."""
+        if seq_idx is not None:
+            seq_idx = move(seq_idx, array_module(self.norm_f.weight.data))
         return self._run(ids, lambda i, mixer, hidden: mixer(hidden, seq_idx))
 
     def extend(self, ids: Array, states: list[MambaState]) -> tuple[Tensor, list[MambaState]]:
@@ -123,10 +126,11 @@ class Backbone(Module):
         return self._add_norm(self.norm_f, hidden, residual)[0]
 
     def _add_norm(self, norm: RMSNorm, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The normalised sum in the dtype of the model, and the sum in that of the residual stream."""
-        stream = np.result_type(hidden.dtype, np.float32) if self.config.residual_in_fp32 else hidden.dtype
+        """The normalised sum in the dtype of the activations, and the sum in that of the residual stream."""
+        dtype = self.activation_dtype
+        stream = np.result_type(dtype, np.float32) if self.config.residual_in_fp32 else dtype
         if residual is None:
-            return norm(hidden), hidden.astype(stream)
+            return norm(hidden).astype(dtype), hidden.astype(stream)
         if self.config.fused_add_norm:
             normalised, residual = norm(hidden, residual)
             return normalised, residual.astype(stream)
@@ -148,13 +152,22 @@ class MambaLM(Module):
         Of weights and activations; A_log, D, states and the arithmetic of scan and norms are at least float32.
     seed : int, Generator or None
         For the initial values; None leaves the parameters unallocated, to be loaded or only counted.
+    activation_dtype : dtype, optional
+        Of the activations, if not `dtype`. bfloat16 with a `dtype` of float32 is mixed precision: the operands of the
+        blocks' matrix products are rounded to bfloat16; parameters and their gradients, states, the residual stream,
+        logits and loss stay in float32.
     """
 
     def __init__(
-        self, config: MambaConfig, dtype: Any = np.float32, seed: int | np.random.Generator | None = 0
+        self,
+        config: MambaConfig,
+        dtype: Any = np.float32,
+        seed: int | np.random.Generator | None = 0,
+        *,
+        activation_dtype: Any = None,
     ) -> None:
         self.config = config
-        self.backbone = Backbone(config, dtype)
+        self.backbone = Backbone(config, dtype, dtype if activation_dtype is None else activation_dtype)
         self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, dtype=dtype)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
@@ -163,11 +176,14 @@ class MambaLM(Module):
 
     def __call__(self, ids: Array, seq_idx: Array | None = None) -> Tensor:
         """Logits (batch, length, padded vocabulary) for ids (batch, length)."""
-        return self.lm_head(self.backbone(ids, seq_idx))
+        return self._logits(self.backbone(ids, seq_idx))
 
     def loss(self, ids: Array, targets: Array, seq_idx: Array | None = None) -> Tensor:
         """Mean cross-entropy in nats; the logits are never held. Targets of -100 do not count."""
         return linear_cross_entropy(self.backbone(ids, seq_idx), self.lm_head.weight, targets)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden.astype(self.lm_head.weight.dtype))
 
     def new_states(self, batch: int) -> list[MambaState]:
         """The states before the first token, one for each block: their size is all that decoding ever needs."""
@@ -177,12 +193,12 @@ class MambaLM(Module):
     def prefill(self, ids: Array, states: list[MambaState]) -> tuple[Array, list[MambaState]]:
         """Read ids (batch, length >= 1) at once: logits (batch, padded vocabulary) for the next, and new states."""
         hidden, states = self.backbone.extend(ids, states)
-        return self.lm_head(hidden[:, -1]).data, states
+        return self._logits(hidden[:, -1]).data, states
 
     @no_grad()
     def step(self, ids: Array, states: list[MambaState]) -> Array:
         """Read one token each, ids (batch,): logits for the next. The states are updated in place, at constant cost."""
-        return self.lm_head(self.backbone.step(ids, states)).data
+        return self._logits(self.backbone.step(ids, states)).data
 
     def generate(
         self,
@@ -208,7 +224,7 @@ class MambaLM(Module):
         array of int64, () or (batch,)
             The next token of each sequence.
         """
-        prompt = array_module(self.lm_head.weight.data).asarray(prompt)
+        prompt = to_numpy(prompt)
         if prompt.ndim not in (1, 2) or prompt.shape[-1] == 0:
             raise ValueError(f"generate: prompt must be (length,) or (batch, length), length >= 1, got {prompt.shape}")
         sampler = Sampler(temperature, top_k, top_p, seed)
@@ -221,4 +237,4 @@ class MambaLM(Module):
             ids = sampler(logits[:, : self.config.vocab_size])
             yield ids.reshape(prompt.shape[:-1])
             if i + 1 < n:
-                logits = self.step(array_module(rows).asarray(ids), states)
+                logits = self.step(ids, states)

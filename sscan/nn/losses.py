@@ -10,27 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.autodiff import Array, Tensor, array_module, defvjp_all, needs_gradient, primitive
+from sscan.nn.autodiff import Array, Tensor, array_module, defvjp_all, move, needs_gradient, primitive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BLOCK_BYTES = 1 << 21  # of logits; small enough to stay in a CPU's second-level cache between the passes over them
+# Of logits: small enough to stay in a CPU's second-level cache between the passes over them, and large enough to fill a
+# GPU with each.
+BLOCK_BYTES, BLOCK_BYTES_GPU = 1 << 21, 1 << 28
 
 
 def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy of logits (..., classes) against integer targets (...): a scalar.
 
     Beside the logits themselves, the forward holds one block of rows, the backward one block and the gradient of the
-    logits. Accumulates in float32 (float64 for float64 logits).
+    logits. Accumulates in float32 (float64 for float64 logits). Targets in host memory are brought to where the logits
+    are. Nothing waits for a GPU.
 
     Raises
     ------
     TypeError, ValueError
-        If the targets are not integers, not of the shape of the rows, or not a class.
+        If the targets are not integers, not of the shape of the rows, or not a class. Values in GPU memory are not
+        looked at, because that would have to wait for the GPU.
     """
     _check_targets("cross_entropy", targets, logits.shape, ignore_index)
-    return _cross_entropy(logits, targets, ignore_index)
+    return _cross_entropy(logits, move(targets, array_module(logits.data)), ignore_index)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Array, ignore_index: int = -100) -> Tensor:
@@ -46,7 +50,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Array, ignore_
         As :func:`cross_entropy`.
     """
     _check_targets("linear_cross_entropy", targets, (*hidden.shape[:-1], weight.shape[0]), ignore_index)
-    differentiate = needs_gradient(hidden, weight)
+    targets, differentiate = move(targets, array_module(hidden.data)), needs_gradient(hidden, weight)
     return _linear_cross_entropy.apply(hidden, weight, targets, ignore_index, differentiate)[0]  # type: ignore[no-any-return]
 
 
@@ -55,15 +59,17 @@ def _check_targets(name: str, targets: Array, logits_shape: tuple[int, ...], ign
         raise TypeError(f"{name}: targets must be integers, got {targets.dtype}")
     if tuple(targets.shape) != logits_shape[:-1]:
         raise ValueError(f"{name}: targets must have shape {logits_shape[:-1]}, got {tuple(targets.shape)}")
+    if not isinstance(targets, np.ndarray):
+        return
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= logits_shape[-1]))
     if wrong.any():
         expected = f"in [0, {logits_shape[-1]}) or {ignore_index}"
         raise ValueError(f"{name}: targets must be {expected}, got {int(targets[wrong][0])}")
 
 
-def _blocks(rows: int, classes: int) -> Iterator[slice]:
-    size = max(1, BLOCK_BYTES // (4 * max(classes, 1)))
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+def _blocks(rows: Array, classes: int) -> Iterator[slice]:
+    size = max(1, (BLOCK_BYTES if isinstance(rows, np.ndarray) else BLOCK_BYTES_GPU) // (4 * max(classes, 1)))
+    return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
 
 
 def _accumulation_dtype(array: Array) -> type:
@@ -94,7 +100,7 @@ def _cross_entropy(logits: Array, targets: Array, ignore_index: int) -> Array:
     rows, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     counted = targets != ignore_index
     total = array_module(logits).zeros((), _accumulation_dtype(logits))
-    for block in _blocks(*rows.shape):
+    for block in _blocks(rows, rows.shape[1]):
         total += _softmax_and_loss(rows[block].astype(total.dtype), targets[block], counted[block])
     return total / _divisor(counted, total.dtype)
 
@@ -104,7 +110,7 @@ def _cross_entropy_vjp(g: Array, out: Array, logits: Array, targets: Array, igno
     counted = targets != ignore_index
     scale = g / _divisor(counted, out.dtype)
     dlogits = array_module(logits).empty_like(rows)
-    for block in _blocks(*rows.shape):
+    for block in _blocks(rows, rows.shape[1]):
         softmax = rows[block].astype(out.dtype)
         _softmax_and_loss(softmax, targets[block], counted[block])
         _softmax_to_gradient(softmax, targets[block], counted[block], scale)
@@ -125,7 +131,7 @@ def _linear_cross_entropy(
     scale = 1 / _divisor(counted, total.dtype)
     dhidden = xp.empty_like(rows) if differentiate else None
     dweight = xp.zeros(weight.shape, total.dtype) if differentiate else None
-    for block in _blocks(len(rows), len(weight)):
+    for block in _blocks(rows, len(weight)):
         wide_rows = rows[block].astype(total.dtype, copy=False)
         logits = wide_rows @ wide_weight.T
         total += _softmax_and_loss(logits, targets[block], counted[block])

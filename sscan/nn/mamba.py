@@ -26,7 +26,7 @@ class MambaState:
     Attributes
     ----------
     conv : Tensor (batch, d_inner, d_conv - 1)
-        The last inputs of the convolution, newest last, in the dtype of the model.
+        The last inputs of the convolution, newest last, in the dtype of its weights.
     ssm : Tensor (batch, d_inner, d_state)
         The state of the scan, at least float32 whatever the dtype of the model, because its rounding errors accumulate.
     """
@@ -70,7 +70,9 @@ class Mamba(Module):
     n_layer : int
         Number of residual blocks in the model: out_proj starts smaller by sqrt(n_layer).
     dtype : dtype
-        Of activations and weights. A_log and D are at least float32 whatever it is.
+        Of the weights. A_log and D are at least float32 whatever it is. Activations are in the dtype of the input, to
+        which the weights of the projections are cast: bfloat16 input and float32 weights make mixed precision, where
+        convolution, step size, scan and states keep their float32.
     seed : int, Generator or None
         For the initial values; None leaves the parameters unallocated, see :class:`Parameter`.
     """
@@ -135,12 +137,12 @@ class Mamba(Module):
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
         x, conv = causal_conv1d(x, *self._taps(), "silu", conv, True, seq_idx)
         dt, B, C = ops.split(self.x_proj.channel_first(x), self._dt_B_C, axis=1)
-        delta = ops.matmul(self.dt_proj.weight, dt)
+        delta = ops.matmul(self.dt_proj.weight_like(dt), dt)
         y, ssm = selective_scan(
             x, delta, self.A(), B, C, self.D, z, self._delta_bias(), True, True,
             initial_state=ssm, seq_idx=seq_idx, discretization=self.discretization,
         )  # fmt: skip
-        return self.out_proj(ops.swapaxes(y, 1, 2)), MambaState(conv, ssm)
+        return self.out_proj(ops.swapaxes(y, 1, 2)), MambaState(conv.astype(self.conv1d.weight.dtype), ssm)
 
     @no_grad()
     def step(self, hidden: Operand, state: MambaState) -> Tensor:
@@ -153,7 +155,7 @@ class Mamba(Module):
         weight, bias = self._taps()
         x_now = causal_conv1d_update(x.data, state.conv.data, weight.data, None if bias is None else bias.data, "silu")
         dt, B, C = ops.split(self.x_proj(x_now), self._dt_B_C, axis=1)
-        delta = ops.matmul(dt, self.dt_proj.weight.swapaxes(0, 1))
+        delta = ops.matmul(dt, self.dt_proj.weight_like(dt).swapaxes(0, 1))
         y = selective_state_update(
             state.ssm.data, x_now, delta.data, self.A().data, B.data, C.data,
             self.D.data, z.data, self._delta_bias().data, True,

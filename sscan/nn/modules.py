@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from sscan.nn import ops
-from sscan.nn.autodiff import Array, Operand, Tensor, array_module
+from sscan.nn.autodiff import Array, Operand, Tensor, array_module, move
 from sscan.nn.sequence_ops import rms_norm
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Parameter(Tensor):
 
     def initialise(self, rng: np.random.Generator) -> None:
         """Draw the values anew; they do not depend on the old ones."""
-        self.data = array_module(self.data).asarray(self.draw(rng, self.shape).astype(self.dtype))
+        self.data = move(self.draw(rng, self.shape).astype(self.dtype), array_module(self.data))
 
 
 class Module:
@@ -75,7 +75,7 @@ class Module:
         return sum(math.prod(parameter.shape) for parameter in self.parameters())
 
     def initialise(self, seed: int | np.random.Generator) -> None:
-        """Draw every parameter anew from one stream of random numbers."""
+        """Draw every parameter anew from one stream of random numbers: the same values on every device."""
         rng = np.random.default_rng(seed)
         for parameter in self.parameters():
             parameter.initialise(rng)
@@ -86,9 +86,9 @@ class Module:
             parameter.grad = None
 
     def to(self, module: Any) -> None:
-        """Move the parameters to an array module, such as ``cupy``, and its current device."""
+        """Move the parameters to an array module, ``cupy`` and its current device or back to ``numpy``."""
         for parameter in self.parameters():
-            parameter.data, parameter.grad = module.asarray(parameter.data), None
+            parameter.data, parameter.grad = move(parameter.data, module), None
 
     def state_dict(self) -> dict[str, Array]:
         """The arrays of the parameters by name, not copied. A shared parameter stands under each of its names."""
@@ -115,9 +115,9 @@ class Module:
             raise ValueError(f"load_state_dict: {'; '.join(problems[:3])}{more}")
         for aliases in names.values():
             parameter = parameters[aliases[0]]
-            xp = array_module(parameter.data)
             value = next(state[name] for name in aliases if name in state)
-            parameter.data, parameter.grad = xp.array(xp.asarray(value).astype(parameter.dtype)), None
+            moved = move(value, array_module(parameter.data))
+            parameter.data, parameter.grad = moved.astype(parameter.dtype, copy=True), None
 
 
 def _problems(parameter: Parameter, aliases: list[str], state: Mapping[str, Array]) -> list[str]:
@@ -157,7 +157,9 @@ def normal(deviation: float) -> Draw:
 class Linear(Module):
     """y = x W^T + b over the last axis; W is (out_features, in_features).
 
-    W is drawn uniformly from +-scale / sqrt(in_features), b starts at zero and is exempt from weight decay.
+    W is drawn uniformly from +-scale / sqrt(in_features), b starts at zero and is exempt from weight decay. The product
+    is formed in the dtype of x, to which W is cast: with float32 parameters and bfloat16 activations that is mixed
+    precision, and the gradients of the parameters are float32.
     """
 
     bias: Parameter | None
@@ -171,13 +173,17 @@ class Linear(Module):
 
     def __call__(self, x: Operand) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        y = ops.matmul(x, self.weight.swapaxes(0, 1))
-        return y if self.bias is None else y + self.bias
+        y = ops.matmul(x, self.weight_like(x).swapaxes(0, 1))
+        return y if self.bias is None else (y + self.bias).astype(y.dtype)
 
     def channel_first(self, x: Operand) -> Tensor:
         """The same map along the last but one axis: (batch, in_features, length) to (batch, out_features, length)."""
-        y = ops.matmul(self.weight, x)
-        return y if self.bias is None else y + self.bias.reshape(-1, 1)
+        y = ops.matmul(self.weight_like(x), x)
+        return y if self.bias is None else (y + self.bias.reshape(-1, 1)).astype(y.dtype)
+
+    def weight_like(self, x: Operand) -> Tensor:
+        """W in the dtype of x."""
+        return self.weight if self.weight.dtype == x.dtype else self.weight.astype(x.dtype)  # type: ignore[union-attr]
 
 
 class Embedding(Module):

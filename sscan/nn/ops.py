@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.autodiff import Array, Operand, Primitive, Tensor, array_module, defvjp, defvjp_all, primitive
+from sscan.linear_scan import linear_scan
+from sscan.nn.autodiff import Array, Operand, Primitive, Tensor, array_module, defvjp, defvjp_all, move, primitive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ def unbroadcast(gradient: Array, argument: Array) -> Array:
     stretched = [extra + i for i, n in enumerate(argument.shape) if n == 1 and gradient.shape[extra + i] != 1]
     axes = (*range(extra), *stretched)
     if axes:
-        gradient = gradient.sum(axis=axes).reshape(argument.shape)
+        wide = np.result_type(gradient.dtype, np.float32)  # NumPy would add up half precision as it is
+        gradient = gradient.sum(axis=axes, dtype=wide).reshape(argument.shape)
     return gradient.astype(argument.dtype, copy=False)
 
 
@@ -88,19 +90,31 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def _matmul(a: Array, b: Array) -> Array:
-    if isinstance(a, np.ndarray) and a.dtype.itemsize < 4:  # NumPy multiplies half precision without BLAS
-        return np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
-    return array_module(a).matmul(a, b)
+    xp, dtype = array_module(a), np.result_type(a.dtype, b.dtype)
+    if dtype.itemsize > 2:
+        return xp.matmul(a, b)
+    if xp is np:  # which multiplies half precision without BLAS
+        return np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(dtype)
+    # CuPy 14 multiplies matrices in half precision, but stacks of them only in float32 (float16) or not at all.
+    leading, a, b = _broadcast_stacks(a, b)
+    result = xp.empty((*leading, a.shape[-2], b.shape[-1]), dtype)
+    for index in np.ndindex(*leading):
+        a[index].dot(b[index], result[index])
+    return result
+
+
+def _broadcast_stacks(a: Array, b: Array) -> tuple[tuple[int, ...], Array, Array]:
+    """The common shape of all axes but the last two, and a and b stretched to it."""
+    xp, leading = array_module(a), np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return leading, *(xp.broadcast_to(stack, leading + stack.shape[-2:]) for stack in (a, b))
 
 
 def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
-    """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time."""
+    """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time, in float32 at least."""
     if argument.ndim > 2 or a.ndim == b.ndim == 2:
         return unbroadcast(_matmul(a, b), argument)
-    xp = array_module(a)
-    leading = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    a, b = xp.broadcast_to(a, leading + a.shape[-2:]), xp.broadcast_to(b, leading + b.shape[-2:])
-    total = xp.zeros(argument.shape, np.float64 if argument.dtype == np.float64 else np.float32)
+    leading, a, b = _broadcast_stacks(a, b)
+    total = array_module(a).zeros(argument.shape, np.float64 if argument.dtype == np.float64 else np.float32)
     for index in np.ndindex(*leading):
         total += _matmul(a[index], b[index])
     return total.astype(argument.dtype, copy=False)
@@ -282,45 +296,47 @@ defvjp(astype, lambda g, out, a, dtype: g.astype(a.dtype, copy=False))
 
 
 @primitive
-def embedding(weight: Array, indices: Array) -> Array:
+def _embedding(weight: Array, indices: Array) -> Array:
+    return weight[indices]
+
+
+def _embedding_vjp(g: Array, out: Array, weight: Array, indices: Array) -> Array:
+    xp, ids = array_module(weight), indices.reshape(-1)
+    if not ids.size:
+        return xp.zeros_like(weight)
+    order = xp.argsort(ids, kind="stable")
+    ids = ids[order]
+    rows = g.reshape(-1, weight.shape[1])[order].T.astype(np.result_type(g.dtype, np.float32), copy=False)
+    # Equal indices stand side by side now. A linear scan that forgets where a new one begins adds up their rows.
+    keeps = xp.zeros(ids.shape, rows.dtype)
+    keeps[1:] = ids[1:] == ids[:-1]
+    sums = linear_scan(xp.broadcast_to(keeps, rows.shape), rows).T
+    every = xp.arange(weight.shape[0])
+    last = xp.searchsorted(ids, every, side="right") - 1  # of each index; -1, where any row will do, if there is none
+    return xp.where((ids[last] == every)[:, None], sums[last], 0).astype(weight.dtype, copy=False)
+
+
+defvjp(_embedding, _embedding_vjp)
+
+
+def embedding(weight: Tensor, indices: Array) -> Tensor:
     """Rows of `weight` (rows, width) by `indices` of any shape: result (*indices.shape, width).
 
-    The gradient adds up the rows of equal index in the order in which they stand: no one-hot matrix, no atomics, the
-    same bits every time.
+    The gradient adds up the rows of equal index in a fixed order: no one-hot matrix, no atomics, the same bits every
+    time. Indices in host memory are brought to where `weight` is.
 
     Raises
     ------
     TypeError, ValueError
-        If the indices are not integers, or not in [0, rows).
+        If the indices are not integers, or not in [0, rows). Values in GPU memory are not looked at, because that would
+        have to wait for the GPU.
     """
-    check_indices("embedding", indices, weight.shape[0])
-    return weight[indices]
-
-
-def check_indices(name: str, indices: Array, rows: int) -> None:
-    """Raise unless every index is an integer in [0, rows)."""
     if indices.dtype.kind not in "iu":
-        raise TypeError(f"{name}: indices must be integers, got {indices.dtype}")
-    if indices.size and not (int(indices.min()) >= 0 and int(indices.max()) < rows):
-        raise ValueError(f"{name}: indices must be in [0, {rows}), got {int(indices.min())} to {int(indices.max())}")
-
-
-def _embedding_vjp(g: Array, out: Array, weight: Array, indices: Array) -> Array:
-    xp = array_module(weight)
-    dweight = xp.zeros_like(weight)
-    flat = indices.reshape(-1)
-    if not flat.size:
-        return dweight
-    order = xp.argsort(flat, kind="stable")
-    ordered = flat[order]
-    starts = xp.concatenate([xp.zeros(1, np.int64), xp.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
-    rows = g.reshape(-1, weight.shape[1])[order]
-    sums = xp.add.reduceat(rows.astype(xp.result_type(rows.dtype, np.float32), copy=False), starts, axis=0)
-    dweight[ordered[starts]] = sums
-    return dweight
-
-
-defvjp(embedding, _embedding_vjp)
+        raise TypeError(f"embedding: indices must be integers, got {indices.dtype}")
+    rows = weight.shape[0]
+    if isinstance(indices, np.ndarray) and indices.size and not (indices.min() >= 0 and indices.max() < rows):
+        raise ValueError(f"embedding: indices must be in [0, {rows}), got {indices.min()} to {indices.max()}")
+    return _embedding(weight, move(indices, array_module(weight.data)))
 
 
 # Operators and methods of Tensor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.autodiff import Array, array_module
+from sscan.nn.autodiff import Array, array_module, move
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -115,17 +115,22 @@ class AdamW:
         self.steps = int(state["steps"])
         for name, moments in self.moments.items():
             for letter, moment in zip("mv", moments, strict=True):
-                moment[...] = array_module(moment).asarray(state[f"{name}.{letter}"])
+                moment[...] = move(state[f"{name}.{letter}"], array_module(moment))
 
 
-def clip_gradients(parameters: Iterable[Parameter], max_norm: float = 1.0) -> float:
-    """Scale the gradients in place to a joint Euclidean norm of at most `max_norm`; returns the norm before."""
+def clip_gradients(parameters: Iterable[Parameter], max_norm: float = 1.0) -> Array:
+    """Scale the gradients in place to a joint Euclidean norm of at most `max_norm`; returns the norm before.
+
+    The norm is a number where the gradients are, so that nothing waits for a GPU before it is read.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    squares = [array_module(g).vdot(g, g) for g in gradients]
-    norm = math.sqrt(math.fsum(float(square) for square in squares))
-    if norm > max_norm:
-        for gradient in gradients:
-            gradient *= max_norm / norm
+    if not gradients:
+        return np.float64(0)
+    xp = array_module(gradients[0])
+    norm = xp.sqrt(xp.stack([xp.vdot(g, g) for g in gradients]).sum(dtype=np.float64))
+    scale = max_norm / xp.maximum(norm, max_norm)
+    for gradient in gradients:
+        gradient *= scale.astype(gradient.dtype)
     return norm
 
 
