@@ -10,6 +10,7 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import itertools
 import os
 import platform
 import signal
@@ -77,7 +78,7 @@ _positive_int.__name__, _positive_float.__name__ = "positive integer", "positive
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sscan.tasks.byte_training import RunOptions
+    from sscan.tasks.byte_training import PRECISIONS, RunOptions
 
     parser = _Parser(prog="sscan", description="Selective state space models (Mamba) in pure Python.")
     parser.add_argument("--version", action="version", version=f"sscan {sscan.__version__}")
@@ -103,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind, text in numbers:
         flag = "--" + name.replace("_", "-")
         train.add_argument(flag, type=kind, help=f"{text} (default {getattr(default, name):g})")
+    train.add_argument(
+        "--precision", choices=PRECISIONS, help=f"of activations and matrix products (default {default.precision})"
+    )
+    train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default %(default)s)")
 
     generate = commands.add_parser("generate", help="continue a prompt with a trained model")
     generate.set_defaults(command=_generate)
@@ -146,10 +151,20 @@ def _train(options: argparse.Namespace) -> int:
         run, folder = _open_run(options)
     # OpenBLAS' threads spin for milliseconds after each product; they would take the cores from the kernels.
     with threadpool_limits(1, "blas"):
-        return _train_and_report(run, folder)
+        return _train_and_report(run, folder, options.device)
 
 
-def _train_and_report(run: TrainingRun, folder: Path) -> int:
+def _array_module(device: str) -> Any:
+    """The array library that computes on the device."""
+    import numpy as np
+
+    try:
+        return np if device == "cpu" else _cupy_with_gpu()
+    except Mistake as mistake:
+        raise Mistake(f"--device {device}: {mistake}") from mistake
+
+
+def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
     from sscan.tasks.byte_text import BackoffModel, bits_per_byte
     from sscan.tasks.progress import draw_loss_curve
 
@@ -160,10 +175,12 @@ def _train_and_report(run: TrainingRun, folder: Path) -> int:
         f"model       {count} in {width.n_layer} Mamba blocks of width {width.d_model}, "
         f"{width.batch} windows of {width.length} bytes a step"
     )
+    print(f"device      {device}, {width.precision}")
     interrupted = _train_until_done(run, folder)
     print(f"checkpoint  {folder}: {len(run.losses):,} steps in {run.seconds:.0f} s")
     if interrupted:
-        print(f"sscan train: stopped; continue with: sscan train --resume {folder}", file=sys.stderr)
+        where = "" if device == "cpu" else f" --device {device}"
+        print(f"sscan train: stopped; continue with: sscan train --resume {folder}{where}", file=sys.stderr)
         return 128 + interrupted
 
     results = {"Mamba": bits_per_byte(run.model, run.data, run.held_out, width.length, width.batch)}
@@ -185,14 +202,15 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun, Path]:
 
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunOptions)}
     given = {name: value for name, value in given.items() if value is not None}
+    array_module = _array_module(options.device)
     if "minutes" in given:
         given["steps"] = None
     if options.resume is not None:
         if options.out is not None:
             raise Mistake("--out: a resumed run stays in the folder of --resume")
-        return TrainingRun.load(options.resume, options.text, **given), options.resume
+        return TrainingRun.load(options.resume, options.text, array_module, **given), options.resume
     text = options.text or _default_text()
-    run = TrainingRun(RunOptions(**given), text)
+    run = TrainingRun(RunOptions(**given), text, array_module)
     folder = options.out or _new_folder(text.stem)
     if (folder / STATE_FILE).exists():
         raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
@@ -308,7 +326,8 @@ def _info(options: argparse.Namespace) -> int:
     print(f"CPU         {os.cpu_count()} cores, {_parallel.threads()} threads (NUMBA_NUM_THREADS)")
     print("threading   kernels release the GIL and run on sscan's own Python threads; no Numba threading layer")
     print(f"cache       {_parallel.cache_folder()} (NUMBA_CACHE_DIR)")
-    print(f"CUDA        {_cuda_devices()}; this version has no kernels for them")
+    for title, line in zip(itertools.chain(["CUDA"], itertools.repeat("")), _gpus(), strict=False):
+        print(f"{title:<12}{line}")
     return 0
 
 
@@ -320,17 +339,38 @@ def _version(name: str) -> str:
     return "-"
 
 
-def _cuda_devices() -> str:
+def _cupy_with_gpu() -> Any:
+    """CuPy, which then has a GPU and all that compiling kernels for it takes; the Mistake says what is missing."""
+    for name, distribution in (("CuPy", "cupy"), ("numba-cuda", "numba-cuda")):
+        if _version(distribution) == "-":
+            raise Mistake(f'{name} is not installed; it comes with: pip install "sscan[cuda13]" (or cuda12)')
     try:
         import cupy
-    except ImportError:
-        return "devices unknown, CuPy is not installed"
+    except ImportError as error:
+        raise Mistake(f"CuPy cannot be imported: {error}") from error
+    runtime = cupy.cuda.runtime
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"no device: {error}"
-    names = (cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
-    return ", ".join(f"{i}: {name}" for i, name in enumerate(names))
+        if not runtime.driverGetVersion():
+            raise Mistake("there is no NVIDIA driver")
+        runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise Mistake(str(error)) from error
+    return cupy
+
+
+def _gpus() -> Iterator[str]:
+    """Lines about the GPUs, or the one that says why there is none."""
+    try:
+        runtime = _cupy_with_gpu().cuda.runtime
+    except Mistake as mistake:
+        yield f"no GPU can be used: {mistake}"
+        return
+    driver, built = (f"{n // 1000}.{n % 1000 // 10}" for n in (runtime.driverGetVersion(), runtime.runtimeGetVersion()))
+    yield f"the driver supports CUDA {driver}, CuPy brings CUDA {built}"
+    for i in range(runtime.getDeviceCount()):
+        gpu = runtime.getDeviceProperties(i)
+        capability, memory = f"{gpu['major']}.{gpu['minor']}", gpu["totalGlobalMem"] / 2**30
+        yield f"GPU {i}: {gpu['name'].decode()}, compute capability {capability}, {memory:.0f} GiB"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from sscan.nn import AdamW, MambaConfig, MambaLM, clip_gradients, decay_groups, warmup_cosine
@@ -18,6 +19,7 @@ from sscan.nn.checkpoint import load_arrays, save_arrays, save_model
 from sscan.tasks.byte_text import held_out_start, random_windows, read_text
 
 STATE_FILE = "training.safetensors"
+PRECISIONS: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class RunOptions:
     """What decides the course of a run, beside the text.
 
     The learning rate follows the share of the run that is done: of `steps`, or if that is None of `minutes`. Only a run
-    of a number of steps is the same again, bit for bit.
+    of a number of steps is the same again, bit for bit. `precision` is the dtype of the activations; parameters and the
+    state of the optimiser are always float32.
     """
 
     d_model: int = 96
@@ -36,6 +39,7 @@ class RunOptions:
     seed: int = 0
     steps: int | None = None
     minutes: float | None = 2.0
+    precision: str = "float32"
 
     def model_config(self) -> MambaConfig:
         """The model: one token per byte."""
@@ -44,6 +48,13 @@ class RunOptions:
 
 class TrainingRun:
     """A model, its optimiser, and how far they are.
+
+    Parameters
+    ----------
+    options : RunOptions
+    text : Path
+    array_module : module
+        numpy, or cupy to train on its current GPU. A run may change between them when it is saved and continued.
 
     Attributes
     ----------
@@ -57,14 +68,16 @@ class TrainingRun:
         Time spent in steps so far, over all sessions.
     """
 
-    def __init__(self, options: RunOptions, text: Path) -> None:
+    def __init__(self, options: RunOptions, text: Path, array_module: Any = np) -> None:
         self.options = options
         self.text = text
         self.data = read_text(text)
         self.held_out = held_out_start(self.data)
         if self.held_out <= options.length + 1:
             raise ValueError(f"{text} is too short: {self.data.size} bytes for windows of {options.length}")
-        self.model = MambaLM(options.model_config(), seed=options.seed)
+        activation_dtype = PRECISIONS[options.precision]
+        self.model = MambaLM(options.model_config(), seed=options.seed, activation_dtype=activation_dtype)
+        self.model.to(array_module)
         self.optimiser = AdamW(decay_groups(self.model, weight_decay=0.1))
         self.losses: list[float] = []
         self.seconds = 0.0
@@ -126,7 +139,7 @@ class TrainingRun:
         return hashlib.sha256(self.data.tobytes()).hexdigest()
 
     @classmethod
-    def load(cls, folder: Path, text: Path | None = None, **changes: Any) -> TrainingRun:
+    def load(cls, folder: Path, text: Path | None = None, array_module: Any = np, **changes: Any) -> TrainingRun:
         """Continue a saved run on the text that it was started with.
 
         Parameters
@@ -134,6 +147,8 @@ class TrainingRun:
         folder : Path
         text : Path, optional
             Where the text is now, if not where it was.
+        array_module : module
+            As of the class.
         **changes
             Options that were given anew. Those of the model and its data must be the saved ones; `steps` and `minutes`
             may differ, to make the run longer.
@@ -151,7 +166,7 @@ class TrainingRun:
         for name, value in changes.items():
             if name not in ("steps", "minutes") and value != getattr(options, name):
                 raise ValueError(f"{folder} was trained with {name} = {getattr(options, name)}, not {value}")
-        run = cls(dataclasses.replace(options, **changes), Path(about["text"]) if text is None else text)
+        run = cls(dataclasses.replace(options, **changes), Path(about["text"]) if text is None else text, array_module)
         if run._digest() != about["text_sha256"]:
             raise ValueError(f"{folder} was trained on another text than {run.text}")
         run.model.load_state_dict(_part(arrays, "model."))
