@@ -1,29 +1,46 @@
 """Array libraries: views of the caller's arrays in, results in the caller's library out.
 
-The only file that knows them. A library is looked up in ``sys.modules``, never imported: whoever passes a tensor has
-it.
+The only file that knows them. A library is looked up in ``sys.modules``: whoever passes a tensor has it. CuPy alone is
+imported, when the first array of another library arrives that lies on a GPU.
 """
 
+import contextlib
+import functools
+import importlib
+import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+INSTALL_CUDA = 'pip install "sscan[cuda13]", or "sscan[cuda12]" if the driver is older than CUDA 13'
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Where the arrays of a call came from: ``empty`` makes results that ``leave`` takes back there without a copy."""
 
     library: str
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu" or "cuda:0", with the number that CUDA knows the device by
+    empty: Callable[[tuple[int, ...], Any], Any]
     leave: Callable[[Any], Any]
-    empty: Callable[[tuple[int, ...], Any], Any] = np.empty
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What is asked of an array library."""
+
+    caller: Callable[[str, str, Any], Caller]  # of (op, name, array); TypeError if the array cannot be read
+    view: Callable[[Any], Any]  # of an array that has a caller
+    surroundings: Callable[..., contextlib.AbstractContextManager[Any] | None]  # of (op, its array, all arguments)
 
 
 def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Caller, tuple[Any, ...]]:
@@ -39,14 +56,16 @@ def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Call
         if array is None:
             views.append(None)
             continue
-        here, view = _recognise(op, name, array)
+        library = _known.get(type(array)) or _library_of(op, name, array)
+        here = library.caller(op, name, array)
         if caller is None:
             caller, first = here, name
-        if (here.library, here.device) != (caller.library, caller.device):
+        elif here is not caller and (here.library, here.device) != (caller.library, caller.device):
             raise TypeError(
                 f"{op}: all arrays must come from one library and device; {first} is a {caller.library} array on "
                 f"{caller.device}, {name} is a {here.library} array on {here.device}"
             )
+        view = library.view(array)
         if name in writes:
             _check_updatable(op, name, array, here, view)
         views.append(view)
@@ -64,64 +83,210 @@ def _check_updatable(op: str, name: str, array: Any, here: Caller, view: Any) ->
         raise TypeError(f"{op}: {name} is updated in place and must not be a lazily conjugated or negated tensor")
 
 
-def _recognise(op: str, name: str, array: Any) -> tuple[Caller, Any]:
-    if isinstance(array, np.ndarray):
-        return Caller("NumPy", "cpu", lambda result: result), _native(array)
-    for library, type_name, recognise in (
-        ("torch", "Tensor", _torch),
-        ("jax", "Array", _jax),
-        ("cupy", "ndarray", _cupy),
-    ):
-        module = sys.modules.get(library)
+def metadata(view: Any) -> tuple[Any, ...] | None:
+    """All that checks may depend on, as something to look up: never values, never the address."""
+    if view is None:
+        return None
+    if isinstance(view, np.ndarray):
+        return view.dtype, view.shape, view.strides, view.flags.num
+    return view.dtype, view.shape, view.strides, view.data.device_id
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def follows_caller(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """An op during which CuPy's current device, stream and allocator are those of the caller's first array.
+
+    Everything inside can so use CuPy's current ones, and every result is in order with the caller's own work.
+    """
+
+    @functools.wraps(op)
+    def following(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if args and type(args[0]) is np.ndarray:
+            return op(*args, **kwargs)
+        for array in itertools.chain(args, kwargs.values()):
+            library = _known.get(type(array)) or _find_library(array)
+            if library is not None:
+                surroundings = library.surroundings(op.__name__, array, (args, kwargs))
+                if surroundings is None:
+                    break
+                with surroundings:
+                    return op(*args, **kwargs)
+        return op(*args, **kwargs)
+
+    return following
+
+
+# --- which library an array is of -------------------------------------------------------------------------------------
+
+_known: dict[type, Library] = {}  # the types of arrays met so far
+
+
+def _library_of(op: str, name: str, array: Any) -> Library:
+    library = _find_library(array)
+    if library is None:
+        raise TypeError(
+            f"{op}: {name} must be a NumPy, CuPy, PyTorch or JAX array, or offer DLPack; got {type(array).__name__}"
+        )
+    return library
+
+
+def _find_library(array: Any) -> Library | None:
+    for module_name, type_name, library in _LIBRARIES:
+        module = sys.modules.get(module_name)
         if module is not None and isinstance(array, getattr(module, type_name, ())):
-            return recognise(op, name, array, module)
+            return _known.setdefault(type(array), library)
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        return _dlpack(op, name, array)
-    raise TypeError(
-        f"{op}: {name} must be a NumPy, CuPy, PyTorch or JAX array, or offer DLPack; got {type(array).__name__}"
-    )
+        return _known.setdefault(type(array), DLPACK)
+    return None
+
+
+def _itself(array: Any) -> Any:
+    return array
+
+
+def _nothing(op: str, array: Any, arguments: Any) -> None:
+    """No surroundings: the op runs where the caller is."""
+
+
+# --- NumPy ------------------------------------------------------------------------------------------------------------
+
+_NUMPY_CALLER = Caller("NumPy", "cpu", np.empty, _itself)
+
+
+def _numpy_caller(op: str, name: str, array: Any) -> Caller:
+    return _NUMPY_CALLER
 
 
 def _native(array: Array) -> Array:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def _torch(op: str, name: str, tensor: Any, torch: Any) -> tuple[Caller, Any]:
+# --- CuPy, in which the arrays of all libraries are viewed on a GPU ---------------------------------------------------
+
+
+def _import_cupy(op: str) -> ModuleType:
+    """CuPy, for arrays of other libraries; RuntimeError if it is not installed or finds no GPU."""
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise RuntimeError(f"{op}: arrays on a GPU need CuPy, which is installed by: {INSTALL_CUDA}") from error
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(f"{op}: CuPy cannot use the GPU: {error}") from error
+    return cupy
+
+
+def _cupy_caller(op: str, name: str, array: Any) -> Caller:
+    return _cupy_on(array.data.device_id)
+
+
+def _empty_on_gpu(shape: tuple[int, ...], dtype: Any) -> Any:
+    return sys.modules["cupy"].empty(shape, dtype)
+
+
+@functools.cache
+def _cupy_on(device: int) -> Caller:
+    return Caller("CuPy", f"cuda:{device}", _empty_on_gpu, _itself)
+
+
+def _cupy_surroundings(op: str, array: Any, arguments: Any) -> contextlib.AbstractContextManager[Any] | None:
+    cuda = sys.modules["cupy"].cuda
+    device = array.data.device_id
+    return None if device == cuda.runtime.getDevice() else cuda.Device(device)
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def _torch_caller(op: str, name: str, tensor: Any) -> Caller:
+    torch = sys.modules["torch"]
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{op}: {name} requires grad, which this function would lose; use sscan.torch or torch.no_grad()"
         )
-    if tensor.device.type == "cuda":
-        return Caller("PyTorch", "cuda", torch.from_dlpack), tensor
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got {tensor.layout} on {tensor.device}")
+    device = tensor.device
+    if device.type not in ("cpu", "cuda") or tensor.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got {tensor.layout} on {device}")
+    return _torch_on(device.type, device.index)
+
+
+@functools.cache
+def _torch_on(kind: str, device: int | None) -> Caller:
+    if kind == "cpu":
+        return Caller("PyTorch", "cpu", np.empty, _leave_to_torch)
+    return Caller("PyTorch", f"cuda:{device}", _empty_on_gpu, sys.modules["torch"].from_dlpack)
+
+
+def _leave_to_torch(result: Array) -> Any:
+    torch: Any = sys.modules["torch"]
+    if result.dtype == ml_dtypes.bfloat16:  # which torch.from_numpy does not know
+        return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(result)
+
+
+def _torch_view(tensor: Any) -> Any:
+    torch: Any = sys.modules["torch"]
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    half = tensor.dtype is torch.bfloat16  # which NumPy, and so Tensor.numpy, has only through ml_dtypes
-    view = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if half else tensor.numpy()
-
-    def leave(result: Array) -> Any:
-        if result.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(result)
-
-    return Caller("PyTorch", "cpu", leave), view
+    if tensor.is_cuda:  # a bare capsule: CuPy's stream is PyTorch's, there is nothing to wait for
+        return sys.modules["cupy"].from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
-def _jax(op: str, name: str, array: Any, jax: Any) -> tuple[Caller, Any]:
-    if isinstance(array, jax.core.Tracer):
+def _torch_surroundings(op: str, tensor: Any, arguments: Any) -> contextlib.AbstractContextManager[Any] | None:
+    return _torch_device(op, tensor.device.index) if tensor.device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _torch_device(op: str, device: int) -> Iterator[None]:
+    """PyTorch's current stream on the device, and memory from its allocator."""
+    cuda = _import_cupy(op).cuda
+    stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream
+    with cuda.Device(device), cuda.ExternalStream(stream, device), cuda.using_allocator(_torch_allocator()):
+        yield
+
+
+@functools.cache
+def _torch_allocator() -> Callable[[int], Any]:
+    current_stream = sys.modules["cupy"].cuda.get_current_stream
+    cuda: Any = sys.modules["torch"].cuda
+
+    def take(size: int, device: int) -> int:
+        address: int = cuda.caching_allocator_alloc(size, device, current_stream().ptr)
+        return address
+
+    def give_back(address: int, device: int) -> None:
+        cuda.caching_allocator_delete(address)
+
+    allocate: Callable[[int], Any] = sys.modules["cupy"].cuda.PythonFunctionAllocator(take, give_back).malloc
+    return allocate
+
+
+# --- JAX --------------------------------------------------------------------------------------------------------------
+
+
+def _jax_caller(op: str, name: str, array: Any) -> Caller:
+    if isinstance(array, sys.modules["jax"].core.Tracer):
         raise TypeError(
             f"{op}: {name} is traced by a JAX transformation (jit, grad, vmap); use sscan.jax inside of them"
         )
-    platforms = {device.platform for device in array.devices()}
-    if platforms == {"gpu"}:
-        return Caller("JAX", "cuda", jax.numpy.from_dlpack), array
-    if platforms != {"cpu"}:
-        raise TypeError(f"{op}: {name} must be on cpu or gpu, got {', '.join(sorted(platforms))}")
+    devices = array.devices()
+    platforms = {device.platform for device in devices}
+    if platforms == {"cpu"}:
+        return _JAX_ON_CPU
+    if platforms != {"gpu"} or len(devices) > 1:
+        places = ", ".join(sorted(map(str, devices)))
+        raise TypeError(f"{op}: {name} must be on the cpu or on one gpu, got {places}")
+    return _jax_on(array.__dlpack_device__()[1])
 
-    def leave(result: Array) -> Any:
-        return jax.device_put(result, may_alias=True)
 
-    return Caller("JAX", "cpu", leave, _empty_on_cache_line), np.asarray(array)
+def _leave_to_jax(result: Array) -> Any:
+    return sys.modules["jax"].device_put(result, may_alias=True)
 
 
 def _empty_on_cache_line(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -133,14 +298,81 @@ def _empty_on_cache_line(shape: tuple[int, ...], dtype: Any) -> Array:
     return aligned
 
 
-def _cupy(op: str, name: str, array: Any, cupy: Any) -> tuple[Caller, Any]:
-    return Caller("CuPy", "cuda", lambda result: result), array
+_JAX_ON_CPU = Caller("JAX", "cpu", _empty_on_cache_line, _leave_to_jax)
 
 
-def _dlpack(op: str, name: str, array: Any) -> tuple[Caller, Any]:
+@functools.cache
+def _jax_on(device: int) -> Caller:
+    return Caller("JAX", f"cuda:{device}", _empty_on_gpu, sys.modules["jax"].numpy.from_dlpack)
+
+
+def _jax_view(array: Any) -> Any:
+    """The view; on a GPU, CuPy's stream waits for what JAX still has to do for it (DLPack's protocol for streams)."""
+    return np.asarray(array) if _jax_platform(array) == "cpu" else sys.modules["cupy"].from_dlpack(array)
+
+
+def _jax_platform(array: Any) -> str:
+    return next(iter(array.devices())).platform  # type: ignore[no-any-return]
+
+
+def _jax_surroundings(op: str, array: Any, arguments: Any) -> contextlib.AbstractContextManager[Any] | None:
+    if isinstance(array, sys.modules["jax"].core.Tracer) or _jax_platform(array) != "gpu":
+        return None
+    return _jax_device(op, array.__dlpack_device__()[1], arguments)
+
+
+_running: deque[tuple[Any, Any]] = deque()  # an event of CuPy's stream, and the arguments that are read until then
+
+
+@contextlib.contextmanager
+def _jax_device(op: str, device: int, arguments: Any) -> Iterator[None]:
+    """CuPy's current stream on the device, and the arguments kept until the GPU has read them.
+
+    JAX gives the memory of an array that nobody holds to its next computation, on a stream that does not wait for
+    CuPy's. So an event marks the end of the call in CuPy's stream, and a later call lets go of what is done.
+    """
+    cuda = _import_cupy(op).cuda
+    with cuda.Device(device):
+        try:
+            yield
+        finally:
+            event = cuda.Event(disable_timing=True)
+            event.record()
+            _running.append((event, arguments))
+            _let_go()
+
+
+def _let_go() -> None:
+    for _ in range(len(_running)):
+        oldest = _running.popleft()
+        if not oldest[0].done:
+            _running.appendleft(oldest)
+            return
+
+
+# --- other libraries --------------------------------------------------------------------------------------------------
+
+
+def _dlpack_caller(op: str, name: str, array: Any) -> Caller:
     kind, _ = array.__dlpack_device__()
     if kind != 1:  # kDLCPU
         raise TypeError(f"{op}: {name} must be in CPU memory, got DLPack device type {kind}")
     library = type(array).__module__.partition(".")[0]
     namespace = array.__array_namespace__() if hasattr(array, "__array_namespace__") else np
-    return Caller(library, "cpu", namespace.from_dlpack), np.from_dlpack(array)
+    return Caller(library, "cpu", np.empty, namespace.from_dlpack)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+NUMPY = Library(_numpy_caller, _native, _nothing)
+TORCH = Library(_torch_caller, _torch_view, _torch_surroundings)
+JAX = Library(_jax_caller, _jax_view, _jax_surroundings)
+CUPY = Library(_cupy_caller, _itself, _cupy_surroundings)
+DLPACK = Library(_dlpack_caller, np.from_dlpack, _nothing)
+
+_LIBRARIES = (
+    ("numpy", "ndarray", NUMPY),
+    ("torch", "Tensor", TORCH),
+    ("jax", "Array", JAX),
+    ("cupy", "ndarray", CUPY),
+)

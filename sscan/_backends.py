@@ -1,16 +1,36 @@
 """Devices to kernel packages. A package is imported when the first array of its device arrives."""
 
+import functools
 import importlib
+import importlib.util
 from types import ModuleType
 
-_PACKAGES = {"cpu": "sscan.cpu"}
+from sscan._arrays import INSTALL_CUDA
+
+_PACKAGES = {"cpu": "sscan.cpu", "cuda": "sscan.cuda"}
+_NEEDED = {"cuda": ("numba_cuda", "cuda.core")}  # imported late or never, but their absence is better known at once
 
 
 def for_device(op: str, device: str) -> ModuleType:
-    """The kernels for a device: a package with one module for each op. RuntimeError if there are none."""
-    if device not in _PACKAGES:
-        raise RuntimeError(
-            f"{op}: sscan has no kernels for {device} arrays in this version, only for arrays in CPU memory; "
-            'a version with them is installed by: pip install --upgrade "sscan[cuda13]"'
-        )
-    return importlib.import_module(_PACKAGES[device])
+    """The kernels for a device such as "cpu" or "cuda:1"; RuntimeError if a library is missing that they need."""
+    try:
+        return _package(device.partition(":")[0])
+    except ModuleNotFoundError as error:
+        if (error.name or "sscan").startswith("sscan"):
+            raise
+        raise RuntimeError(f"{op}: arrays on a GPU need {error.name}, which is installed by: {INSTALL_CUDA}") from error
+
+
+@functools.cache
+def _package(kind: str) -> ModuleType:
+    for library in _NEEDED.get(kind, ()):
+        if not _is_installed(library):
+            raise ModuleNotFoundError(f"No module named {library!r}", name=library)
+    return importlib.import_module(_PACKAGES[kind])
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # the parent of a submodule
+        return False

@@ -1,14 +1,47 @@
-"""Shapes and dtypes of an op's arguments: one table, checked from left to right; the first failure raises."""
+"""Shapes and dtypes of an op's arguments: one table, checked from left to right; the first failure raises.
+
+Checks read metadata only (dtypes, shapes, strides), so that they neither wait for a GPU nor need to be made twice.
+"""
 
 import functools
+import itertools
 import math
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 
+from sscan import _arrays
 from sscan._arrays import Array
+
+Found = TypeVar("Found")
+Arguments = TypeVar("Arguments", bound=Any)  # a named tuple of arrays
+
+REMEMBERED = 4096  # of each check; more kinds of calls than that are no kinds but noise
+signatures = itertools.count()
+
+
+def remembered(check: Callable[..., Found]) -> Callable[..., Found]:
+    """``check(op, arrays, *options)``, made once for all arrays of the same metadata; it must look at nothing else.
+
+    What it found must hold no array.
+    """
+    known: dict[Any, Found] = {}
+
+    @functools.wraps(check)
+    def recall(op: str, arrays: tuple[Any, ...], *options: Any) -> Found:
+        key = (op, *options, *map(_arrays.metadata, arrays))
+        found = known.get(key)
+        if found is None:
+            if len(known) >= REMEMBERED:
+                known.clear()
+            found = known[key] = check(op, arrays, *options)
+        return found
+
+    return recall
+
 
 STORAGE = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 
@@ -82,8 +115,11 @@ def accumulation(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def parameter(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Array | None:
-    """A parameter or state as the kernels take it: contiguous, writeable, in ``dtype``; copied only if it must be.
+# What a kernel cannot read as it is gets copied. The checks say to which dtype, or None: no copy is needed.
+
+
+def parameter_copy(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """For a parameter or state, which the kernels take contiguous, writeable and in ``dtype``.
 
     TypeError if ``dtype`` cannot hold its values: nothing is rounded without being asked.
     """
@@ -92,15 +128,48 @@ def parameter(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> 
     held = np.dtype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array.dtype
     if held.kind not in "fc" or not np.can_cast(held, dtype):
         raise TypeError(f"{op}: {name} must have dtype {dtype} (or one that it can hold), got {array.dtype}")
-    array = np.ascontiguousarray(array, dtype=dtype)
-    return array if array.flags.writeable and array.flags.aligned else array.copy()
+    flags = array.flags
+    as_it_is = array.dtype == dtype and flags.c_contiguous
+    if as_it_is and isinstance(array, np.ndarray):  # CuPy's arrays are always aligned and writeable
+        as_it_is = flags.writeable and flags.aligned
+    return None if as_it_is else dtype
+
+
+def time_copy(array: Array | None) -> np.dtype[Any] | None:
+    """For an array along time, of which the last axis must not be strided; the other axes may have any strides."""
+    if array is None or array.shape[-1] < 2 or array.strides[-1] == array.itemsize:
+        return None
+    dtype: np.dtype[Any] = array.dtype
+    return dtype
+
+
+def needed(**copies: np.dtype[Any] | None) -> dict[str, np.dtype[Any]]:
+    """The copies that must be made, by argument."""
+    return {name: dtype for name, dtype in copies.items() if dtype is not None}
+
+
+def copied(arguments: Arguments, copies: Mapping[str, np.dtype[Any]]) -> Arguments:
+    """The arguments, with contiguous copies in the dtypes of ``copies`` in place of those that it names."""
+    if not copies:
+        return arguments
+    made = {name: getattr(arguments, name).astype(dtype, order="C") for name, dtype in copies.items()}
+    return arguments._replace(**made)  # type: ignore[no-any-return]
+
+
+def parameter(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Array | None:
+    """A parameter or state as the kernels take it, see ``parameter_copy``."""
+    copy = parameter_copy(op, name, array, dtype)
+    return array if array is None or copy is None else array.astype(copy, order="C")
 
 
 def time_contiguous(array: Array | None) -> Array | None:
-    """The array, copied if its last axis is strided; the other axes may have any strides."""
-    if array is None or array.shape[-1] < 2 or array.strides[-1] == array.itemsize:
-        return array
-    return np.ascontiguousarray(array)
+    """The array, copied if its last axis is strided."""
+    return array if array is None or time_copy(array) is None else array.copy()
+
+
+def by_group(array: Any) -> Any:
+    """B or C (batch, state, ...) as (batch, 1, state, ...): a view, by the one way that is fast for CuPy too."""
+    return array.reshape(array.shape[0], 1, *array.shape[1:])
 
 
 def same_shape(op: str, **arrays: Array | None) -> None:
@@ -117,4 +186,6 @@ def rows(array: Array | None) -> Array | None:
     """The array as (rows, size), copied if its leading axes do not merge into one or its last axis is strided."""
     if array is None:
         return None
-    return time_contiguous(array.reshape(math.prod(array.shape[:-1]), array.shape[-1]))
+    if array.ndim != 2:
+        array = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+    return time_contiguous(array)

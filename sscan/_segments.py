@@ -1,12 +1,15 @@
-"""Packed sequences, batches and parts of a split sequence are one thing to the kernels: a table of segments.
+"""Packed sequences, batches and parts of a split sequence are one thing to the CPU's kernels: a table of segments.
 
 A segment is a stretch of one batch row that is scanned on its own. Its row in the table: batch row, first step,
 number of steps, row of ``initial_state`` to start from (-1: zero), row of ``last_state`` to write (-1: none).
 """
 
+import functools
+from typing import Any
+
 import numpy as np
 
-from sscan._arrays import Array
+Array = np.ndarray[Any, Any]
 
 
 def segments(op: str, batch: int, length: int, seq_idx: Array | None, cu_seqlens: Array | None) -> Array:
@@ -22,10 +25,13 @@ def segments(op: str, batch: int, length: int, seq_idx: Array | None, cu_seqlens
             raise TypeError(f"{op}: {name} must be integers, got {array.dtype}")
     if cu_seqlens is not None:
         return _packed(op, batch, length, cu_seqlens.astype(np.int64))
+    return _whole(batch, length) if seq_idx is None or length == 0 else _cut(seq_idx)
+
+
+@functools.lru_cache
+def _whole(batch: int, length: int) -> Array:
     rows = np.arange(batch)
-    if seq_idx is None or length == 0:
-        return np.stack([rows, 0 * rows, np.full(batch, length), rows, rows], axis=1).astype(np.int64)
-    return _cut(seq_idx)
+    return np.stack([rows, 0 * rows, np.full(batch, length), rows, rows], axis=1).astype(np.int64)
 
 
 def _packed(op: str, batch: int, length: int, borders: Array) -> Array:

@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sscan import _arrays, _backends, _checks
-from sscan._arrays import Array
-from sscan._segments import segments as table_of_segments
 
 
 class CausalConv1dGradients(NamedTuple):
@@ -18,15 +16,24 @@ class CausalConv1dGradients(NamedTuple):
     dinitial_state: Any
 
 
-class _Problem(NamedTuple):
-    """Checked arguments as the kernels take them; the last is the dtype of arithmetic."""
+class _Arguments(NamedTuple):
+    x: Any
+    weight: Any
+    bias: Any
+    initial_state: Any
+    seq_idx: Any
+    cu_seqlens: Any
+    dy: Any = None
+    dfinal_state: Any = None
 
-    x: Array
-    weight: Array
-    bias: Array | None
-    silu: bool
-    initial_state: Array | None
-    segments: Array
+
+class _Plan(NamedTuple):
+    """What the checks found out about a call: which copies to make, its sizes, and the dtype of arithmetic."""
+
+    copies: dict[str, np.dtype[Any]]
+    batch: int
+    length: int
+    sequences: int
     dtype: np.dtype[Any]
 
 
@@ -36,31 +43,27 @@ def _is_silu(op: str, activation: str | None) -> bool:
     return activation == "silu"
 
 
-def _checked(op: str, views: tuple[Any, ...], activation: str | None, **outputs: tuple[Any, str]) -> _Problem:
-    """``outputs`` are gradients that came in, and their shapes."""
-    x, weight, bias, initial_state, seq_idx, cu_seqlens = views
-    rows = "batch" if cu_seqlens is None else "sequences"
+@_checks.remembered
+def _checked(op: str, a: _Arguments) -> _Plan:
+    wave, rows = "batch, dim, length", "batch" if a.cu_seqlens is None else "sequences"
     size = _checks.sizes(
-        op, x=(x, "batch, dim, length"), weight=(weight, "dim, width"), bias=(bias, "dim"),
-        seq_idx=(seq_idx, "batch, length"), cu_seqlens=(cu_seqlens, "sequences+1"),
-        initial_state=(initial_state, f"{rows}, dim, width-1"),
-        **{name: (array, shape.replace("rows", rows)) for name, (array, shape) in outputs.items()},
+        op, x=(a.x, wave), weight=(a.weight, "dim, width"), bias=(a.bias, "dim"),
+        seq_idx=(a.seq_idx, "batch, length"), cu_seqlens=(a.cu_seqlens, "sequences+1"),
+        initial_state=(a.initial_state, f"{rows}, dim, width-1"), dy=(a.dy, wave),
+        dfinal_state=(a.dfinal_state, f"{rows}, dim, width-1"),
     )  # fmt: skip
     if size["width"] < 1:
-        raise ValueError(f"{op}: weight must have shape (dim, width) with width >= 1, got {weight.shape}")
-    dtype = _checks.accumulation(_checks.storage(op, x=x, dy=outputs.get("dy", (None, ""))[0]))
-    silu = _is_silu(op, activation)
-    table = table_of_segments(op, size["batch"], size["length"], seq_idx, cu_seqlens)
-    parameters = {"weight": weight, "bias": bias, "initial_state": initial_state}
-    weight, bias, initial_state = (_checks.parameter(op, name, p, dtype) for name, p in parameters.items())
-    return _Problem(_checks.time_contiguous(x), weight, bias, silu, initial_state, table, dtype)  # type: ignore[arg-type]
+        raise ValueError(f"{op}: weight must have shape (dim, width) with width >= 1, got {a.weight.shape}")
+    dtype = _checks.accumulation(_checks.storage(op, x=a.x, dy=a.dy))
+    parameters = ("weight", "bias", "initial_state", "dfinal_state")
+    copies = _checks.needed(
+        x=_checks.time_copy(a.x), dy=_checks.time_copy(a.dy),
+        **{name: _checks.parameter_copy(op, name, getattr(a, name), dtype) for name in parameters},
+    )  # fmt: skip
+    return _Plan(copies, size["batch"], size["length"], size.get("sequences", size["batch"]), dtype)
 
 
-def _state_rows(problem: _Problem, cu_seqlens: Any) -> int:
-    """How many rows the states have: one for each batch row or packed sequence."""
-    return problem.x.shape[0] if cu_seqlens is None else len(problem.segments)
-
-
+@_arrays.follows_caller
 def causal_conv1d(
     x: Any,
     weight: Any,
@@ -119,20 +122,22 @@ def causal_conv1d(
     caller, views = _arrays.enter(
         op, x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens
     )
-    kernels = _backends.for_device(op, caller.device)
-    problem = _checked(op, views, activation)
-    y, final_state = caller.empty(problem.x.shape, problem.x.dtype), None
+    kernels, silu = _backends.for_device(op, caller.device), _is_silu(op, activation)
+    a = _Arguments(*views)
+    plan = _checked(op, a)
+    a = _checks.copied(a, plan.copies)
+    segments = kernels.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
+    y, final_state = caller.empty(a.x.shape, a.x.dtype), None
     if return_final_state:
-        dim, width = problem.weight.shape
-        final_state = caller.empty((_state_rows(problem, cu_seqlens), dim, width - 1), problem.dtype)
-    kernels.causal_conv1d_forward(
-        problem.x, problem.weight, problem.bias, problem.silu, problem.segments, problem.initial_state, y, final_state
-    )
+        dim, width = a.weight.shape
+        final_state = caller.empty((plan.sequences, dim, width - 1), plan.dtype)
+    kernels.causal_conv1d_forward(a.x, a.weight, a.bias, silu, segments, a.initial_state, y, final_state)
     if final_state is None:
         return caller.leave(y)
     return caller.leave(y), caller.leave(final_state.astype(y.dtype, copy=False))
 
 
+@_arrays.follows_caller
 def causal_conv1d_backward(
     dy: Any,
     x: Any,
@@ -173,29 +178,31 @@ def causal_conv1d_backward(
     order: the result is the same, bit for bit, for every run and number of threads.
     """
     op = "causal_conv1d_backward"
-    caller, (dy, dfinal_state, *views) = _arrays.enter(
-        op, dy=dy, dfinal_state=dfinal_state, x=x, weight=weight, bias=bias, initial_state=initial_state,
-        seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+    caller, views = _arrays.enter(
+        op, x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+        dy=dy, dfinal_state=dfinal_state,
     )  # fmt: skip
-    kernels = _backends.for_device(op, caller.device)
-    given = {"dy": (dy, "batch, dim, length"), "dfinal_state": (dfinal_state, "rows, dim, width-1")}
-    problem = _checked(op, tuple(views), activation, **given)
-    dfinal_state = _checks.parameter(op, "dfinal_state", dfinal_state, problem.dtype)
-    dx, dweight = caller.empty(problem.x.shape, problem.x.dtype), np.empty_like(problem.weight)
-    dbias, dinitial_state = (None if p is None else np.empty_like(p) for p in (problem.bias, problem.initial_state))
+    kernels, silu = _backends.for_device(op, caller.device), _is_silu(op, activation)
+    given = _Arguments(*views)
+    plan = _checked(op, given)
+    a = _checks.copied(given, plan.copies)
+    segments = kernels.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
+    inputs = ("x", "weight", "bias", "initial_state")
+    gradients = [
+        None if like is None else caller.empty(like.shape, like.dtype) for like in (getattr(a, name) for name in inputs)
+    ]
     kernels.causal_conv1d_backward(
-        _checks.time_contiguous(dy), problem.x, problem.weight, problem.bias, problem.silu, problem.segments,
-        problem.initial_state, dfinal_state, dx, dweight, dbias, dinitial_state,
-    )  # fmt: skip
+        a.dy, a.x, a.weight, a.bias, silu, segments, a.initial_state, a.dfinal_state, *gradients
+    )
     return CausalConv1dGradients(
-        caller.leave(dx),
         *(
-            None if gradient is None else caller.leave(gradient.astype(array.dtype, copy=False))
-            for gradient, array in zip((dweight, dbias, dinitial_state), views[1:4], strict=True)
-        ),
+            None if gradient is None else caller.leave(gradient.astype(getattr(given, name).dtype, copy=False))
+            for gradient, name in zip(gradients, inputs, strict=True)
+        )
     )
 
 
+@_arrays.follows_caller
 def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
     """One step of `causal_conv1d`, for decoding: y of one token, and the state moved on by it.
 

@@ -44,7 +44,7 @@ def _checked(op: str, delta: Array, A: Array, B: Array, method: str) -> _Problem
     if not varying_real:
         B = cast(Array, _checks.parameter(op, "B", B, dtype))
     if B.ndim == 3:
-        B = B[:, None]
+        B = _checks.by_group(B)
     A = cast(Array, _checks.parameter(op, "A", A, dtype))
     selective = (size.get("batch", 1), size["dim"], size.get("length", 1), size["state"])
     times = delta.reshape(selective[:3]) if lti else delta
@@ -52,6 +52,7 @@ def _checked(op: str, delta: Array, A: Array, B: Array, method: str) -> _Problem
     return _Problem(delta, A, B, A.shape if lti else selective, selective)
 
 
+@_arrays.follows_caller
 def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> Any:
     r"""Discretisation A_bar = f(delta A), B_bar = delta s(delta A) B of h' = A h + B x.
 
@@ -105,6 +106,7 @@ def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> Any:
     return caller.leave(A_bar.reshape(problem.shape)), caller.leave(B_bar.reshape(problem.shape))
 
 
+@_arrays.follows_caller
 def discretize_backward(
     dA_bar: Any, dB_bar: Any, delta: Any, A: Any, B: Any, method: str = "zoh"
 ) -> DiscretizeGradients:

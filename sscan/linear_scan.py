@@ -1,5 +1,6 @@
 """The linear recurrence along the last axis: the scan primitive itself."""
 
+import math
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ class LinearScanGradients(NamedTuple):
     dinitial_state: Any
 
 
-def _initial(op: str, initial_state: Array | None, **arrays: Array) -> Array:
+def _initial(op: str, caller: _arrays.Caller, initial_state: Array | None, **arrays: Array) -> Array:
     """The initial state (zeros if None) as (rows,) in the accumulation dtype, after the checks on all arguments."""
     _checks.same_shape(op, **arrays)
     a = arrays["a"]
@@ -28,13 +29,16 @@ def _initial(op: str, initial_state: Array | None, **arrays: Array) -> Array:
     else:
         dtype = _checks.accumulation(_checks.storage(op, **{"a": a, **arrays}))
     if initial_state is None:
-        return np.zeros(int(np.prod(a.shape[:-1], dtype=np.int64)), dtype)
+        zeros: Array = caller.empty((math.prod(a.shape[:-1]),), dtype)
+        zeros.fill(0)
+        return zeros
     if initial_state.shape != a.shape[:-1]:
         expected = f"the shape of a without its last axis, {a.shape[:-1]}"
         raise ValueError(f"{op}: initial_state must have {expected}, got {initial_state.shape}")
     return cast(Array, _checks.parameter(op, "initial_state", initial_state, dtype)).reshape(-1)
 
 
+@_arrays.follows_caller
 def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
     """Linear recurrence h_t = a_t h_{t-1} + b_t along the last axis; h_t = a_t h_{t+1} + b_t, if `reverse`.
 
@@ -72,12 +76,13 @@ def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False
     op = "linear_scan"
     caller, (a, b, initial_state) = _arrays.enter(op, a=a, b=b, initial_state=initial_state)
     kernels = _backends.for_device(op, caller.device)
-    state = _initial(op, initial_state, a=a, b=b)
+    state = _initial(op, caller, initial_state, a=a, b=b)
     h = caller.empty(b.shape, b.dtype)
     kernels.linear_scan_forward(_checks.rows(a), _checks.rows(b), state, bool(reverse), _checks.rows(h))
     return caller.leave(h)
 
 
+@_arrays.follows_caller
 def linear_scan_backward(
     dh: Any, a: Any, h: Any, initial_state: Any = None, reverse: bool = False
 ) -> LinearScanGradients:
@@ -106,8 +111,8 @@ def linear_scan_backward(
     op = "linear_scan_backward"
     caller, (a, dh, h, initial_state) = _arrays.enter(op, a=a, dh=dh, h=h, initial_state=initial_state)
     kernels = _backends.for_device(op, caller.device)
-    state = _initial(op, initial_state, a=a, dh=dh, h=h)
-    da, db, dstate = caller.empty(a.shape, a.dtype), caller.empty(a.shape, a.dtype), np.empty_like(state)
+    state = _initial(op, caller, initial_state, a=a, dh=dh, h=h)
+    da, db, dstate = (caller.empty(array.shape, array.dtype) for array in (a, a, state))
     kernels.linear_scan_backward(
         _checks.rows(dh), _checks.rows(a), _checks.rows(h), state, bool(reverse),
         _checks.rows(da), _checks.rows(db), dstate,

@@ -34,6 +34,7 @@ def _stream(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Ar
     return _checks.rows(_checks.parameter(op, name, array, dtype))
 
 
+@_arrays.follows_caller
 def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> Any:
     """Normalisation y = s / sqrt(mean(s^2) + eps) * weight over the last axis, of s = x or s = x + residual.
 
@@ -80,6 +81,7 @@ def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> An
     return caller.leave(y) if residual_out is None else (caller.leave(y), caller.leave(residual_out))
 
 
+@_arrays.follows_caller
 def rms_norm_backward(
     dy: Any, x: Any, weight: Any, residual: Any = None, eps: float = 1e-5, dresidual_out: Any = None
 ) -> RMSNormGradients:
@@ -118,7 +120,7 @@ def rms_norm_backward(
     if residual is None and dresidual_out is not None:
         raise ValueError(f"{op}: dresidual_out is the gradient of an output that exists only with a residual")
     weight = _weight(op, x, given_weight, eps, dy=dy, residual=residual, dresidual_out=dresidual_out)
-    dx, dweight, dresidual = caller.empty(x.shape, x.dtype), np.empty_like(weight), None
+    dx, dweight, dresidual = caller.empty(x.shape, x.dtype), caller.empty(weight.shape, weight.dtype), None
     if residual is not None:  # kernels in float64 write float64 only
         dresidual = caller.empty(x.shape, weight.dtype if x.dtype == np.float64 else residual.dtype)
     kernels.rms_norm_backward(

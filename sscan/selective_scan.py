@@ -1,6 +1,5 @@
 """The selective scan (Algorithm 2 of Mamba, arXiv 2312.00752): S6, forward and backward."""
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +7,6 @@ import numpy as np
 
 from sscan import _arrays, _backends, _checks
 from sscan._arrays import Array
-from sscan._segments import segments
 
 Discretization = Literal["mamba", "zoh"]
 
@@ -31,6 +29,7 @@ class SelectiveScanGradients(NamedTuple):
     dinitial_state: Any
 
 
+@_arrays.follows_caller
 def selective_scan(
     u: Any,
     delta: Any,
@@ -109,10 +108,13 @@ def selective_scan(
         "selective_scan", u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens,
         discretization,
     )  # fmt: skip
-    y, last_state = problem.run(None)
-    return (y, last_state) if return_last_state else y
+    if return_last_state:
+        return problem.run(None, problem.empty_last_state())
+    y, _ = problem.run(None, None)
+    return y
 
 
+@_arrays.follows_caller
 def selective_scan_forward(
     u: Any,
     delta: Any,
@@ -139,9 +141,10 @@ def selective_scan_forward(
         discretization,
     )  # fmt: skip
     checkpoints = problem.empty_checkpoints()
-    return *problem.run(checkpoints), checkpoints
+    return *problem.run(checkpoints, problem.empty_last_state()), checkpoints
 
 
+@_arrays.follows_caller
 def selective_scan_backward(
     dy: Any,
     u: Any,
@@ -184,35 +187,72 @@ def selective_scan_backward(
     )  # fmt: skip
     if checkpoints is None:
         checkpoints = problem.empty_checkpoints()
-        problem.run(checkpoints)
+        problem.run(checkpoints, None)
     return problem.run_backward(checkpoints)
 
 
+class _Arguments(NamedTuple):
+    """The arrays of a call as they came, or copied where the kernels cannot read them so."""
+
+    u: Any
+    delta: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    z: Any
+    delta_bias: Any
+    initial_state: Any
+    seq_idx: Any
+    cu_seqlens: Any
+    dy: Any
+    dlast_state: Any
+
+
+_DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
 class _Inputs(NamedTuple):
-    """What every kernel of the scan reads. B and C are (dim, state) or (batch, groups or 1, state, length)."""
+    """What every kernel of the scan reads. B and C are (dim, state) or (batch, groups or 1, state, length).
+
+    Calls of one ``signature`` agree in all that may decide how kernels are launched, but for the addresses of arrays
+    and which results are asked for: in library, device, options, which arguments there are (initial_state, dy and
+    dlast_state too), and their dtypes, shapes and strides.
+    """
 
     u: Array
     delta: Array
     A: Array
     B: Array
     C: Array
-    D: Array
+    D: Array | None
     z: Array | None
-    delta_bias: Array
+    delta_bias: Array | None
     delta_softplus: bool
     zoh: bool
+    signature: int
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A checked call: its arrays as given (views) by argument name, and in the form that the kernels take."""
+class _Plan(NamedTuple):
+    """What the checks found out about a call."""
+
+    copies: dict[str, np.dtype[Any]]
+    batch: int
+    length: int
+    groups: int
+    sequences: int
+    signature: int
+
+
+class _Problem(NamedTuple):
+    """A checked call."""
 
     caller: _arrays.Caller
     backend: ModuleType
-    given: dict[str, Any]
+    arguments: _Arguments
     inputs: _Inputs
     groups: int
-    segments: Array
+    segments: Any
     sequences: int
 
     def _empty_like(self, array: Any) -> Any:
@@ -221,29 +261,26 @@ class _Problem:
     def empty_checkpoints(self) -> Any:
         return self.backend.empty_checkpoints(self.segments, self.groups, self.inputs.A)
 
-    def run(self, checkpoints: Any) -> tuple[Any, Any]:
-        u, A = self.inputs.u, self.inputs.A
-        y, last_state = self._empty_like(u), self.caller.empty((self.sequences, *A.shape), A.dtype)
+    def empty_last_state(self) -> Any:
+        A = self.inputs.A
+        return self.caller.empty((self.sequences, *A.shape), A.dtype)
+
+    def run(self, checkpoints: Any, last_state: Any) -> tuple[Any, Any]:
+        """y and the last state in the caller's library; the last state is left out if there is no memory for it."""
+        y = self._empty_like(self.inputs.u)
         self.backend.selective_scan_forward(
-            self.segments, self.groups, self.inputs, self.given["initial_state"], y, last_state, checkpoints
+            self.segments, self.groups, self.inputs, self.arguments.initial_state, y, last_state, checkpoints
         )
-        return self.caller.leave(y), self.caller.leave(last_state)
+        return self.caller.leave(y), None if last_state is None else self.caller.leave(last_state)
 
     def run_backward(self, checkpoints: Any) -> SelectiveScanGradients:
-        made = {name: self._empty_like(self.given[name]) for name in _DIFFERENTIABLE}
-        gradients = SelectiveScanGradients(*made.values())._replace(
-            dB=_by_group(made["B"]), dC=_by_group(made["C"]),
-            dD=self._empty_like(self.inputs.D), ddelta_bias=self._empty_like(self.inputs.delta_bias),
-        )  # fmt: skip
+        arguments = self.arguments
+        made = SelectiveScanGradients(*(self._empty_like(getattr(arguments, name)) for name in _DIFFERENTIABLE))
         self.backend.selective_scan_backward(
-            self.segments, self.groups, self.inputs, checkpoints, self.given["dy"], self.given["dlast_state"], gradients
-        )
-        filled = gradients._replace(dB=made["B"], dC=made["C"])
-        results = zip(filled, made.values(), strict=True)
-        return SelectiveScanGradients(*(None if asked is None else self.caller.leave(x) for x, asked in results))
-
-
-_DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+            self.segments, self.groups, self.inputs, checkpoints, arguments.dy, arguments.dlast_state,
+            made._replace(dB=_by_group(made.dB), dC=_by_group(made.dC)),
+        )  # fmt: skip
+        return SelectiveScanGradients(*(None if x is None else self.caller.leave(x) for x in made))
 
 
 def _prepare(
@@ -267,57 +304,48 @@ def _prepare(
 ) -> _Problem:
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
-    names = (
-        "u",
-        "delta",
-        "A",
-        "B",
-        "C",
-        "D",
-        "z",
-        "delta_bias",
-        "initial_state",
-        "seq_idx",
-        "cu_seqlens",
-        "dy",
-        "dlast_state",
-    )
-    values = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
-    caller, views = _arrays.enter(op, **dict(zip(names, values, strict=True)))
-    a = dict(zip(names, views, strict=True))
-    backend = _backends.for_device(op, caller.device)
-    is_complex = a["A"].dtype.kind == "c"
-    sizes = _check_shapes(op, a, is_complex)
-    real = _check_dtypes(op, a, is_complex)
-    table = segments(op, sizes["batch"], sizes["length"], a["seq_idx"], a["cu_seqlens"])
-    for name in ("u", "delta", "z", "dy", "B", "C"):
-        if a[name] is not None and a[name].ndim > 2:
-            a[name] = _checks.time_contiguous(a[name])
-    groups = max(1, *(x.shape[1] for x in (a["B"], a["C"]) if x.ndim == 4), 1)
-    zeros = np.zeros(sizes["dim"], real)
-    inputs = _Inputs(
-        a["u"], a["delta"], a["A"], _by_group(a["B"]), _by_group(a["C"]), zeros if a["D"] is None else a["D"], a["z"],
-        zeros if a["delta_bias"] is None else a["delta_bias"], bool(delta_softplus), discretization == "zoh",
+    caller, views = _arrays.enter(
+        op, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state,
+        seq_idx=seq_idx, cu_seqlens=cu_seqlens, dy=dy, dlast_state=dlast_state,
     )  # fmt: skip
-    return _Problem(caller, backend, a, inputs, groups, table, sizes.get("sequences", sizes["batch"]))
+    backend = _backends.for_device(op, caller.device)
+    softplus, zoh = bool(delta_softplus), discretization == "zoh"
+    a = _Arguments(*views)
+    plan = _checked(op, a, softplus, zoh)
+    a = _checks.copied(a, plan.copies)
+    segments = backend.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
+    inputs = _Inputs(
+        a.u, a.delta, a.A, _by_group(a.B), _by_group(a.C), a.D, a.z, a.delta_bias, softplus, zoh, plan.signature
+    )
+    return _Problem(caller, backend, a, inputs, plan.groups, segments, plan.sequences)
 
 
-def _check_shapes(op: str, a: dict[str, Any], is_complex: bool) -> dict[str, int]:
+@_checks.remembered
+def _checked(op: str, a: _Arguments, delta_softplus: bool, zoh: bool) -> _Plan:
+    is_complex = a.A.dtype.kind == "c"
+    sizes = _check_shapes(op, a, is_complex)
+    copies = _check_dtypes(op, a, is_complex)
+    groups = max(sizes.get("groups", 1), sizes.get("groups_of_c", 1))
+    sequences = sizes.get("sequences", sizes["batch"])
+    return _Plan(copies, sizes["batch"], sizes["length"], groups, sequences, next(_checks.signatures))
+
+
+def _check_shapes(op: str, a: _Arguments, is_complex: bool) -> dict[str, int]:
     wave = "batch, dim, length"
-    interleaved = {name: is_complex and a[name].ndim > 2 and a[name].dtype.kind != "c" for name in ("B", "C")}
+    interleaved = {name: is_complex and x.ndim > 2 and x.dtype.kind != "c" for name, x in (("B", a.B), ("C", a.C))}
     varying = {name: "2*length" if interleaved[name] else "length" for name in ("B", "C")}
-    states = "batch, dim, state" if a["cu_seqlens"] is None else "sequences, dim, state"
+    states = "batch, dim, state" if a.cu_seqlens is None else "sequences, dim, state"
     sizes = _checks.sizes(
         op,
-        u=(a["u"], wave), delta=(a["delta"], wave), A=(a["A"], "dim, state"),
-        B=(a["B"], f"dim, state | batch, state, {varying['B']} | batch, groups, state, {varying['B']}"),
-        C=(a["C"], f"dim, state | batch, state, {varying['C']} | batch, groups_of_c, state, {varying['C']}"),
-        D=(a["D"], "dim"), z=(a["z"], wave), delta_bias=(a["delta_bias"], "dim"),
-        seq_idx=(a["seq_idx"], "batch, length"), cu_seqlens=(a["cu_seqlens"], "sequences+1"),
-        initial_state=(a["initial_state"], states), dy=(a["dy"], wave), dlast_state=(a["dlast_state"], states),
+        u=(a.u, wave), delta=(a.delta, wave), A=(a.A, "dim, state"),
+        B=(a.B, f"dim, state | batch, state, {varying['B']} | batch, groups, state, {varying['B']}"),
+        C=(a.C, f"dim, state | batch, state, {varying['C']} | batch, groups_of_c, state, {varying['C']}"),
+        D=(a.D, "dim"), z=(a.z, wave), delta_bias=(a.delta_bias, "dim"),
+        seq_idx=(a.seq_idx, "batch, length"), cu_seqlens=(a.cu_seqlens, "sequences+1"),
+        initial_state=(a.initial_state, states), dy=(a.dy, wave), dlast_state=(a.dlast_state, states),
     )  # fmt: skip
     if sizes["state"] == 0:
-        raise ValueError(f"{op}: A must have at least one state, got shape {a['A'].shape}")
+        raise ValueError(f"{op}: A must have at least one state, got shape {a.A.shape}")
     groups, others = sizes.get("groups", 1), sizes.get("groups_of_c", 1)
     if 1 not in (groups, others) and groups != others:
         raise ValueError(f"{op}: C must have B's {groups} groups, or one, got {others}")
@@ -327,27 +355,29 @@ def _check_shapes(op: str, a: dict[str, Any], is_complex: bool) -> dict[str, int
     return sizes
 
 
-def _check_dtypes(op: str, a: dict[str, Any], is_complex: bool) -> np.dtype[Any]:
-    """Check the dtypes and widen parameters and states in place; returns the real accumulation dtype."""
-    stored = _checks.storage(op, **{name: a[name] for name in ("u", "delta", "z", "dy")})
+def _check_dtypes(op: str, a: _Arguments, is_complex: bool) -> dict[str, np.dtype[Any]]:
+    """Check the dtypes; the copies that must be made, by argument."""
+    stored = _checks.storage(op, u=a.u, delta=a.delta, z=a.z, dy=a.dy)
     real = _checks.accumulation(stored)
     number = np.result_type(real, np.complex64) if is_complex else real
-    for name in ("B", "C"):
-        array = a[name]
+    copies = {name: _checks.time_copy(getattr(a, name)) for name in ("u", "delta", "z", "dy")}
+    for name, array in (("B", a.B), ("C", a.C)):
         if array.ndim == 2:
             if is_complex and array.dtype.kind != "c":
                 raise TypeError(f"{op}: {name} must be complex because A is and it is constant, got {array.dtype}")
-            a[name] = _checks.parameter(op, name, array, number)
+            copies[name] = _checks.parameter_copy(op, name, array, number)
         elif array.dtype != (number if array.dtype.kind == "c" and is_complex else stored):
             expected = f"{stored} (interleaved) or {number}" if is_complex else f"the dtype of u, {stored}"
             raise TypeError(f"{op}: {name} must have dtype {expected}; got {array.dtype}")
+        else:
+            copies[name] = _checks.time_copy(array)
     for name in ("A", "initial_state", "dlast_state"):
-        a[name] = _checks.parameter(op, name, a[name], number)
+        copies[name] = _checks.parameter_copy(op, name, getattr(a, name), number)
     for name in ("D", "delta_bias"):
-        a[name] = _checks.parameter(op, name, a[name], real)
-    return real
+        copies[name] = _checks.parameter_copy(op, name, getattr(a, name), real)
+    return _checks.needed(**copies)
 
 
 def _by_group(array: Any) -> Any:
-    """B or C as the kernels take it: (dim, state) or (batch, groups, state, length)."""
-    return array[:, None] if array is not None and array.ndim == 3 else array
+    """B, C or a gradient as the kernels take it: (dim, state) or (batch, groups, state, length)."""
+    return _checks.by_group(array) if array.ndim == 3 else array

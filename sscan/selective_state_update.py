@@ -1,6 +1,6 @@
 """One step of the selective scan, for decoding at constant cost and memory."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -8,40 +8,80 @@ from sscan import _arrays, _backends, _checks
 from sscan._arrays import Array
 
 
-def _slots(op: str, indices: Array | None, batch: int, available: int) -> Array:
-    """Which row of the state each row of x owns, as the kernels take it."""
+class _Arguments(NamedTuple):
+    state: Any
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    z: Any
+    dt_bias: Any
+    state_batch_indices: Any
+
+
+@_checks.remembered
+def _checked(op: str, a: _Arguments) -> dict[str, np.dtype[Any]]:
+    """The copies to make, by argument."""
+    matrix = "batch, state | batch, groups, state"
+    size = _checks.sizes(
+        op, x=(a.x, "batch, dim"), dt=(a.dt, "batch, dim"), A=(a.A, "dim, state"),
+        state=(a.state, "slots, dim, state"), B=(a.B, matrix), C=(a.C, matrix), D=(a.D, "dim"), z=(a.z, "batch, dim"),
+        dt_bias=(a.dt_bias, "dim"), state_batch_indices=(a.state_batch_indices, "batch"),
+    )  # fmt: skip
+    if size["dim"] % size.get("groups", 1):
+        raise ValueError(f"{op}: groups must divide dim = {size['dim']}, got {size['groups']}")
+    is_complex = a.A.dtype.kind == "c"
+    matrices = {} if is_complex else {"B": a.B, "C": a.C}
+    real = _checks.accumulation(_checks.storage(op, x=a.x, dt=a.dt, z=a.z, **matrices))
+    of_A = np.result_type(real, np.complex64) if is_complex else real
+    slots = _slots_copy(op, a.state_batch_indices, size["batch"], size["slots"])
+    return _checks.needed(
+        state_batch_indices=slots, A=_checks.parameter_copy(op, "A", a.A, of_A),
+        D=_checks.parameter_copy(op, "D", a.D, real), dt_bias=_checks.parameter_copy(op, "dt_bias", a.dt_bias, real),
+        B=_matrix_copy(op, "B", a.B, of_A), C=_matrix_copy(op, "C", a.C, of_A), state=_state_copy(op, a.state, of_A),
+        x=_checks.time_copy(a.x), dt=_checks.time_copy(a.dt), z=_checks.time_copy(a.z),
+    )  # fmt: skip
+
+
+def _slots_copy(op: str, indices: Array | None, batch: int, available: int) -> np.dtype[Any] | None:
+    """For the row of the state that each row of x owns, which the kernels take contiguous, in int32 or int64."""
     if indices is None:
         if available != batch:
             raise ValueError(f"{op}: state must have one row for each of x, {batch}, got {available}")
-        return np.arange(batch)
+        return None
     if indices.dtype.kind not in "iu":
         raise TypeError(f"{op}: state_batch_indices must be integers, got {indices.dtype}")
-    slots = indices.astype(np.int64)
-    if slots.size and slots.max() >= available:
-        raise ValueError(f"{op}: state_batch_indices must be below the rows of state, {available}, got {slots.max()}")
-    return slots
+    return None if indices.dtype in (np.int32, np.int64) and indices.flags.c_contiguous else np.dtype(np.int64)
 
 
-def _matrix(op: str, name: str, array: Array, of_A: np.dtype[Any]) -> Array:
-    """B or C as (batch, groups, state)."""
-    grouped = array[:, None] if array.ndim == 2 else array
+def _matrix_copy(op: str, name: str, array: Array, of_A: np.dtype[Any]) -> np.dtype[Any] | None:
     if of_A.kind == "c" and array.dtype.kind != "c":
         raise TypeError(f"{op}: {name} must be complex, like A, got {array.dtype}")
-    return cast(Array, _checks.parameter(op, name, grouped, of_A) if of_A.kind == "c" else _unit_stride(grouped))
+    return _checks.parameter_copy(op, name, array, of_A) if of_A.kind == "c" else _checks.time_copy(array)
 
 
-def _unit_stride(array: Array | None) -> Array | None:
-    return _checks.time_contiguous(array)
-
-
-def _own_state(op: str, state: Array, dtype: np.dtype[Any]) -> Array:
-    """The state itself if the kernels can update it where it lies, else a copy in their dtype."""
+def _state_copy(op: str, state: Array, dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """None if the kernels can update the state where it lies."""
     halves = dtype == np.float32 and state.dtype.name in ("float16", "bfloat16")
-    if (state.dtype == dtype or halves) and (state.shape[-1] < 2 or state.strides[-1] == state.itemsize):
-        return state
-    return cast(Array, _checks.parameter(op, "state", state, dtype))
+    if (state.dtype == dtype or halves) and _checks.time_copy(state) is None:
+        return None
+    return _checks.parameter_copy(op, "state", state, dtype)
 
 
+def _check_slots(op: str, slots: Array, available: int) -> None:
+    """The values, which only the host can look at without waiting for the GPU."""
+    if slots.size and slots.max() >= available:
+        raise ValueError(f"{op}: state_batch_indices must be below the rows of state, {available}, got {slots.max()}")
+
+
+def _by_group(array: Array) -> Array:
+    """B or C as (batch, groups, state)."""
+    return cast(Array, _checks.by_group(array)) if array.ndim == 2 else array
+
+
+@_arrays.follows_caller
 def selective_state_update(
     state: Any,
     x: Any,
@@ -82,7 +122,7 @@ def selective_state_update(
         Whether the step size goes through softplus.
     state_batch_indices : integer array (batch,), optional
         The row of `state` that each row of x owns. Rows with a negative index are left out, their y is 0. What happens
-        to a row of `state` that is named twice is not defined.
+        to a row of `state` that is named twice is not defined. On a GPU they are not checked: nothing waits for them.
 
     Returns
     -------
@@ -92,7 +132,7 @@ def selective_state_update(
     Raises
     ------
     ValueError
-        A shape does not fit, or an index is too large.
+        A shape does not fit, or (on the CPU) an index is too large.
     TypeError
         A dtype does not fit; `state` is read-only; arrays of different libraries or devices; a tensor that requires
         grad.
@@ -108,29 +148,18 @@ def selective_state_update(
         state_batch_indices=state_batch_indices, writes=("state",),
     )  # fmt: skip
     kernels = _backends.for_device(op, caller.device)
-    state, x, dt, A, B, C, D, z, dt_bias, indices = views
-    matrix = "batch, state | batch, groups, state"
-    size = _checks.sizes(
-        op, x=(x, "batch, dim"), dt=(dt, "batch, dim"), A=(A, "dim, state"), state=(state, "slots, dim, state"),
-        B=(B, matrix), C=(C, matrix), D=(D, "dim"), z=(z, "batch, dim"), dt_bias=(dt_bias, "dim"),
-        state_batch_indices=(indices, "batch"),
-    )  # fmt: skip
-    if size["dim"] % size.get("groups", 1):
-        raise ValueError(f"{op}: groups must divide dim = {size['dim']}, got {size['groups']}")
-    is_complex = A.dtype.kind == "c"
-    real = _checks.accumulation(_checks.storage(op, x=x, dt=dt, z=z, **({} if is_complex else {"B": B, "C": C})))
-    of_A = np.result_type(real, np.complex64) if is_complex else real
-    slots = _slots(op, indices, size["batch"], size["slots"])
-    A, D, dt_bias = (
-        _checks.parameter(op, name, array, dtype)
-        for name, array, dtype in (("A", A, of_A), ("D", D, real), ("dt_bias", dt_bias, real))
-    )
-    B, C = _matrix(op, "B", B, of_A), _matrix(op, "C", C, of_A)
-    own, y = _own_state(op, state, of_A), caller.empty(x.shape, x.dtype)
+    given = _Arguments(*views)
+    a = _checks.copied(given, _checked(op, given))
+    slots = a.state_batch_indices
+    on_host = caller.device == "cpu"
+    if on_host and slots is not None:
+        _check_slots(op, slots, len(a.state))
+    y = caller.empty(a.x.shape, a.x.dtype)
     kernels.selective_state_update(
-        own, slots, _unit_stride(x), _unit_stride(dt), A, B, C, D, _unit_stride(z), dt_bias, bool(dt_softplus), y
+        a.state, slots, a.x, a.dt, a.A, _by_group(a.B), _by_group(a.C), a.D, a.z, a.dt_bias, bool(dt_softplus), y
     )
-    if own is not state:
-        touched = slots[slots >= 0]
-        state[touched] = own[touched]
+    if a.state is not given.state:
+        # Only the rows that were updated: others belong to other threads. A GPU would have to be asked which they are.
+        touched = slice(None) if slots is None or not on_host else slots[slots >= 0]
+        given.state[touched] = a.state[touched]
     return caller.leave(y)

@@ -37,12 +37,13 @@ def _checked(op: str, delta: Array, A: Array, B: Array, C: Array, length: int, m
     return system, cast(Array, _checks.parameter(op, "C", C, system.A.dtype))
 
 
-def _discretized(kernels: Any, system: _Problem, method: str) -> tuple[Array, Array]:
-    A_bar, B_bar = (np.empty(system.selective, system.A.dtype) for _ in range(2))
+def _discretized(caller: _arrays.Caller, kernels: Any, system: _Problem, method: str) -> tuple[Array, Array]:
+    A_bar, B_bar = (caller.empty(system.selective, system.A.dtype) for _ in range(2))
     kernels.discretize_forward(system.delta, system.A, system.B, method, A_bar, B_bar)
     return A_bar.reshape(system.shape), B_bar.reshape(system.shape)
 
 
+@_arrays.follows_caller
 def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "zoh") -> Any:
     """Convolution kernel K = (C B_bar, C A_bar B_bar, ..., C A_bar^(length - 1) B_bar) of equation (3a).
 
@@ -78,12 +79,13 @@ def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "z
     caller, (delta, A, B, C) = _arrays.enter(op, delta=delta, A=A, B=B, C=C)
     kernels = _backends.for_device(op, caller.device)
     system, C = _checked(op, delta, A, B, C, length, method)
-    A_bar, B_bar = _discretized(kernels, system, method)
-    K = caller.empty((len(A), length), system.A.real.dtype)
+    A_bar, B_bar = _discretized(caller, kernels, system, method)
+    K = caller.empty((len(A), length), _checks.accumulation(system.delta.dtype))
     kernels.ssm_kernel_forward(A_bar, B_bar, C, K)
     return caller.leave(K)
 
 
+@_arrays.follows_caller
 def ssm_kernel_backward(
     dK: Any, delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "zoh"
 ) -> SSMKernelGradients:
@@ -116,9 +118,9 @@ def ssm_kernel_backward(
     system, C_ = _checked(op, delta, A, B, C, length, method)
     if given.shape != (len(A), length):
         raise ValueError(f"{op}: dK must have shape (dim, length) = {(len(A), length)}, got {given.shape}")
-    dK_ = cast(Array, _checks.parameter(op, "dK", given, system.A.real.dtype))
-    dA_bar, dB_bar, dC = (np.empty_like(C_) for _ in range(3))
-    kernels.ssm_kernel_backward(dK_, *_discretized(kernels, system, method), C_, dA_bar, dB_bar, dC)
+    dK_ = cast(Array, _checks.parameter(op, "dK", given, _checks.accumulation(system.delta.dtype)))
+    dA_bar, dB_bar, dC = (caller.empty(C_.shape, C_.dtype) for _ in range(3))
+    kernels.ssm_kernel_backward(dK_, *_discretized(caller, kernels, system, method), C_, dA_bar, dB_bar, dC)
     gradients = [caller.empty(array.shape, array.dtype) for array in (system.delta, system.A, system.B)]
     cotangents = (gradient.reshape(system.selective) for gradient in (dA_bar, dB_bar))
     kernels.discretize_backward(*cotangents, system.delta, system.A, system.B, method, *gradients)
@@ -134,6 +136,7 @@ def _convolution(op: str, u: Array, kernel: Array, dy: Array | None = None) -> A
     return cast(Array, _checks.parameter(op, "kernel", kernel, dtype))
 
 
+@_arrays.follows_caller
 def ssm_convolution(u: Any, kernel: Any) -> Any:
     """Causal convolution y_t = sum_{k <= t} K_k u_{t-k} of equation (3b), through the FFT.
 
@@ -171,6 +174,7 @@ def ssm_convolution(u: Any, kernel: Any) -> Any:
     return caller.leave(y)
 
 
+@_arrays.follows_caller
 def ssm_convolution_backward(dy: Any, u: Any, kernel: Any) -> SSMConvolutionGradients:
     """Gradients of `ssm_convolution`: du_s = sum_k K_k dy_{s+k}, dK_k = sum over batch and t of dy_t u_{t-k}.
 

@@ -22,16 +22,18 @@ ROOT = PACKAGE.parent
 # Layer of each package and file below sscan/. A public file that is not named is an op: layer 3.
 LAYERS = {
     "torch": 4, "jax": 4, "nn": 4, "compat": 4, "tasks": 4, "cli": 4, "__main__": 4,
-    "_backends": 2, "_arrays": 2, "_checks": 2, "_segments": 2,
+    "_backends": 2, "_arrays": 2, "_checks": 2,
     "cpu": 1, "cuda": 1,
-    "reference": 0,
+    "_segments": 0, "reference": 0,
 }  # fmt: skip
 OP_LAYER = 3
 
-# Who may name a library other than NumPy: the array layer, both autodiff layers, and the command that lists versions.
+# Who may name a library other than NumPy: the array layer, the launcher of the library that CUDA arrays are viewed in,
+# both autodiff layers, and the command that lists versions.
 ARRAY_LIBRARIES = {"torch", "jax", "jaxlib", "cupy"}
 MAY_NAME = {
     "sscan._arrays": ARRAY_LIBRARIES,
+    "sscan.cuda._launch": {"cupy"},  # for the current device, stream and allocator
     "sscan.torch": {"torch"},
     "sscan.jax": {"jax", "jaxlib"},
     "sscan.cli": ARRAY_LIBRARIES,

@@ -1,5 +1,6 @@
 """Kernels for arrays in CPU memory: checked arrays in, filled arrays out. One module for each op."""
 
+from sscan._segments import segments
 from sscan.cpu.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward, causal_conv1d_update
 from sscan.cpu.discretize import discretize_backward, discretize_forward
 from sscan.cpu.linear_scan import linear_scan_backward, linear_scan_forward
@@ -19,6 +20,7 @@ __all__ = [
     "linear_scan_forward",
     "rms_norm_backward",
     "rms_norm_forward",
+    "segments",
     "selective_scan_backward",
     "selective_scan_forward",
     "selective_state_update",

@@ -57,12 +57,23 @@ def waves_of(inputs, groups: int) -> Waves:
     )  # fmt: skip
 
 
-def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
-    """Fill y (if not None), last_state and checkpoints (if not None).
+def with_zeros(inputs):
+    """The inputs, zeros in place of a D and a delta_bias that are absent."""
+    A = inputs.A
+    absent = {name: np.zeros(A.shape[0], A.real.dtype) for name in ("D", "delta_bias") if getattr(inputs, name) is None}
+    return inputs._replace(**absent) if absent else inputs
 
-    ``inputs`` has the attributes u, delta, A, B, C, D, z, delta_bias, delta_softplus and zoh; B and C are
-    (dim, state) or (batch, groups or 1, state, length).
+
+def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
+    """Fill y, last_state and checkpoints, each if not None.
+
+    ``inputs`` is a named tuple of u, delta, A, B, C, D, z, delta_bias, delta_softplus and zoh; B and C are
+    (dim, state) or (batch, groups or 1, state, length); D, z and delta_bias may be None.
     """
+    inputs = with_zeros(inputs)
+    if last_state is None:
+        segments = np.column_stack([segments[:, :4], np.full(len(segments), -1)])
+        last_state = or_none(None, inputs.A)
     table = parts(segments, groups * blocks_of(inputs.A, groups))
     if table is not None:
         segments, initial_state = forward_parts(table, segments, groups, inputs, initial_state)
@@ -83,7 +94,8 @@ def launch_forward(segments, groups, inputs, initial_state, y, last_state, check
 
 
 def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
-    """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state."""
+    """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state, None where there is no input."""
+    inputs = with_zeros(inputs)
     A, B, C = inputs.A, inputs.B, inputs.C
     table = parts(segments, groups * blocks_of(A, groups))
     if table is not None:
@@ -103,8 +115,9 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
         or_none(gradients.dinitial_state, A),
     )  # fmt: skip
     gradients.dA[...] = A_sums.sum(0)
-    gradients.dD[...] = D_sums.sum(0)
-    gradients.ddelta_bias[...] = bias_sums.sum(0)
+    for gradient, sums in ((gradients.dD, D_sums), (gradients.ddelta_bias, bias_sums)):
+        if gradient is not None:
+            gradient[...] = sums.sum(0)
     store_numbers(gradients.dB, B_sums.total())
     store_numbers(gradients.dC, twice_conj_array(C_sums.total()))
 
