@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from sscan import cli
 from sscan.cli import main
 from sscan.nn.checkpoint import load_arrays, load_model, write_atomically
 from sscan.tasks import byte_text
@@ -148,6 +151,22 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+def test_train_in_bfloat16(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--text", str(text), "--out", str(tmp_path / "run"), "--steps", "20", "--precision", "bfloat16"]
+    assert main([*command, *TINY]) == 0
+    assert "device      cpu, bfloat16" in capsys.readouterr().out
+    run = TrainingRun.load(tmp_path / "run")
+    assert run.model(np.zeros((1, 3), np.int64)).dtype == np.float32
+    assert run.model.backbone(np.zeros((1, 3), np.int64)).dtype == ml_dtypes.bfloat16
+    floats = {name: array.dtype for name, array in arrays_of(tmp_path / "run").items() if array.dtype.kind != "i"}
+    assert {dtype for name, dtype in floats.items() if name != "losses"} == {np.dtype(np.float32)}
+    assert run.losses[-1] < run.losses[0]
+    assert "was trained with precision = bfloat16, not float32" in mistake(
+        capsys, "train", "--resume", tmp_path / "run", "--precision", "float32"
+    )
+    assert main(["generate", str(tmp_path / "run"), "-n", "3"]) == 0
+
+
 def test_step_with_infinite_loss_changes_nothing(text: Path) -> None:
     run = TrainingRun(RunOptions(8, 1, 16, 2, steps=2), text)
     run.model.backbone.norm_f.weight.data[:] = np.inf
@@ -210,7 +229,64 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in out
 
 
+class CUDARuntimeError(RuntimeError):
+    """As CuPy calls it."""
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, driver: int = 13000, gpus: int = 0, **versions: str) -> None:
+    """Some driver, GPUs and versions of CuPy and numba-cuda, whatever this machine has."""
+
+    def count() -> int:
+        if not gpus:
+            raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        return gpus
+
+    gpu = {"name": b"NVIDIA H200", "major": 9, "minor": 0, "totalGlobalMem": 140 << 30}
+    runtime = SimpleNamespace(
+        driverGetVersion=lambda: driver, runtimeGetVersion=lambda: 13020, getDeviceCount=count,
+        getDeviceProperties=lambda i: gpu, CUDARuntimeError=CUDARuntimeError,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    installed = {"cupy": "14.2.0", "numba-cuda": "0.30.4"} | {k.replace("_", "-"): v for k, v in versions.items()}
+    version = cli._version
+    monkeypatch.setattr(cli, "_version", lambda name: installed.get(name) or version(name))
+
+
+def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend(monkeypatch, gpus=2)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("cupy 14.2.0, numba-cuda 0.30.4")
+    assert lines[-3:] == [
+        "CUDA        the driver supports CUDA 13.0, CuPy brings CUDA 13.2",
+        "            GPU 0: NVIDIA H200, compute capability 9.0, 140 GiB",
+        "            GPU 1: NVIDIA H200, compute capability 9.0, 140 GiB",
+    ]
+    pretend(monkeypatch)
+    assert main(["info"]) == 0
+    assert "CUDA        no GPU can be used: cudaErrorNoDevice" in capsys.readouterr().out
+
+
 # Mistakes
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        ({"cupy": "-"}, 'CuPy is not installed; it comes with: pip install "sscan[cuda13]" (or cuda12)'),
+        ({"numba_cuda": "-"}, "numba-cuda is not installed; it comes with"),
+        ({"driver": 0}, "there is no NVIDIA driver"),
+        ({"gpus": 0}, "cudaErrorNoDevice: no CUDA-capable device is detected"),
+    ],
+)
+def test_training_without_a_gpu(
+    machine: dict[str, Any], message: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pretend(monkeypatch, **machine)
+    said = mistake(capsys, "train", "--text", text, "--out", tmp_path / "run", "--device", "cuda")
+    assert said.startswith(f"sscan train: --device cuda: {message}")
+    assert not (tmp_path / "run").exists()
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -235,6 +311,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["train", "--steps", "0"], "invalid positive integer value: '0'"),
         (["train", "--minutes", "nan"], "invalid positive number value: 'nan'"),
         (["train", "--steps", "3", "--minutes", "1"], "not allowed with argument"),
+        (["train", "--precision", "float8"], "invalid choice: 'float8'"),
+        (["train", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["train", "--text", "missing.txt"], "missing.txt: No such file or directory"),
         (["train", "--text", "."], "Is a directory"),
         (["train", "--resume", "missing"], "No such file or directory"),

@@ -172,7 +172,7 @@ def test_training_is_the_same_and_waits_for_no_value(device: Device) -> None:
         losses, _ = train(there, 30, device.xp)
     got = [float(loss) for loss in losses]
     # Rounding differences grow from step to step.
-    np.testing.assert_allclose(got, [float(e) for e in expected], rtol=1e-3 if device.roundings else 0)
+    np.testing.assert_allclose(got, [float(e) for e in expected], rtol=0.02 if device.roundings else 0)
     assert got[-1] < 0.3 * got[0]
 
 
