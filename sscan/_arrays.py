@@ -66,7 +66,7 @@ def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Call
                 f"{caller.device}, {name} is a {here.library} array on {here.device}"
             )
         view = library.view(array)
-        if name in writes:
+        if writes and name in writes:
             _check_updatable(op, name, array, here, view)
         views.append(view)
     assert caller is not None, "every op has a required array"
@@ -83,13 +83,11 @@ def _check_updatable(op: str, name: str, array: Any, here: Caller, view: Any) ->
         raise TypeError(f"{op}: {name} is updated in place and must not be a lazily conjugated or negated tensor")
 
 
-def metadata(view: Any) -> tuple[Any, ...] | None:
-    """All that checks may depend on, as something to look up: never values, never the address."""
-    if view is None:
-        return None
-    if isinstance(view, np.ndarray):
-        return view.dtype, view.shape, view.strides, view.flags.num
-    return view.dtype, view.shape, view.strides, view.data.device_id
+def metadata(views: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that checks may depend on, as something to look up: never values, never addresses. The first is no None."""
+    if isinstance(views[0], np.ndarray):
+        return (None, *[None if x is None else (x.dtype, x.shape, x.strides, x.flags.num) for x in views])
+    return (views[0].data.device_id, *[None if x is None else (x.dtype, x.shape, x.strides) for x in views])
 
 
 Parameters = ParamSpec("Parameters")

@@ -32,7 +32,7 @@ def remembered(check: Callable[..., Found]) -> Callable[..., Found]:
 
     @functools.wraps(check)
     def recall(op: str, arrays: tuple[Any, ...], *options: Any) -> Found:
-        key = (op, *options, *map(_arrays.metadata, arrays))
+        key = (op, *options, *_arrays.metadata(arrays))
         found = known.get(key)
         if found is None:
             if len(known) >= REMEMBERED:
@@ -168,7 +168,7 @@ def time_contiguous(array: Array | None) -> Array | None:
 
 
 def by_group(array: Any) -> Any:
-    """B or C (batch, state, ...) as (batch, 1, state, ...): a view, by the one way that is fast for CuPy too."""
+    """B or C (batch, state, ...) as (batch, 1, state, ...)."""
     return array.reshape(array.shape[0], 1, *array.shape[1:])
 
 

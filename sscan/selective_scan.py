@@ -241,6 +241,8 @@ class _Plan(NamedTuple):
     length: int
     groups: int
     sequences: int
+    B_by_group: tuple[int, ...]  # the shape in which the kernels take B
+    C_by_group: tuple[int, ...]
     signature: int
 
 
@@ -278,7 +280,7 @@ class _Problem(NamedTuple):
         made = SelectiveScanGradients(*(self._empty_like(getattr(arguments, name)) for name in _DIFFERENTIABLE))
         self.backend.selective_scan_backward(
             self.segments, self.groups, self.inputs, checkpoints, arguments.dy, arguments.dlast_state,
-            made._replace(dB=_by_group(made.dB), dC=_by_group(made.dC)),
+            made._replace(dB=made.dB.reshape(self.inputs.B.shape), dC=made.dC.reshape(self.inputs.C.shape)),
         )  # fmt: skip
         return SelectiveScanGradients(*(None if x is None else self.caller.leave(x) for x in made))
 
@@ -314,9 +316,8 @@ def _prepare(
     plan = _checked(op, a, softplus, zoh)
     a = _checks.copied(a, plan.copies)
     segments = backend.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
-    inputs = _Inputs(
-        a.u, a.delta, a.A, _by_group(a.B), _by_group(a.C), a.D, a.z, a.delta_bias, softplus, zoh, plan.signature
-    )
+    B_, C_ = a.B.reshape(plan.B_by_group), a.C.reshape(plan.C_by_group)
+    inputs = _Inputs(a.u, a.delta, a.A, B_, C_, a.D, a.z, a.delta_bias, softplus, zoh, plan.signature)
     return _Problem(caller, backend, a, inputs, plan.groups, segments, plan.sequences)
 
 
@@ -326,8 +327,8 @@ def _checked(op: str, a: _Arguments, delta_softplus: bool, zoh: bool) -> _Plan:
     sizes = _check_shapes(op, a, is_complex)
     copies = _check_dtypes(op, a, is_complex)
     groups = max(sizes.get("groups", 1), sizes.get("groups_of_c", 1))
-    sequences = sizes.get("sequences", sizes["batch"])
-    return _Plan(copies, sizes["batch"], sizes["length"], groups, sequences, next(_checks.signatures))
+    sequences, by_group = sizes.get("sequences", sizes["batch"]), (_by_group(x.shape) for x in (a.B, a.C))
+    return _Plan(copies, sizes["batch"], sizes["length"], groups, sequences, *by_group, next(_checks.signatures))
 
 
 def _check_shapes(op: str, a: _Arguments, is_complex: bool) -> dict[str, int]:
@@ -378,6 +379,6 @@ def _check_dtypes(op: str, a: _Arguments, is_complex: bool) -> dict[str, np.dtyp
     return _checks.needed(**copies)
 
 
-def _by_group(array: Any) -> Any:
-    """B, C or a gradient as the kernels take it: (dim, state) or (batch, groups, state, length)."""
-    return _checks.by_group(array) if array.ndim == 3 else array
+def _by_group(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which the kernels take B, C and their gradients: (dim, state) or (batch, groups, state, length)."""
+    return (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
