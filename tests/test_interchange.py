@@ -1,22 +1,26 @@
-"""Array libraries: PyTorch and JAX on the CPU, anything with DLPack; the door for CUDA; what is refused, and how."""
+"""Array libraries: PyTorch and JAX on the CPU, anything with DLPack, GPUs played on the CPU, what is refused."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import operator
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+import device_double
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cases import DIFFERENTIABLE, Array, Case, case_of, check_backward, check_forward, forward
+from cases import DIFFERENTIABLE, Array, Case, backward, case_of, check_backward, check_forward, cotangents, forward
 
 import sscan
-from sscan import _arrays
+import sscan.cpu
+from sscan import _arrays, _backends, _checks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -289,19 +293,6 @@ def test_mixed_libraries() -> None:
         sscan.selective_scan(**{**given, "z": Minimal(given["z"])})
 
 
-class OnCuda(torch.Tensor):
-    """A tensor that says it is on a GPU."""
-
-    device = property(lambda self: torch.device("cuda:0"))  # type: ignore[assignment]
-
-
-def test_mixed_devices() -> None:
-    given = torch_problem()
-    given["B"] = given["B"].as_subclass(OnCuda)
-    with pytest.raises(TypeError, match="u is a PyTorch array on cpu, B is a PyTorch array on cuda"):
-        sscan.selective_scan(**given)
-
-
 REFUSED = {
     "meta": lambda x: x.to("meta"),
     "sparse": lambda x: x.to_sparse(),
@@ -334,43 +325,271 @@ def test_dlpack_arrays_in_other_memory() -> None:
         _arrays.enter("op", x=Elsewhere(np.zeros(3)))
 
 
-# --- The door for CUDA ------------------------------------------------------------------------------------------------
+# --- GPUs, as far as they can be played on the CPU --------------------------------------------------------------------
 
-INSTALLABLE = r'^selective_scan: sscan has no kernels for cuda arrays.*pip install --upgrade "sscan\[cuda13\]"$'
+INSTALLATION = r'pip install "sscan\[cuda13\]", or "sscan\[cuda12\]"'
+
+
+class Cuda:
+    """What sscan asks of ``cupy.cuda``; ``now`` says what is current."""
+
+    def __init__(self) -> None:
+        self.now = {"device": 0, "stream": 0, "allocator": "CuPy's"}
+        self.runtime = types.SimpleNamespace(
+            getDevice=lambda: self.now["device"], getDeviceCount=lambda: 2, CUDARuntimeError=ZeroDivisionError
+        )
+
+    @contextlib.contextmanager
+    def _set(self, name: str, value: Any) -> Iterator[None]:
+        before, self.now[name] = self.now[name], value
+        yield
+        self.now[name] = before
+
+    def Device(self, device: int) -> Any:
+        return self._set("device", device)
+
+    def ExternalStream(self, stream: int, device: int) -> Any:
+        assert device == self.now["device"]
+        return self._set("stream", stream)
+
+    def using_allocator(self, allocator: Any) -> Any:
+        return self._set("allocator", allocator)
+
+    def get_current_stream(self) -> Any:
+        return types.SimpleNamespace(ptr=self.now["stream"])
+
+    def PythonFunctionAllocator(self, take: Any, give_back: Any) -> Any:
+        return types.SimpleNamespace(malloc=(take, give_back))
+
+
+class Kernels:
+    """The kernels of sscan.cpu on the stand-in's memory; ``calls`` are what was current at each call."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda, self.calls = cuda, []  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            self.calls.append((name, dict(self.cuda.now)))
+            return getattr(sscan.cpu, name)(*(self._host(x) for x in arguments))
+
+        return run
+
+    def _host(self, x: Any) -> Any:
+        if isinstance(x, device_double.ndarray):
+            return x.host
+        return type(x)(*(self._host(part) for part in x)) if isinstance(x, tuple) else x
 
 
 @pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module that passes for CuPy."""
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """The stand-in for CuPy with two GPUs."""
+    cuda = Cuda()
+    place = property(lambda self: types.SimpleNamespace(device_id=vars(self).get("device", 0)))
+    monkeypatch.setitem(sys.modules, "cupy", device_double)
+    monkeypatch.setattr(device_double, "cuda", cuda, raising=False)
+    monkeypatch.setattr(device_double.ndarray, "data", place, raising=False)
+    monkeypatch.setattr(_arrays, "_known", {})
+    _arrays._torch_allocator.cache_clear()
+    return cuda
 
-    class ndarray:  # CuPy's name
-        pass
 
-    module = types.ModuleType("cupy")
-    module.ndarray = ndarray  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
+@pytest.fixture
+def kernels(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    kernels, package = Kernels(cuda), _backends._package
+    monkeypatch.setattr(_backends, "_package", lambda kind: kernels if kind == "cuda" else package(kind))
+    return kernels
 
 
-def test_cupy_arrays_reach_the_door(cupy: Any) -> None:
-    given = {name: cupy.ndarray() for name in ("u", "delta", "A", "B", "C")}
-    caller, views = _arrays.enter(OP, **given)
-    assert (caller.library, caller.device) == ("CuPy", "cuda")
-    assert views == tuple(given.values())
-    with pytest.raises(RuntimeError, match=INSTALLABLE):
+def on_gpu(array: Array, device: int = 0) -> Any:
+    array = device_double.ndarray(array.copy())
+    array.device = device  # type: ignore[attr-defined]
+    return array
+
+
+GPU = Lane(on_gpu, operator.attrgetter("host"))
+GPU_CASES = [*LANE_CASES, case_of(OP, "without D"), case_of(OP, "without delta_bias"), case_of(OP, "seq_idx")]
+GPU_CASES += [case_of(op, "base") for op in ("selective_state_update", "causal_conv1d_update")]
+GPU_CASES += [case_of("selective_state_update", name) for name in ("indices", "complex")]
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.op}: {case.name}")
+@pytest.mark.usefixtures("kernels")
+def test_nothing_waits_for_the_gpu(case: Case) -> None:
+    """Every op on CuPy's arrays: NumPy's results, no NumPy function on the way, and no value read by the host."""
+    expected = forward(sscan, case.op, case.arguments())
+    reads = device_double.reads
+    given = {k: on_gpu(x) if isinstance(x, np.ndarray) else x for k, x in case.arguments().items()}
+    actual = forward(sscan, case.op, given)
+    gradients = {}
+    if case.op in DIFFERENTIABLE:
+        dy = cotangents(expected)
+        gradients = backward(sscan, case.op, given, {k: on_gpu(x) for k, x in dy.items()})
+        expected |= backward(sscan, case.op, case.arguments(), dy)
+    assert device_double.reads == reads
+    results = actual | gradients
+    assert results.keys() == expected.keys()
+    for name, x in results.items():
+        assert isinstance(x, device_double.ndarray), name
+        assert x.dtype == expected[name].dtype
+        np.testing.assert_array_equal(x.host, expected[name], err_msg=name)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_strided_state_on_a_gpu() -> None:
+    """The state cannot be updated where it lies; which rows were, the host does not ask."""
+    arguments = case_of("selective_state_update", "indices").arguments()
+    expected = forward(sscan, "selective_state_update", arguments)
+    given = {k: on_gpu(x) for k, x in arguments.items() if isinstance(x, np.ndarray)} | {"dt_softplus": True}
+    assert given.keys() == arguments.keys()
+    state = given["state"].host
+    given["state"].host = np.ascontiguousarray(state.swapaxes(1, 2)).swapaxes(1, 2)
+    given["state_batch_indices"].host = given["state_batch_indices"].host.astype(np.int16)
+    reads = device_double.reads
+    y = sscan.selective_state_update(**given)
+    assert device_double.reads == reads
+    np.testing.assert_array_equal(y.host, expected["y"])
+    np.testing.assert_array_equal(given["state"].host, expected["state"])
+
+
+def cupy_problem(**devices: int) -> dict[str, Any]:
+    arguments = case_of(OP, "base").arguments()
+    return {k: on_gpu(x, devices.get(k, 0)) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
+
+
+def test_arrays_on_two_gpus(kernels: Kernels) -> None:
+    with pytest.raises(TypeError, match="u is a CuPy array on cuda:0, B is a CuPy array on cuda:1"):
+        sscan.selective_scan(**cupy_problem(B=1))
+    with pytest.raises(TypeError, match="u is a CuPy array on cuda:0, C is a NumPy array on cpu"):
+        sscan.selective_scan(**{**cupy_problem(), "C": case_of(OP, "base").arguments()["C"]})
+    assert not [name for name, _ in kernels.calls if name != "segments"]
+
+
+def test_the_arrays_device_is_current(kernels: Kernels, cuda: Cuda) -> None:
+    """During the call, and not after it, even if it fails."""
+    given = cupy_problem(**dict.fromkeys(cupy_problem(), 1))
+    sscan.selective_scan(**given)
+    assert [now["device"] for _, now in kernels.calls] == [1, 1]
+    assert cuda.now["device"] == 0
+    with pytest.raises(ValueError, match="u must have shape"):
+        sscan.selective_scan(**given | {"u": given["D"]})
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda:1"))  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+def test_mixed_devices() -> None:
+    given = torch_problem()
+    given["B"] = given["B"].as_subclass(OnCuda)
+    with pytest.raises(TypeError, match="u is a PyTorch array on cpu, B is a PyTorch array on cuda:1"):
         sscan.selective_scan(**given)
 
 
-def test_cupy_arrays_do_not_mix(cupy: Any) -> None:
-    given = {**case_of(OP, "base").arguments(), "C": cupy.ndarray()}
-    with pytest.raises(TypeError, match="u is a NumPy array on cpu, C is a CuPy array on cuda"):
-        sscan.selective_scan(**given)
+def cuda_problem() -> dict[str, Any]:
+    return {k: x.as_subclass(OnCuda) if isinstance(x, torch.Tensor) else x for k, x in torch_problem().items()}
 
 
-def test_cuda_tensors_reach_the_door() -> None:
-    given = {k: x.as_subclass(OnCuda) if isinstance(x, torch.Tensor) else x for k, x in torch_problem().items()}
-    with pytest.raises(RuntimeError, match=INSTALLABLE):
-        sscan.selective_scan(**given)
+def test_pytorch_is_followed(kernels: Kernels, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device, stream and memory are PyTorch's during the call; views and results are no copies."""
+    memory: list[Any] = []
+    for name, function in (
+        ("current_stream", lambda device: types.SimpleNamespace(cuda_stream=100 + device)),
+        ("caching_allocator_alloc", lambda *request: memory.append(request) or 4096),
+        ("caching_allocator_delete", memory.append),
+    ):
+        monkeypatch.setattr(torch.cuda, name, function)
+    seen: list[int] = []
+
+    def view(capsule: Any) -> Any:
+        array = torch.from_dlpack(capsule).numpy()
+        seen.append(array.ctypes.data)
+        return on_gpu_at(array)
+
+    def on_gpu_at(array: Array) -> Any:
+        made = device_double.ndarray(array)
+        made.device = 1  # type: ignore[attr-defined]
+        return made
+
+    monkeypatch.setattr(device_double, "from_dlpack", view)
+    given = cuda_problem()
+    y = sscan.selective_scan(**given)
+    assert isinstance(y, torch.Tensor)
+    assert torch.equal(y, sscan.selective_scan(**torch_problem()))
+    assert seen == [x.data_ptr() for x in given.values() if isinstance(x, torch.Tensor)]
+    assert [(now["device"], now["stream"]) for _, now in kernels.calls] == [(1, 101), (1, 101)]
+    assert cuda.now == {"device": 0, "stream": 0, "allocator": "CuPy's"}
+    take, give_back = kernels.calls[-1][1]["allocator"]
+    with cuda.ExternalStream(101, 0):
+        assert take(64, 1) == 4096
+    give_back(4096, 1)
+    assert memory == [(64, 1, 101), 4096]
+
+
+def test_gpu_arrays_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(RuntimeError, match=rf"^selective_scan: arrays on a GPU need CuPy.*{INSTALLATION}"):
+        sscan.selective_scan(**cuda_problem())
+
+
+def test_gpu_arrays_without_a_driver_for_cupy(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda.runtime, "getDeviceCount", lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"^selective_scan: CuPy cannot use the GPU: division by zero$"):
+        sscan.selective_scan(**cuda_problem())
+
+
+@pytest.mark.parametrize("absent", ["numba_cuda", "cuda.core"])
+@pytest.mark.usefixtures("cuda")
+def test_gpu_arrays_without_the_kernels_libraries(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_is_installed", lambda library: library != absent)
+    _backends._package.cache_clear()
+    with pytest.raises(RuntimeError, match=rf"^selective_scan: arrays on a GPU need {absent}, .*{INSTALLATION}"):
+        sscan.selective_scan(**cupy_problem())
+
+
+def test_a_library_without_its_parent_is_not_installed() -> None:
+    assert not _backends._is_installed("no_such_package.core")
+    assert _backends._is_installed("numpy.linalg")
+
+
+# --- What is remembered of a call -------------------------------------------------------------------------------------
+
+
+def test_checks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For arrays of one dtype, shape and layout; what differs in any of these is checked anew."""
+    made = []
+    recall = _checks.remembered(lambda op, arrays, *options: made.append(arrays) or len(made))
+    x, y = np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)
+    assert recall("op", (x, None), True) == recall("op", (y, None), True) == 1
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    others = [(x, x), (x.astype(np.float64), None), (x[:, :2], None), (np.zeros((2, 6), np.float32)[:, ::2], None),
+              (x.T, None), (read_only, None)]  # fmt: skip
+    assert [recall("op", arrays, True) for arrays in others] == [2, 3, 4, 5, 6, 7]
+    assert [recall("op", (x, None), False), recall("another", (x, None), True)] == [8, 9]
+    monkeypatch.setattr(_checks, "REMEMBERED", 9)
+    assert recall("op", (y, y), True) == 2
+    assert recall("op", (x, x), False) == 10  # the ninth was too many: all are forgotten
+    assert recall("op", (x, None), True) == 11
+
+
+def test_a_failed_check_is_not_remembered() -> None:
+    given = case_of(OP, "base").arguments()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="delta must have shape"):
+            sscan.selective_scan(**{**given, "delta": given["D"]})
+
+
+def test_ops_keep_their_signatures() -> None:
+    """The decorator that follows the caller does not show."""
+    for name in set(sscan.__all__) - {"SelectiveScanGradients"}:
+        op = getattr(sscan, name)
+        assert op.__doc__
+        assert op.__name__ == name
+        assert inspect.signature(op) == inspect.signature(op.__wrapped__)
 
 
 # --- Updates in place -------------------------------------------------------------------------------------------------
