@@ -145,8 +145,14 @@ class Emulator:
     def nearest(self, x: Any) -> Any:
         return np.rint(x)
 
+    def square_root(self, x: Any) -> Any:
+        return np.sqrt(x)
+
     def power_of_two(self, k: Any) -> Any:
         return np.ldexp(np.ones_like(k), k.astype(np.int32))
+
+    def quotient(self, x: Any, y: Any) -> Any:
+        return x // y
 
     def complex_number(self, re: Any, im: Any) -> Any:
         re, im = np.broadcast_arrays(re, im)
@@ -194,21 +200,23 @@ class Emulator:
     def shared_array(self, size: int, number: Any) -> Any:
         return lambda: Shared(size, number, self)
 
-    def _elements(self, address: int, index: Any, storage: Any, valid: Any, align: int) -> tuple[Any, Any]:
-        """The array that an address belongs to, as elements, and where in it the threads with ``valid`` are."""
-        at = address + np.broadcast_to(np.asarray(index, np.int64), (self.threads,)) * storage.itemsize
+    def _elements(self, address: Any, index: Any, storage: Any, valid: Any, align: int) -> tuple[Any, Any]:
+        """The array that the threads with ``valid`` read or write, as bytes, and where in it they do."""
+        if not valid.any():
+            return np.zeros(16, np.uint8), np.zeros(self.threads, np.int64)
+        at = np.broadcast_to(address + np.asarray(index, np.int64) * storage.itemsize, (self.threads,))
         assert (at[valid] % align == 0).all(), "access to global memory is not aligned"
-        for start, data, _ in self.memory:
-            if start <= address < start + len(data) or (start == address):
-                offset = at - start
-                inside = (offset >= 0) & (offset + storage.itemsize <= len(data))
-                assert (inside | ~valid).all(), (
-                    f"outside the array: byte {offset[valid & ~inside][:4]} of {len(data)}, "
-                    f"threads {self.thread[valid & ~inside][:4]}"
-                )
-                return data, np.where(valid & inside, offset, 0)
-        assert not valid.any(), f"no array at address {address}"
-        return np.zeros(16, np.uint8), np.zeros(self.threads, np.int64)
+        known = at[valid][0]
+        found = [(start, data) for start, data, _ in self.memory if start <= known < start + len(data)]
+        assert found, f"no array at address {known}"
+        start, data = found[0]
+        offset = at - start
+        inside = (offset >= 0) & (offset + storage.itemsize <= len(data))
+        assert (inside | ~valid).all(), (
+            f"outside the array: byte {offset[valid & ~inside][:4]} of {len(data)}, "
+            f"threads {self.thread[valid & ~inside][:4]}"
+        )
+        return data, np.where(valid & inside, offset, 0)
 
     def _gather(self, data: Any, offset: Any, storage: Any) -> Any:
         raw = data[offset[:, None] + np.arange(storage.itemsize)]
@@ -252,6 +260,39 @@ class Emulator:
                     data[offset[active][:, None] + np.arange(storage.itemsize)] = raw[active]
 
         return write
+
+    def stored_array(self, size: int, storage: Any) -> Any:
+        return self.local_array(size, storage)
+
+    def stored_reader(self, storage: Any, count: int, together: bool) -> Any:
+        align = min(count * storage.itemsize, 16) if together else storage.itemsize
+
+        def read(into: Local, start: int, address: int, index: Any, valid: Any) -> None:
+            valid = np.broadcast_to(np.asarray(valid), (self.threads,))
+            assert not together or ((valid <= 0) | (valid >= count)).all(), "a part of a vector"
+            for k in range(count):
+                asked = align if together and k == 0 else storage.itemsize
+                data, offset = self._elements(address, np.asarray(index) + k, storage, valid > k, asked)
+                into[start + k] = np.where(valid > k, self._gather(data, offset, storage), storage.type(0))
+
+        return read
+
+    def stored_copier(self, storage: Any, count: int) -> Any:
+        def copy(into: Local, stored: Local) -> None:
+            for k in range(count):
+                into[k] = stored[k]
+
+        return copy
+
+    def widener(self, storage: Any, number: Any, count: int) -> Any:
+        real, reals = _primitives.real_of(number), _primitives.planes(number)
+
+        def widen(into: Local, stored: Local, start: int) -> None:
+            for k in range(count):
+                parts = [stored[start + k * reals + i].astype(real) for i in range(reals)]
+                into[k] = self.complex_number(*parts) if reals == 2 else parts[0]
+
+        return widen
 
     def integer_reader(self, bits: int) -> Any:
         storage = np.dtype(f"i{bits // 8}")

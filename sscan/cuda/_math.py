@@ -95,15 +95,7 @@ def real_functions(real):
     f = SimpleNamespace(zero=real.type(0), one=real.type(1))
     _elementary(real, f)
     _scaled_exponentials(real, f)
-    zero, one, exp_minus_absolute, inverse = f.zero, f.one, f.exp_minus_absolute, f.inverse
-
-    @device
-    def sigmoid(x):
-        e = exp_minus_absolute(x)
-        larger = inverse(one + e)
-        return select(x < zero, e * larger, larger)
-
-    f.sigmoid = sigmoid
+    one = f.one
     series = polynomial(real, PSI_SERIES[real.itemsize])
 
     @device
@@ -127,7 +119,7 @@ def real_functions(real):
 
 
 def _elementary(real, f):
-    """inverse, inverse_root, exp_minus_absolute = exp(-|x|) and softplus."""
+    """inverse, inverse_root, softplus and sigmoid."""
     zero, one, two = f.zero, f.one, real.type(2)
     log2_e = real.type(math.log2(math.e))
     if real == np.float32:
@@ -141,6 +133,10 @@ def _elementary(real, f):
         def softplus(x):
             e = exp_minus_absolute(x)
             return fma(e, log1p_over(e), maximum(x, zero))
+
+        @device
+        def sigmoid(x):
+            return reciprocal_approx(one + exp2_approx(-x * log2_e))
 
         f.inverse, f.inverse_root = reciprocal_approx, rsqrt_approx
     else:
@@ -161,9 +157,14 @@ def _elementary(real, f):
             s = e / (e + two)  # log1p(e) = 2 atanh(e / (2 + e))
             return fma(s + s, atanh_over(s * s), maximum(x, zero))
 
+        @device
+        def sigmoid(x):
+            e = exp_minus_absolute(x)
+            return select(x < zero, e, one) / (one + e)
+
         f.inverse = device(lambda x: one / x)
         f.inverse_root = device(lambda x: one / math.sqrt(x))
-    f.exp_minus_absolute, f.softplus = exp_minus_absolute, softplus
+    f.softplus, f.sigmoid = softplus, sigmoid
 
 
 def _scaled_exponentials(real, f):
@@ -271,8 +272,8 @@ def _complex_functions(of_real, real):
 
     @device
     def nonzero(A):
-        near = absolute(A.real) + absolute(A.imag) == absolute(tiny_or_more(absolute(A.real) + absolute(A.imag)))
-        return complex_number(select(near, A.real, tiny_or_more(zero)), select(near, A.imag, zero))
+        size = absolute(A.real) + absolute(A.imag)
+        return choose(tiny_or_more(size) == size, A, complex_number(tiny_or_more(zero), zero))
 
     series = tuple(real.type(c) for c in reversed(PSI_SERIES[real.itemsize]))
     terms = len(series)

@@ -132,6 +132,12 @@ def nearest(typingctx, x):
     return x(x), _real_instruction(f"cvt.rni.f{x.bitwidth}", 1)
 
 
+@primitive("square_root")
+def square_root(typingctx, x):
+    """Rounded to nearest."""
+    return x(x), _real_instruction("sqrt.rn", 1)
+
+
 @primitive("power_of_two")
 def power_of_two(typingctx, k):
     """2^k for an integral k within the range of normal numbers."""
@@ -143,6 +149,17 @@ def power_of_two(typingctx, k):
         return builder.bitcast(builder.shl(exponent, ir.Constant(integer, mantissa)), args[0].type)
 
     return k(k), codegen
+
+
+@primitive("quotient")
+def quotient(typingctx, x, y):
+    """x // y of integers in [0, 2^32): a fraction of what a division of int64 takes."""
+
+    def codegen(context, builder, sig, args):
+        narrow = [builder.trunc(a, _I32) for a in args]
+        return builder.zext(builder.udiv(*narrow), _I64)
+
+    return types.int64(types.int64, types.int64), codegen
 
 
 @primitive("complex_number")
@@ -312,9 +329,7 @@ def _widen(builder, storage, real, value):
         single = _assembly(builder, "cvt.f32.f16 $0, $1;", "=f,h", _F32, [value])
     else:
         single = value
-    if real == np.float64 and single.type == _F32:
-        return builder.fpext(single, _F64)
-    return single
+    return _widen_single(builder, real, single)
 
 
 def _narrow(builder, storage, value):
@@ -328,6 +343,14 @@ def _narrow(builder, storage, value):
         value = builder.fptrunc(value, _F32)
     kind = "bf16" if storage == BFLOAT16 else "f16"
     return _assembly(builder, f"cvt.rn.{kind}.f32 $0, $1;", "=h,f", _I16, [value])
+
+
+def _narrow_two(builder, storage, low, high):
+    """Two numbers as halves of a word."""
+    if low.type == _F64:
+        low, high = builder.fptrunc(low, _F32), builder.fptrunc(high, _F32)
+    kind = "bf16x2" if storage == BFLOAT16 else "f16x2"
+    return _assembly(builder, f"cvt.rn.{kind}.f32 $0, $1, $2;", "=r,f,f", _I32, [high, low])
 
 
 def _element_pointer(builder, address, index, element):
@@ -361,11 +384,14 @@ def reader(storage, number, count, together=False, constant=True):
         return load
 
     def group(builder, pointer, out, first, width):
-        vector = ir.VectorType(element, width)
+        halves = size == 2 and width % 2 == 0  # as words: eight halves at once would be two loads
+        vector = ir.VectorType(_I32, width // 2) if halves else ir.VectorType(element, width)
         start = builder.bitcast(_slot(builder, pointer, first), vector.as_pointer(1))
         loaded = marked(builder, builder.load(start, align=width * size))
         for i in range(width):
-            value = builder.extract_element(loaded, ir.Constant(_I32, i))
+            value = builder.extract_element(loaded, ir.Constant(_I32, i // 2 if halves else i))
+            if halves:
+                value = builder.trunc(builder.lshr(value, ir.Constant(_I32, 16 * (i % 2))), _I16)
             builder.store(_widen(builder, storage, real, value), _slot(builder, out, first + i))
 
     @primitive("reader", storage, number, count, together, constant)
@@ -411,17 +437,25 @@ def writer(storage, number, count, together=False):
             at = builder.mul(args[1], ir.Constant(args[1].type, reals)) if reals > 1 else args[1]
             pointer = _element_pointer(builder, args[0], at, element)
 
+            def value_of(i):
+                return builder.load(_slot(builder, source, i))
+
             def rounded(i):
-                return _narrow(builder, storage, builder.load(_slot(builder, source, i)))
+                return _narrow(builder, storage, value_of(i))
+
+            def word(i):
+                return _narrow_two(builder, storage, value_of(i), value_of(i + 1))
 
             if together:
                 width = min(total, 16 // size)
-                vector = ir.VectorType(element, width)
+                step = 2 if size == 2 and width % 2 == 0 else 1  # two halves are a word
+                vector = ir.VectorType(_I32 if step == 2 else element, width // step)
                 with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, 0))):
                     for first in range(0, total, width):
                         packed = ir.Constant(vector, ir.Undefined)
-                        for i in range(width):
-                            packed = builder.insert_element(packed, rounded(first + i), ir.Constant(_I32, i))
+                        for i in range(0, width, step):
+                            value = word(first + i) if step == 2 else rounded(first + i)
+                            packed = builder.insert_element(packed, value, ir.Constant(_I32, i // step))
                         start = builder.bitcast(_slot(builder, pointer, first), vector.as_pointer(1))
                         builder.store(packed, start, align=width * size)
                 return context.get_dummy_value()
@@ -434,6 +468,141 @@ def writer(storage, number, count, together=False):
         return types.void(types.int64, types.int64, values, types.int64), codegen
 
     return write
+
+
+def _words(storage, count):
+    """How ``count`` stored reals lie in registers: their type and number. Two halves share a 32-bit word."""
+    return (types.int32, _I32, count // 2) if storage.itemsize == 2 else (*_REALS[storage], count)
+
+
+def stored_array(size, storage):
+    """``make()``: a local array of ``size`` (even) stored reals, as they lie in memory."""
+    storage = np.dtype(storage)
+    kind, element, words = _words(storage, size)
+    kind = types.Array(kind, 1, "C")
+
+    @primitive("stored_array", size, storage)
+    def make(typingctx):
+        def codegen(context, builder, sig, args):
+            memory = cgutils.alloca_once(builder, ir.ArrayType(element, words))
+            start = builder.bitcast(memory, element.as_pointer())
+            return _array(context, builder, kind, start, words, element.width // 8 if words != size else storage.itemsize)
+
+        return kind(), codegen
+
+    return make
+
+
+def _stored_from(context, builder, array_type, array, start, half):
+    """Pointer to the element ``start`` of a stored array."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [builder.lshr(start, ir.Constant(start.type, 1)) if half else start])
+
+
+def stored_reader(storage, count, together=False):
+    """``read(into, start, address, index, valid)``: ``reader`` of reals without conversion, into a ``stored_array``.
+
+    They go to ``into`` from its element ``start`` on, which must be even and known when compiling. A load that is converted at once is waited for at once; one that stays as it is can be used much later.
+    """
+    storage = np.dtype(storage)
+    _, element, words = _words(storage, count)
+    half, size = storage.itemsize == 2, storage.itemsize
+
+    def load(builder, pointer, align):
+        loaded = builder.load(pointer, align=align)
+        loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
+        return loaded
+
+    @primitive("stored_reader", storage, count, together)
+    def read(typingctx, into, first, address, index, valid):
+        def codegen(context, builder, sig, args):
+            out = _stored_from(context, builder, into, args[0], args[1], half)
+            start = _element_pointer(builder, args[2], args[3], _storage_type(storage))
+            for i in range(words):
+                builder.store(ir.Constant(element, 0), _slot(builder, out, i))
+            if together:
+                width = min(words, 16 // (4 if half else size))
+                vector = ir.VectorType(element, width)
+                with builder.if_then(builder.icmp_signed(">", args[4], ir.Constant(args[4].type, 0))):
+                    wide = builder.bitcast(start, element.as_pointer(1))
+                    for at in range(0, words, width):
+                        group = builder.bitcast(_slot(builder, wide, at), vector.as_pointer(1))
+                        loaded = load(builder, group, width * (4 if half else size))
+                        for i in range(width):
+                            value = builder.extract_element(loaded, ir.Constant(_I32, i))
+                            builder.store(value, _slot(builder, out, at + i))
+                return context.get_dummy_value()
+            for k in range(count):
+                with builder.if_then(builder.icmp_signed(">", args[4], ir.Constant(args[4].type, k))):
+                    value = load(builder, _slot(builder, start, k), size)
+                    slot = _slot(builder, out, k // 2 if half else k)
+                    if half:
+                        value = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16 * (k % 2)))
+                        value = builder.or_(builder.load(slot), value)
+                    builder.store(value, slot)
+            return context.get_dummy_value()
+
+        return types.void(into, types.int64, types.int64, types.int64, types.int64), codegen
+
+    return read
+
+
+def stored_copier(storage, count):
+    """``copy(into, stored)``: ``count`` stored reals."""
+    storage = np.dtype(storage)
+    words = _words(storage, count)[2]
+
+    @primitive("stored_copier", storage, count)
+    def copy(typingctx, into, stored):
+        def codegen(context, builder, sig, args):
+            to, source = (context.make_array(into)(context, builder, a).data for a in args)
+            for i in range(words):
+                builder.store(builder.load(_slot(builder, source, i)), _slot(builder, to, i))
+            return context.get_dummy_value()
+
+        return types.void(into, stored), codegen
+
+    return copy
+
+
+def widener(storage, number, count):
+    """``widen(into, stored, start)``: the numbers that stored reals are from ``start`` on."""
+    storage, real = np.dtype(storage), real_of(number)
+    total = count * planes(number)
+
+    @primitive("widener", storage, np.dtype(number), count)
+    def widen(typingctx, into, stored, start):
+        def codegen(context, builder, sig, args):
+            out = _local_reals(context, builder, into, args[0], _REALS[real][1])
+            source = _stored_from(context, builder, stored, args[1], args[2], storage.itemsize == 2)
+            for i in range(total):
+                if storage.itemsize == 2:
+                    word = builder.load(_slot(builder, source, i // 2))
+                    value = _half_of(builder, storage, word, i % 2)
+                else:
+                    value = builder.load(_slot(builder, source, i))
+                builder.store(_widen_single(builder, real, value), _slot(builder, out, i))
+            return context.get_dummy_value()
+
+        return types.void(into, stored, types.int64), codegen
+
+    return widen
+
+
+def _half_of(builder, storage, word, which):
+    """The lower or upper half of a word as float32."""
+    if storage == BFLOAT16:
+        if which:
+            bits = builder.and_(word, ir.Constant(_I32, 0xFFFF0000))
+        else:
+            bits = builder.shl(word, ir.Constant(_I32, 16))
+        return builder.bitcast(bits, _F32)
+    bits = builder.lshr(word, ir.Constant(_I32, 16)) if which else word
+    return _assembly(builder, "cvt.f32.f16 $0, $1;", "=f,h", _F32, [builder.trunc(bits, _I16)])
+
+
+def _widen_single(builder, real, value):
+    return builder.fpext(value, _F64) if real == np.float64 and value.type == _F32 else value
 
 
 def _integer_reader(bits):

@@ -6,6 +6,8 @@ from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 
+from sscan.cuda._unroll import written_out
+
 __all__ = ["cgutils", "compile_ptx", "device", "intrinsic", "types"]
 
 # PTX for the oldest architecture that has bfloat16; it is assembled for whatever GPU there is.
@@ -23,6 +25,7 @@ def compile_ptx(function, name, threads, blocks_per_processor):
     IEEE arithmetic, but products and sums are contracted; registers are limited so that as many blocks of ``threads``
     threads fit on a multiprocessor.
     """
+    function = written_out(function)
     signature = types.void(*(types.int64,) * function.__code__.co_argcount)
     ptx, _ = cuda.compile(
         function, signature, device=False, fastmath=False, cc=ARCHITECTURE, output="ptx", abi="numba",

@@ -1,0 +1,426 @@
+"""The selective scan. A block walks along time with 32 channels, and with them shares each tile of B and C.
+
+Four neighbouring lanes are a channel, each with up to four of its states in registers; a warp is 8 channels. The inputs
+along time come in tiles of 32 steps: all threads read them 16 bytes at a time, prepare step sizes once for each channel
+and step, and leave them in shared memory, from where lanes walk the steps one by one. Sums over states go through the
+lanes of a channel (``across``). More than 16 states are walked in blocks of 16, tile by tile.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sscan.cuda._launch import Shape
+from sscan.cuda._math import number_functions
+from sscan.cuda._primitives import (
+    block_index,
+    dtype_of,
+    local_array,
+    planes,
+    quotient,
+    reader,
+    real_of,
+    select,
+    shared_array,
+    shared_get,
+    shared_reader,
+    shared_set,
+    shared_writer,
+    shuffle_xor,
+    stored_array,
+    stored_reader,
+    synchronize,
+    thread_index,
+    widener,
+    writer,
+)
+from sscan.cuda._target import device
+from sscan.cuda._unroll import unroll
+from sscan.cuda.kernels._segments import read_integer, segment
+
+THREADS, CHANNELS = 128, 32  # of a block
+LANES = 4  # of a channel
+BLOCK = 16  # states that B and C are staged for at a time
+TILE, QUAD = 32, 4  # steps between barriers, steps between sums over states
+QUADS = TILE // QUAD
+ROWS = CHANNELS * QUADS // THREADS  # rows of a tile of which a thread has quads, that lie APART
+APART = CHANNELS // ROWS
+ROW = TILE + 4  # reals from one channel to the next in shared memory: 4 more, against bank conflicts
+QUAD_SIZE = QUAD * BLOCK + 4  # numbers from one quad of B to the next
+CHECKPOINT = 16  # steps between checkpoints; x >> 4 is x // CHECKPOINT
+BLOCKS = {"float32": 5, "float64": 3, "complex64": 3, "complex128": 2}  # at once on a multiprocessor
+
+
+class Variant(NamedTuple):
+    """What the kernels are specialised for. dtypes by name."""
+
+    storage: str  # of the inputs along time
+    number: str  # of A and the states
+    B: str  # storage of its reals; "" if it is constant
+    C: str
+    zoh: bool
+    gated: bool  # whether there is a z
+    together: bool  # whether four steps can be read by one instruction
+    states: int  # of a lane: 1, 2 or 4
+    many: bool  # whether there is more than one block of states
+    resets: bool  # whether there is a seq_idx
+
+
+@device
+def place(index, parts, channel_blocks, blocks_of_group, channels_of_group):
+    """(segment, part, group, first channel, channel after the last) of a block."""
+    rest = quotient(index, channel_blocks)
+    block, which = index - rest * channel_blocks, quotient(rest, parts)
+    group = quotient(block, blocks_of_group)
+    first = group * channels_of_group + (block - group * blocks_of_group) * CHANNELS
+    return which, rest - which * parts, group, first, (group + 1) * channels_of_group
+
+
+@device
+def chunk_of(number, begin, length, cu_seqlens):
+    """Number of a segment's first checkpoint: rows have all that fit, packed sequences one more than needed each."""
+    if cu_seqlens == 0:
+        return number * ((length + CHECKPOINT - 1) >> 4)
+    return (begin >> 4) + number
+
+
+@device
+def across(values, upper, odd):
+    """Sum four values over the four lanes of a channel; lane g gets the sum of value g."""
+    sent, kept = select(upper, values[0], values[2]), select(upper, values[2], values[0])
+    x = kept + shuffle_xor(sent, 2)
+    sent, kept = select(upper, values[1], values[3]), select(upper, values[3], values[1])
+    y = kept + shuffle_xor(sent, 2)
+    return select(odd, y, x) + shuffle_xor(select(odd, x, y), 1)
+
+
+@device
+def settle(tile, at, values, upper, odd):
+    """Add the sums over states of a quad, one in each lane, to what stands in shared memory."""
+    shared_set(tile, at, shared_get(tile, at) + across(values, upper, odd))
+
+
+def readers(number, states, zoh):
+    """Small device functions that all kernels of the scan need."""
+    f, real = number_functions(number), real_of(number)
+    one_real, read_real, write_one = local_array(1, real), reader(real, real, 1, False, False), writer(real, real, 1)
+    read_numbers = reader(real, number, states)
+    nonzero, inverse, rate_of, zero, one = f.nonzero, f.inverse, f.rate, f.zero, f.one
+
+    @device
+    def parameter(address, index, end):
+        """A real at an address, 0 where that is 0 or the index is not below ``end``."""
+        value = one_real()
+        value[0] = zero
+        if address != 0:
+            read_real(value, address, index, end - index)
+        return value[0]
+
+    @device
+    def write_real(address, index, number, valid):
+        value = one_real()
+        value[0] = number
+        write_one(address, index, value, valid)
+
+    @device
+    def rates(rate, per_A, A, index, valid):
+        """A as ``decay`` takes it, and 1 / A."""
+        read_numbers(rate, A, index, valid)
+        for j in range(states):
+            value = rate[j]
+            if zoh:
+                value = nonzero(value)
+                per_A[j] = inverse(value)
+            rate[j] = rate_of(value)
+
+    @device
+    def kept(seq_idx, at_row, t, steps, thread):
+        """1, or 0 where a new sequence starts: for the step of the tile from t on that the thread has."""
+        i = thread & (TILE - 1)
+        known = select(i < steps, 1, 0 * thread)
+        here = read_integer(seq_idx, at_row + t + i, known)
+        before = read_integer(seq_idx, at_row + t + i - 1, select(t + i > 0, known, 0 * thread))
+        return select((here == before) | (t + i == 0), one, zero)
+
+    return parameter, write_real, rates, kept
+
+
+def forward(*key):
+    """y, the last state and, if there is memory for them, checkpoints."""
+    return scan(Variant(*key), False)
+
+
+def ends(*key):
+    """The state that each part but the last ends in when it starts from zero, and the sum of its step sizes."""
+    return scan(Variant(*key), True)
+
+
+def matrix_tile(storage, number, together, conjugated):
+    """B or C on its way to shared memory, one quad of steps of one state for each thread.
+
+    ``make()`` is where ``read`` puts it, from ``start``, and ``stage`` takes it from there to a tile [quad][step][state]. C is staged as
+    2 conj(C) if it is complex, which is what both y and the gradient of the state are made of.
+    """
+    reals = QUAD * planes(number)
+    make, read_stored = stored_array(reals, storage), stored_reader(storage, reals, together)
+    widen, numbers = widener(storage, number, QUAD), local_array(QUAD, number)
+    f, per_number, size = number_functions(number), planes(number), storage.itemsize
+    conj, times, shares = f.conj, f.times, f.shares
+
+    @device
+    def start(address, at, state_stride, begin, thread):
+        """Address of the thread's quad in the first tile and block of states."""
+        return address + size * (at + (thread >> 3) * state_stride + per_number * (begin + (thread & (QUADS - 1)) * QUAD))
+
+    @device
+    def read(into, address, n0, state_stride, state, t, ahead, thread):
+        known = select(n0 + (thread >> 3) < state, per_number * ahead, 0 * thread)
+        read_stored(into, 0, address, n0 * state_stride + per_number * t, known)
+
+    @device
+    def stage(tile, held, thread):
+        values = numbers()
+        widen(values, held, 0)
+        at = (thread & (QUADS - 1)) * QUAD_SIZE + (thread >> 3)
+        for i in range(QUAD):
+            value = values[i]
+            if conjugated:
+                value = times(conj(value), shares)
+            shared_set(tile, at + i * BLOCK, value)
+
+    return make, start, read, stage
+
+
+def scan(v, ends_only):
+    """Kernel of one block of channels in one part of a segment, from its first tile to its last.
+
+    The state that a part starts from is made of the ends of the parts before it: exp(A sum(delta)) is what is left of a
+    state after a part, whatever its inputs. Two barriers a tile and block of states. Reads delta, u and z once, B and C
+    once for each block of channels. The next tile is read while this one is walked.
+    """
+    storage, number = dtype_of(v.storage), dtype_of(v.number)
+    f, real, NS = number_functions(number), real_of(number), v.states
+    zoh, together, resets, many = v.zoh, v.together, v.resets, v.many
+    outputs, gated = not ends_only, v.gated and not ends_only
+    varying_B, varying_C = v.B != "", v.C != "" and outputs
+    constant_B, constant_C = not varying_B, v.C == "" and outputs
+    softplus, sigmoid, decay, decay_and_change = f.softplus, f.sigmoid, f.decay, f.decay_and_change
+    product, times, choose, overlap, conj = f.product, f.times, f.choose, f.overlap, f.conj
+    zero, one, shares, infinite = f.zero, f.one, f.shares, real.type(np.inf)
+    none = number.type(0)
+
+    stored, read_stored = stored_array(ROWS * QUAD, storage), stored_reader(storage, QUAD, together)
+    widen, write_quad = widener(storage, real, QUAD), writer(storage, real, QUAD, together)
+    size_of, number_size = storage.itemsize, number.itemsize
+    of_rows, of_steps, numbers = local_array(ROWS, real), local_array(QUAD, real), local_array(NS, number)
+    read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
+    read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
+    load_quad, store_quad, load_numbers = shared_reader(real, QUAD), shared_writer(real, QUAD), shared_reader(number, NS)
+    time_tile, keep_tile = shared_array(CHANNELS * ROW, real), shared_array(TILE, real)
+    number_tile = shared_array(QUADS * QUAD_SIZE, number)
+    B_quad, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False)
+    C_quad, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True)
+    parameter, write_real, rates, kept = readers(number, NS, zoh)
+    states_apart = LANES * NS
+
+    def kernel(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, y, last_state, checkpoints, carry,
+        part_ends, part_sums, seq_idx, cu_seqlens, dim, state, length, channel_blocks, blocks_of_group,
+        channels_of_group, parts, launched_parts, part_length, state_blocks, u_batch, delta_batch, z_batch,
+        y_batch, B_batch, B_group, B_state, C_batch, C_group, C_state,
+    ):  # fmt: skip
+        which, part, group, channel0, channel_end = place(
+            block_index(), launched_parts, channel_blocks, blocks_of_group, channels_of_group
+        )
+        row, begin, steps = segment(which, length, cu_seqlens)
+        first = min(part * part_length, steps)
+        chunk = chunk_of(which, begin, length, cu_seqlens) + (first >> 4)
+        begin, steps = begin + first, min(part_length, steps - first)
+        padded = states_apart * state_blocks if many else states_apart
+
+        # a lane has states of one channel, and a thread, along time, quads of several channels
+        thread = thread_index()
+        lane, channel, at_channel = thread & (LANES - 1), channel0 + (thread >> 2), (thread >> 2) * ROW
+        upper, odd = (lane & 2) != 0, (lane & 1) != 0
+        alive = select(channel < channel_end, NS, 0 * thread)  # states that can be read and written at once
+        quad, time_row = thread & (QUADS - 1), thread >> 3
+        time_channel, at_quad = channel0 + time_row, time_row * ROW + quad * QUAD
+        own = (which * parts + part) * dim + channel
+        if checkpoints != 0:
+            checkpoints += number_size * (chunk * dim + channel) * padded
+        u, delta = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
+        z, y = z + size_of * (row * z_batch + begin), y + size_of * (row * y_batch + begin)
+        along, rows_apart = time_channel * length + quad * QUAD, APART * length
+        if varying_B:
+            B = start_B(B, row * B_batch + group * B_group, B_state, begin, thread)
+        if varying_C:
+            C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
+
+        steps_tile, inputs_tile, y_tile, keep = time_tile(), time_tile(), time_tile(), keep_tile()
+        B_tile, C_tile = number_tile(), number_tile()
+        h, rate, per_A, end, b, c = numbers(), numbers(), numbers(), numbers(), numbers(), numbers()
+        bias, skip = of_rows(), of_rows()
+        for p in range(ROWS):
+            bias[p] = parameter(delta_bias, time_channel + p * APART, channel_end)
+            skip[p] = parameter(D, time_channel + p * APART, channel_end)
+
+        # the state that this part starts from
+        for block in range(state_blocks if many else 1):
+            n = block * states_apart + lane * NS
+            valid = select(alive > 0, state - n, 0 * thread)
+            rates(rate, per_A, A, channel * state + n, valid)
+            for j in range(NS):
+                h[j] = none
+            if outputs:
+                if initial_state != 0:
+                    read_numbers(h, initial_state, (which * dim + channel) * state + n, valid)
+                for before in range(part):
+                    at = (which * parts + before) * dim + channel
+                    read_own(end, part_ends, at * padded + n, alive)
+                    passed = parameter(part_sums, at, select(alive > 0, at + 1, 0 * thread))
+                    for j in range(NS):
+                        left = product(decay(select(passed < infinite, passed, zero), rate[j]), h[j])
+                        h[j] = choose(passed < infinite, left + end[j], end[j])  # infinite: a sequence ended there
+            if many:
+                write_own(carry, own * padded + n, h, alive)
+            else:
+                if constant_B:
+                    read_numbers(b, B, channel * state + n, valid)
+                if constant_C:
+                    read_numbers(c, C, channel * state + n, valid)
+
+        delta_next, u_next, z_used = stored(), stored(), stored()
+        B_next, C_next = B_quad(), C_quad()
+        d, x, keeps, ys, pending = of_steps(), of_steps(), of_steps(), of_steps(), of_steps()
+        ahead = steps - quad * QUAD  # steps from this thread's quad on
+        for p in range(ROWS):
+            valid = select(time_channel + p * APART < channel_end, ahead, 0 * thread)
+            read_stored(delta_next, p * QUAD, delta, along + p * rows_apart, valid)
+            read_stored(u_next, p * QUAD, u, along + p * rows_apart, valid)
+        if varying_B and not many:
+            read_B(B_next, B, 0, B_state, state, 0, ahead, thread)
+        if varying_C and not many:
+            read_C(C_next, C, 0, C_state, state, 0, ahead, thread)
+        passed = zero
+        for t in range(0, steps, TILE):
+            # step sizes and inputs of the tile, and what y begins with, to shared memory
+            for p in range(ROWS):
+                widen(d, delta_next, p * QUAD)
+                widen(x, u_next, p * QUAD)
+                if outputs:
+                    for i in range(QUAD):
+                        ys[i] = skip[p] * x[i]
+                    store_quad(y_tile, at_quad + p * APART * ROW, ys)
+                for i in range(QUAD):
+                    size = d[i] + bias[p]
+                    if delta_softplus != 0:
+                        size = softplus(size)
+                    d[i] = select(ahead > (0 if together else i), size, zero)  # past the end nothing moves
+                    if not zoh:
+                        x[i] = d[i] * x[i]
+                store_quad(steps_tile, at_quad + p * APART * ROW, d)
+                store_quad(inputs_tile, at_quad + p * APART * ROW, x)
+            if resets:
+                shared_set(keep, thread & (TILE - 1), kept(seq_idx, row * length, begin + t, steps - t, thread))
+            for p in range(ROWS):
+                valid = select(time_channel + p * APART < channel_end, ahead, 0 * thread)
+                at = along + p * rows_apart + t
+                if gated:
+                    read_stored(z_used, p * QUAD, z, at, valid)
+                read_stored(delta_next, p * QUAD, delta, at + TILE, valid - TILE)
+                read_stored(u_next, p * QUAD, u, at + TILE, valid - TILE)
+
+            for block in range(state_blocks if many else 1):
+                n = block * states_apart + lane * NS
+                if many:
+                    if varying_B:
+                        read_B(B_next, B, block * states_apart, B_state, state, t, ahead, thread)
+                    if varying_C:
+                        read_C(C_next, C, block * states_apart, C_state, state, t, ahead, thread)
+                if varying_B:
+                    stage_B(B_tile, B_next, thread)
+                if varying_C:
+                    stage_C(C_tile, C_next, thread)
+                if not many:
+                    if varying_B:
+                        read_B(B_next, B, 0, B_state, state, t + TILE, ahead - TILE, thread)
+                    if varying_C:
+                        read_C(C_next, C, 0, C_state, state, t + TILE, ahead - TILE, thread)
+                synchronize()
+                if many:
+                    valid = select(alive > 0, state - n, 0 * thread)
+                    read_own(h, carry, own * padded + n, alive)
+                    rates(rate, per_A, A, channel * state + n, valid)
+                    if constant_B:
+                        read_numbers(b, B, channel * state + n, valid)
+                    if constant_C:
+                        read_numbers(c, C, channel * state + n, valid)
+                for q in unroll(QUADS):
+                    if outputs and q * QUAD % CHECKPOINT == 0:
+                        if checkpoints != 0 and t + q * QUAD < steps:
+                            at = ((t + q * QUAD) >> 4) * dim * padded + n
+                            write_own(checkpoints, at, h, alive)
+                    load_quad(d, steps_tile, at_channel + q * QUAD)
+                    load_quad(x, inputs_tile, at_channel + q * QUAD)
+                    if resets:
+                        load_quad(keeps, keep, q * QUAD)
+                    for i in range(QUAD):
+                        at = q * QUAD_SIZE + i * BLOCK + lane * NS
+                        if varying_B:
+                            load_numbers(b, B_tile, at)
+                        if varying_C:
+                            load_numbers(c, C_tile, at)
+                        total = zero
+                        for j in range(NS):
+                            into = times(b[j], x[i])
+                            if zoh:
+                                a, change = decay_and_change(d[i], rate[j])
+                                into = product(product(change, per_A[j]), into)
+                            else:
+                                a = decay(d[i], rate[j])
+                            if resets:
+                                a = times(a, keeps[i])
+                            h[j] = product(a, h[j]) + into
+                            if varying_C:
+                                total = total + overlap(c[j], h[j])
+                            if constant_C:
+                                total = total + shares * overlap(conj(c[j]), h[j])
+                        ys[i] = total
+                        if outputs and i == 1 and q > 0:  # the sums of the quad before, while this one is under way
+                            settle(y_tile, at_channel + (q - 1) * QUAD + lane, pending, upper, odd)
+                        if ends_only:
+                            passed = passed + d[i]
+                            if resets:
+                                passed = select(keeps[i] < one, infinite, passed)
+                    for i in range(QUAD):
+                        pending[i] = ys[i]
+                if outputs:
+                    settle(y_tile, at_channel + (QUADS - 1) * QUAD + lane, pending, upper, odd)
+                if many:
+                    write_own(carry, own * padded + n, h, alive)
+                synchronize()
+
+            if outputs:
+                for p in range(ROWS):
+                    load_quad(ys, y_tile, at_quad + p * APART * ROW)
+                    if gated:
+                        widen(d, z_used, p * QUAD)
+                        for i in range(QUAD):
+                            ys[i] = ys[i] * (d[i] * sigmoid(d[i]))
+                    valid = select(time_channel + p * APART < channel_end, ahead, 0 * thread)
+                    write_quad(y, along + p * rows_apart + t, ys, valid)
+            ahead -= TILE
+
+        # what it ends in
+        for block in range(state_blocks if many else 1):
+            n = block * states_apart + lane * NS
+            if many:
+                read_own(h, carry, own * padded + n, alive)
+            if ends_only:
+                write_own(part_ends, own * padded + n, h, alive)
+            elif last_state != 0 and part == parts - 1:
+                write_numbers(last_state, (which * dim + channel) * state + n, h, select(alive > 0, state - n, 0 * thread))
+        if ends_only:
+            write_real(part_sums, own, passed, select(lane == 0, alive, 0 * thread))
+
+    return kernel, Shape(THREADS, BLOCKS[number.name])
