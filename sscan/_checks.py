@@ -43,6 +43,7 @@ def remembered(check: Callable[..., Found]) -> Callable[..., Found]:
     return recall
 
 
+# All but the first are held by float32.
 STORAGE = tuple(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 
 
@@ -125,11 +126,13 @@ def parameter_copy(op: str, name: str, array: Array | None, dtype: np.dtype[Any]
     """
     if array is None:
         return None
-    held = np.dtype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array.dtype
-    if held.kind not in "fc" or not np.can_cast(held, dtype):
-        raise TypeError(f"{op}: {name} must have dtype {dtype} (or one that it can hold), got {array.dtype}")
+    if array.dtype != dtype:
+        held = np.dtype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array.dtype
+        if held.kind not in "fc" or not np.can_cast(held, dtype):
+            raise TypeError(f"{op}: {name} must have dtype {dtype} (or one that it can hold), got {array.dtype}")
+        return dtype
     flags = array.flags
-    as_it_is = array.dtype == dtype and flags.c_contiguous
+    as_it_is = flags.c_contiguous
     if as_it_is and isinstance(array, np.ndarray):  # CuPy's arrays are always aligned and writeable
         as_it_is = flags.writeable and flags.aligned
     return None if as_it_is else dtype

@@ -227,23 +227,36 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
         As `causal_conv1d`; TypeError too if `conv_state` is read-only.
     """
     op = "causal_conv1d_update"
-    caller, (x, state, weight, bias) = _arrays.enter(
-        op, x=x, conv_state=conv_state, weight=weight, bias=bias, writes=("conv_state",)
-    )
-    kernels = _backends.for_device(op, caller.device)
-    shapes = {"x": (x, "batch, dim"), "conv_state": (state, "batch, dim, kept"), "weight": (weight, "dim, width")}
-    size = _checks.sizes(op, **shapes, bias=(bias, "dim"))
+    caller, views = _arrays.enter(op, x=x, conv_state=conv_state, weight=weight, bias=bias, writes=("conv_state",))
+    kernels, silu = _backends.for_device(op, caller.device), _is_silu(op, activation)
+    given = _Step(*views)
+    a = _checks.copied(given, _checked_step(op, given))
+    y = caller.empty(a.x.shape, a.x.dtype)
+    kernels.causal_conv1d_update(a.x, a.conv_state, a.weight, a.bias, silu, y)
+    if a.conv_state is not given.conv_state:
+        given.conv_state[...] = a.conv_state
+    return caller.leave(y)
+
+
+class _Step(NamedTuple):
+    x: Any
+    conv_state: Any
+    weight: Any
+    bias: Any
+
+
+@_checks.remembered
+def _checked_step(op: str, a: _Step) -> dict[str, np.dtype[Any]]:
+    """The copies to make, by argument."""
+    size = _checks.sizes(
+        op, x=(a.x, "batch, dim"), conv_state=(a.conv_state, "batch, dim, kept"), weight=(a.weight, "dim, width"),
+        bias=(a.bias, "dim"),
+    )  # fmt: skip
     if not 1 <= size["width"] <= size["kept"] + 1:
         raise ValueError(
             f"{op}: conv_state must have shape (batch, dim, kept) with kept >= width - 1 and weight (dim, width) with "
-            f"width >= 1, got {state.shape} and {weight.shape}"
+            f"width >= 1, got {a.conv_state.shape} and {a.weight.shape}"
         )
-    dtype = _checks.accumulation(_checks.storage(op, x=x))
-    silu = _is_silu(op, activation)
-    own = _checks.parameter(op, "conv_state", state, dtype)
-    parameters = (_checks.parameter(op, name, p, dtype) for name, p in (("weight", weight), ("bias", bias)))
-    y = caller.empty(x.shape, x.dtype)
-    kernels.causal_conv1d_update(_checks.time_contiguous(x), own, *parameters, silu, y)
-    if own is not state:
-        state[...] = own
-    return caller.leave(y)
+    dtype = _checks.accumulation(_checks.storage(op, x=a.x))
+    parameters = {name: _checks.parameter_copy(op, name, getattr(a, name), dtype) for name in a._fields[1:]}
+    return _checks.needed(x=_checks.time_copy(a.x), **parameters)

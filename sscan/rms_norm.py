@@ -29,7 +29,7 @@ def _weight(op: str, x: Array, weight: Array, eps: float, **also: Array | None) 
 
 def _stream(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Array | None:
     """A residual stream as (rows, size): in its own dtype, which kernels in float32 read as it is."""
-    if array is None or (dtype == np.float32 and array.dtype.name in ("float32", "float16", "bfloat16")):
+    if array is None or (dtype == np.float32 and array.dtype in _checks.STORAGE[1:]):
         return _checks.rows(array)
     return _checks.rows(_checks.parameter(op, name, array, dtype))
 

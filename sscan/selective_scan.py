@@ -327,8 +327,10 @@ def _checked(op: str, a: _Arguments, delta_softplus: bool, zoh: bool) -> _Plan:
     sizes = _check_shapes(op, a, is_complex)
     copies = _check_dtypes(op, a, is_complex)
     groups = max(sizes.get("groups", 1), sizes.get("groups_of_c", 1))
-    sequences, by_group = sizes.get("sequences", sizes["batch"]), (_by_group(x.shape) for x in (a.B, a.C))
-    return _Plan(copies, sizes["batch"], sizes["length"], groups, sequences, *by_group, next(_checks.signatures))
+    return _Plan(
+        copies, sizes["batch"], sizes["length"], groups, sizes.get("sequences", sizes["batch"]),
+        _by_group(a.B.shape), _by_group(a.C.shape), next(_checks.signatures),
+    )  # fmt: skip
 
 
 def _check_shapes(op: str, a: _Arguments, is_complex: bool) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import inspect
 import operator
@@ -342,8 +343,10 @@ class Cuda:
     @contextlib.contextmanager
     def _set(self, name: str, value: Any) -> Iterator[None]:
         before, self.now[name] = self.now[name], value
-        yield
-        self.now[name] = before
+        try:
+            yield
+        finally:
+            self.now[name] = before
 
     def Device(self, device: int) -> Any:
         return self._set("device", device)
@@ -527,6 +530,36 @@ def test_pytorch_is_followed(kernels: Kernels, cuda: Cuda, monkeypatch: pytest.M
         assert take(64, 1) == 4096
     give_back(4096, 1)
     assert memory == [(64, 1, 101), 4096]
+
+
+def test_jax_arrays_are_kept_until_they_are_read(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event says when; nothing waits for it."""
+
+    class Event:
+        def __init__(self, disable_timing: bool) -> None:
+            self.device, self.done = None, False
+            events.append(self)
+
+        def record(self) -> None:
+            self.device = cuda.now["device"]
+
+    def kept() -> list[Any]:
+        return [arguments for _, arguments in _arrays._running]
+
+    events: list[Any] = []
+    monkeypatch.setattr(cuda, "Event", Event, raising=False)
+    monkeypatch.setattr(_arrays, "_running", collections.deque())
+    for arguments in ("first", "second"):
+        with _arrays._jax_device("op", 1, arguments):
+            assert cuda.now["device"] == 1
+            assert arguments not in kept()
+    assert [event.device for event in events] == [1, 1]
+    assert kept() == ["first", "second"]
+    events[0].done = True
+    with pytest.raises(KeyError), _arrays._jax_device("op", 0, "third"):  # what was launched runs, whatever else fails
+        raise KeyError
+    assert kept() == ["second", "third"]
+    assert cuda.now["device"] == 0
 
 
 def test_gpu_arrays_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
