@@ -1,0 +1,52 @@
+"""Sums over what blocks left behind, in an order that depends on the shape only."""
+
+import numpy as np
+
+from sscan.cuda._launch import Kernel, Shape
+from sscan.cuda._primitives import (
+    block_index,
+    dtype_of,
+    local_array,
+    reader,
+    select,
+    shared_array,
+    shared_get,
+    shared_set,
+    synchronize,
+    thread_index,
+    writer,
+)
+from sscan.cuda._sums import COLUMNS, SHARES
+
+
+def over_parts(real, storage):
+    """sums[i] = the sum of parts[p, i] over p: of ``SHARES`` threads each sums every ``SHARES``-th part."""
+    real, shares, columns = np.dtype(real), SHARES, COLUMNS
+    read, write = reader(real, real, 1), writer(dtype_of(storage), real, 1)
+    one_number, make_shared = local_array(1, real), shared_array(SHARES * COLUMNS, real)
+    zero = real.type(0)
+
+    def kernel(parts, sums, count, size):
+        """Reals throughout: ``parts`` (count, size), ``sums`` (size,)."""
+        x, shared = one_number(), make_shared()
+        column, share = thread_index() & (columns - 1), thread_index() // columns
+        i = block_index() * columns + column
+        total = zero
+        for k in range((count + shares - 1) // shares):
+            part = k * shares + share
+            read(x, parts, part * size + i, select(part < count, size - i, 0))
+            total = total + x[0]
+        shared_set(shared, thread_index(), total)
+        synchronize()
+        total = shared_get(shared, column)
+        for k in range(1, shares):
+            total = total + shared_get(shared, k * columns + column)
+        x[0] = total
+        write(sums, i, x, select(share == 0, size - i, 0))
+
+    return kernel, Shape(SHARES * COLUMNS, 4)
+
+
+def shipped():
+    """Kernels that stand for all."""
+    return [Kernel("_sums", "over_parts", key) for key in (("float32", "bfloat16"), ("float64", "float64"))]

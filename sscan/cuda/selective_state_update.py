@@ -1,0 +1,43 @@
+"""One decoding step of the selective scan on the GPU: what is launched, and for which arrays."""
+
+import functools
+
+from sscan.cuda import _launch
+from sscan.cuda._launch import Kernel
+
+THREADS = 128
+
+
+@functools.cache
+def _kernel(storage, state_storage, number, slots, count, together):
+    """The kernel for dtypes, and the channels of a block: 16 bytes of real states a thread, else 1 state."""
+    each = 16 // number.itemsize if together else 1
+    lanes = 1
+    while lanes < 32 and lanes * each < count:
+        lanes *= 2
+    bits = 0 if slots is None else 8 * slots.itemsize
+    key = (storage.name, state_storage.name, number.name, bits, lanes, each)
+    return Kernel("selective_state_update", "update", key), THREADS // lanes
+
+
+def selective_state_update(state, slots, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
+    """Fill y (batch, dim), and update the rows ``slots`` of state in place; a negative slot gives y = 0.
+
+    All arrays have unit stride along their last axis. state (slots, dim, state), x, dt, z and y (batch, dim), B and C
+    (batch, groups, state) are of any storage dtype of one accumulation dtype; A (dim, state), D and dt_bias in that.
+    slots (batch,) is contiguous, int32 or int64; None: row i owns slot i. y is contiguous.
+    """
+    (dim, count), number, itemsize = A.shape, A.dtype, x.itemsize
+    together = number.kind != "c" and _launch.aligned(16 // number.itemsize, state, A, B, C)
+    slots_dtype = None if slots is None else slots.dtype
+    kernel, channels = _kernel(x.dtype, state.dtype, number, slots_dtype, count, together)
+    state_slot, state_dim, _ = state.strides
+    B_row, B_group, _ = B.strides
+    C_row, C_group, _ = C.strides
+    of_state, of_B, batch = state.itemsize, B.itemsize, x.shape[0]
+    _launch.launch(
+        kernel, batch * -(-dim // channels), state, slots, x, dt, z, B, C, y, A, D, dt_bias, int(dt_softplus),
+        state.shape[0], dim, count, dim // max(1, B.shape[1]), dim // max(1, C.shape[1]),
+        state_slot // of_state, state_dim // of_state, x.strides[0] // itemsize, dt.strides[0] // itemsize,
+        0 if z is None else z.strides[0] // itemsize, B_row // of_B, B_group // of_B, C_row // of_B, C_group // of_B,
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""CUDA kernels of linear_scan, discretize, selective_state_update and ssm, run by the emulator."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import emulator
+import numpy as np
+import pytest
+from cases import (
+    DIFFERENTIABLE,
+    Case,
+    cases_of,
+    check_backward,
+    check_forward,
+    convolution_problem,
+    discretize_problem,
+    kernel_problem,
+    linear_scan_problem,
+    update_problem,
+    with_layout,
+)
+from emulator import emulated
+
+from sscan import _backends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+OPS = ("linear_scan", "discretize", "selective_state_update", "ssm_kernel", "ssm_convolution")
+Launches = list[tuple[str, tuple[Any, ...]]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """The package of a device is looked up once; here it must be the emulator's, and afterwards the real one again."""
+    _backends._package.cache_clear()
+    yield
+    _backends._package.cache_clear()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Factories and keys of the kernels that were launched."""
+    seen: Launches = []
+    run = emulator.launch
+
+    def launch(kernel: Any, blocks: int, *arguments: Any) -> None:
+        seen.append((kernel.factory, kernel.key))
+        run(kernel, blocks, *arguments)
+
+    monkeypatch.setattr(emulator, "launch", launch)
+    return seen
+
+
+def check(op: str, problem: Callable[..., dict[str, Any]], **changes: Any) -> None:
+    case = Case(f"{changes}", op, partial(problem, **changes))
+    check_forward(emulated, case)
+    if op in DIFFERENTIABLE:
+        check_backward(emulated, case)
+
+
+CASES = [case for op in OPS for case in cases_of(op)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
+def test_forward(case: Case) -> None:
+    check_forward(emulated, case)
+
+
+DIFFERENTIABLE_CASES = [case for case in CASES if case.op in DIFFERENTIABLE]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE_CASES, ids=lambda case: f"{case.op}: {case.name}")
+def test_gradients(case: Case) -> None:
+    check_backward(emulated, case)
+
+
+# --- linear_scan ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [127, 128, 129, 511, 512, 513, 516, 1024, 1029])
+def test_lengths_around_warps_and_chunks(length: int, reverse: bool) -> None:
+    check("linear_scan", linear_scan_problem, shape=(9, length), initial_state=True, reverse=reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [("float32", (1, 9001)), ("float32", (3, 8192)), ("bfloat16", (2, 9000)), ("complex64", (1, 5000)),
+     ("complex128", (1, 4096)), ("float64", (2, 4097))],
+)  # fmt: skip
+def test_few_long_rows_are_cut(dtype: str, shape: tuple[int, int], reverse: bool, launches: Launches) -> None:
+    check("linear_scan", linear_scan_problem, dtype=dtype, shape=shape, initial_state=True, reverse=reverse)
+    cut = [key for factory, key in launches if factory == "totals"]
+    assert [adjoint for *_, adjoint in cut] == [False, False, True]  # forward of both checks, and the gradients
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "complex128"])
+@pytest.mark.parametrize("length", [16, 320, 1280, 8192])
+def test_the_same_whether_memory_is_aligned_or_not(dtype: str, length: int, launches: Launches) -> None:
+    problem = linear_scan_problem(np.random.default_rng(0), shape=(2, length), dtype=dtype, initial_state=True)
+    moved = {name: with_layout(problem[name], "offset") for name in ("a", "b")}
+    h, h_moved = emulated.linear_scan(**problem), emulated.linear_scan(**{**problem, **moved})
+    together = [key[2] for factory, key in launches if factory == "forward" and key[0] == dtype]
+    assert {True, False} <= set(together) or dtype == "complex128"  # whose numbers are never in between
+    np.testing.assert_array_equal(h, h_moved)
+
+
+def test_decays_that_overflow_leave_a_state_of_zero_alone() -> None:
+    a, b = np.full((1, 3000), 1e30, np.float32), np.zeros((1, 3000), np.float32)
+    b[0, -1] = 1
+    np.testing.assert_array_equal(emulated.linear_scan(a, b), b)
+    a[0, 2000], b[0, 1999] = 0, 1  # what was before a decay of 0 is forgotten
+    np.testing.assert_array_equal(emulated.linear_scan(a, b), b)
+
+
+# --- discretize -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": 16, "dim": 40, "B": "2", "length": 65},  # vectors, several blocks for a group
+        {"state": 16, "dim": 40, "B": "constant"},
+        {"state": 130, "dim": 9},  # several blocks for the states
+        {"state": 132, "dim": 9, "B": "constant", "method": "bilinear"},
+        {"state": 33, "is_complex": True, "method": "bilinear"},
+        {"state": 4, "dtype": "float64", "length": 70},
+        {"state": 16, "lti": True, "dim": 40},
+        {"state": 16, "dtype": "bfloat16", "B": "2", "batch": 3},
+        {"state": 130, "dtype": "float16", "dim": 9},
+    ],
+    ids=str,
+)
+def test_layouts_of_discretize(changes: dict[str, Any]) -> None:
+    check("discretize", discretize_problem, **changes)
+
+
+# --- selective_state_update -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [("float32", None), ("float32", "bfloat16"), ("float16", "float16"), ("bfloat16", None)]
+)
+@pytest.mark.parametrize("state", [16, 64, 132])
+def test_update_of_whole_vectors(state: int, dtype: str, state_dtype: str | None, launches: Launches) -> None:
+    check(
+        "selective_state_update", update_problem, state=state, state_dtype=state_dtype, dim=40, dtype=dtype, groups=2,
+        indices=(4, -1, 2),
+    )  # fmt: skip
+    assert launches[0][1][-1] == 4, "a thread has 4 states"
+
+
+def test_update_leaves_all_other_rows_alone() -> None:
+    problem = update_problem(np.random.default_rng(0), indices=(3, -1, 1), state=16)
+    before = problem["state"].copy()
+    y = emulated.selective_state_update(**problem)
+    changed = [(row != old).any() for row, old in zip(problem["state"], before, strict=True)]
+    assert changed == [False, True, False, True, False, False]
+    assert y[0].any()
+    assert not y[1].any()
+
+
+# --- ssm --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [2047, 2048, 2049, 6145])
+def test_kernel_of_several_chunks(length: int) -> None:
+    check("ssm_kernel", kernel_problem, length=length, dim=2, state=3, is_complex=length > 2048)
+
+
+def test_convolution_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sscan.cuda.ssm.BLOCK", 600)
+    check("ssm_convolution", convolution_problem, dim=5)
