@@ -111,7 +111,9 @@ def real_functions(real):
     f.times = device(lambda x, r: x * r)
     f.product = device(lambda x, y: x * y)
     f.overlap = device(lambda x, y: x * y)
-    f.number = device(lambda x: x)
+    f.overlap_with_rate = device(lambda rate, x: rate * x)  # log(2) times it is the overlap of A and x
+    ln2 = real.type(math.log(2))
+    f.of_rate = device(lambda rate: rate * ln2)  # A again
     f.nonzero = _nonzero(real)
     f.choose = device(lambda condition, x, y: select(condition, x, y))
     f.shares = real.type(1)
@@ -224,10 +226,11 @@ def number_functions(number):
 def _complex_functions(of_real, real):
     f = SimpleNamespace(**vars(of_real))
     zero, one, real_rate, real_decay_and_change = f.zero, f.one, f.rate, f.decay_and_change
-    real_decay, tiny_or_more = f.decay, f.nonzero
+    real_decay, tiny_or_more, real_of_rate = f.decay, f.nonzero, f.of_rate
     half_sine_over = polynomial(real, HALF_SINE_OVER[real.itemsize])
     half_cosine_less_one_over = polynomial(real, HALF_COSINE_LESS_ONE_OVER[real.itemsize])
     turn, turn_low = (real.type(x) for x in TURN[real.itemsize])
+    log2_e = real.type(math.log2(math.e))
     turns_each, limit = real.type(1 / (2 * math.pi)), real.type(math.pi)
 
     @device
@@ -295,6 +298,7 @@ def _complex_functions(of_real, real):
     f.real_part = device(lambda x: x.real)
     f.times = device(lambda x, r: complex_number(x.real * r, x.imag * r))
     f.overlap = device(lambda x, y: x.real * y.real + x.imag * y.imag)  # Re(conj(x) y)
-    f.number = device(lambda x: complex_number(x, zero * x))
+    f.overlap_with_rate = device(lambda rate, x: rate.real * x.real + rate.imag * x.imag * log2_e)
+    f.of_rate = device(lambda rate: complex_number(real_of_rate(rate.real), rate.imag))
     f.shares = real.type(2)  # a state stands for itself and its conjugate
     return f

@@ -6,10 +6,15 @@ import numpy as np
 
 from sscan.cuda import _launch
 from sscan.cuda._launch import Kernel
+from sscan.cuda._sums import over_parts
 
 CHANNELS, LANES, CHECKPOINT, TILE = 32, 4, 16, 32  # as in kernels/selective_scan.py
 RESIDENT = 4  # blocks that a multiprocessor runs at once, about
 SHORTEST = 128  # steps in a part
+
+
+WARP_CHANNELS = 8
+ROWS = 2  # channels of a lane in the backward kernel, of float32, if that leaves enough blocks
 
 
 class Geometry(NamedTuple):
@@ -166,3 +171,83 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
     if layout.parts > 1:
         launch("ends", layout.parts - 1, None, None, None, None)
     launch("forward", layout.parts, initial_state, y, last_state, checkpoints)
+
+
+def backward_shape(A, blocks_of_channels, many):
+    """(rows, warps, blocks on a multiprocessor) for the backward kernel: registers and shared memory decide."""
+    real = A.dtype.itemsize // (2 if A.dtype.kind == "c" else 1)
+    if real == 8:
+        return (1, 2, 4 if A.dtype.kind != "c" else 3)
+    if A.dtype.kind == "c" or many:
+        return (1, 4, 3)
+    return (ROWS, 4, 3) if blocks_of_channels(ROWS * 4 * WARP_CHANNELS) >= 2 * _launch.processors() else (1, 4, 4)
+
+
+def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
+    """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state; those of what was None are None."""
+    p = prepared(segments, groups, inputs, dy, gradients.du, gradients.ddelta, gradients.dz)
+    (u, delta, z, dy, du, ddelta, dz), layout, A, count = p.waves, p.layout, inputs.A, segments.count
+    real = A.real.dtype
+    many = layout.state_blocks > 1
+
+    def blocks_of_channels(channels):
+        return count * groups * -(-layout.channels_of_group // channels)
+
+    rows, warps, resident = backward_shape(A, blocks_of_channels, many)
+    channels = rows * warps * WARP_CHANNELS
+    blocks_of_group = -(-layout.channels_of_group // channels)
+    channel_blocks, parts = groups * blocks_of_group, layout.parts
+    varying_B, varying_C = inputs.B.ndim == 4, inputs.C.ndim == 4
+    batch, matrices = u.shape[0], varying_B + varying_C
+    starts, sums = None, None
+    if parts > 1:
+        starts = _launch.empty((count, parts, layout.dim, layout.padded), A.dtype)
+        sums = _launch.empty((count, parts, layout.dim), real)
+        start_blocks = -(-layout.channels_of_group // (warps * WARP_CHANNELS))
+        _launch.launch(
+            Kernel("selective_scan_backward", "starts", (warps, *p.variant)),
+            count * (parts - 1) * groups * start_blocks, dy, delta, A, p.C, z, inputs.delta_bias,
+            int(inputs.delta_softplus), starts, sums, segments.seq_idx, segments.cu_seqlens, layout.dim, layout.state,
+            layout.length, groups * start_blocks, start_blocks, layout.channels_of_group, parts, layout.part_length,
+            layout.state_blocks, batch_stride(dy), batch_stride(delta), batch_stride(z), *p.matrices[3:],
+        )  # fmt: skip
+    shape = (count * parts, layout.dim, layout.state)
+    A_sums = _launch.empty(shape, A.dtype)
+    B_sums = None if varying_B else _launch.empty(shape, A.dtype)
+    C_sums = None if varying_C else _launch.empty(shape, A.dtype)
+    D_sums = None if gradients.dD is None else _launch.empty(shape[:2], real)
+    bias_sums = None if gradients.ddelta_bias is None else _launch.empty(shape[:2], real)
+    stride = matrices * layout.padded
+    matrix_sums = _launch.empty((batch, channel_blocks, layout.length, stride), A.dtype) if matrices else None
+    carry = _launch.empty((count * parts, 4, layout.dim, layout.padded), A.dtype) if many else None
+    _launch.launch(
+        Kernel("selective_scan_backward", "backward", (rows, warps, resident, *p.variant)),
+        count * parts * channel_blocks, dy, u, delta, A, p.B, p.C, inputs.D, z, inputs.delta_bias,
+        int(inputs.delta_softplus), checkpoints, dlast_state, du, ddelta, dz, matrix_sums, A_sums, B_sums, C_sums,
+        D_sums, bias_sums, gradients.dinitial_state, carry, starts, sums, segments.seq_idx, segments.cu_seqlens,
+        layout.dim, layout.state, layout.length, channel_blocks, blocks_of_group, layout.channels_of_group, parts,
+        layout.part_length, layout.state_blocks, batch_stride(dy), batch_stride(u), batch_stride(delta),
+        batch_stride(z), batch_stride(du), batch_stride(ddelta), batch_stride(dz), *p.matrices,
+    )  # fmt: skip
+    of_parts = ((A_sums, gradients.dA), (D_sums, gradients.dD), (bias_sums, gradients.ddelta_bias))
+    for parts_, gradient in (*of_parts, (B_sums, gradients.dB), (C_sums, gradients.dC)):
+        if parts_ is not None:
+            over_parts(parts_, gradient)
+    for varies, gradient, offset in (
+        (varying_B, gradients.dB, 0),
+        (varying_C, gradients.dC, layout.padded if varying_B else 0),
+    ):
+        if varies:
+            sum_blocks(matrix_sums, gradient, offset, A, layout, channel_blocks, gradient is gradients.dC)
+
+
+def sum_blocks(sums, gradient, offset, A, layout, channel_blocks, conjugated):
+    """dB or dC (batch, groups or 1, state, length), contiguous, from the sums of the blocks of channels."""
+    batch, groups = gradient.shape[:2]
+    storage = gradient.dtype.name if gradient.dtype.kind != "c" else A.real.dtype.name
+    tiles, state_blocks = -(-layout.length // 32), -(-layout.state // 16)
+    _launch.launch(
+        Kernel("selective_scan_backward", "sum_matrices", (storage, A.dtype.name, conjugated)),
+        batch * groups * state_blocks * tiles, sums, gradient, offset, sums.shape[3], layout.padded, layout.length,
+        layout.state, channel_blocks // groups, channel_blocks, groups, tiles, state_blocks,
+    )  # fmt: skip

@@ -67,13 +67,13 @@ class Variant(NamedTuple):
 
 
 @device
-def place(index, parts, channel_blocks, blocks_of_group, channels_of_group):
-    """(segment, part, group, first channel, channel after the last) of a block."""
+def place(index, parts, channel_blocks, blocks_of_group, channels_of_group, channels):
+    """(segment, part, group, number among the blocks of channels, first channel, channel after the last) of a block."""
     rest = quotient(index, channel_blocks)
     block, which = index - rest * channel_blocks, quotient(rest, parts)
     group = quotient(block, blocks_of_group)
-    first = group * channels_of_group + (block - group * blocks_of_group) * CHANNELS
-    return which, rest - which * parts, group, first, (group + 1) * channels_of_group
+    first = group * channels_of_group + (block - group * blocks_of_group) * channels
+    return which, rest - which * parts, group, block, first, (group + 1) * channels_of_group
 
 
 @device
@@ -100,7 +100,7 @@ def settle(tile, at, values, upper, odd):
     shared_set(tile, at, shared_get(tile, at) + across(values, upper, odd))
 
 
-def readers(number, states, zoh):
+def readers(number, states, zoh, tile):
     """Small device functions that all kernels of the scan need."""
     f, real = number_functions(number), real_of(number)
     one_real, read_real, write_one = local_array(1, real), reader(real, real, 1, False, False), writer(real, real, 1)
@@ -136,7 +136,7 @@ def readers(number, states, zoh):
     @device
     def kept(seq_idx, at_row, t, steps, thread):
         """1, or 0 where a new sequence starts: for the step of the tile from t on that the thread has."""
-        i = thread & (TILE - 1)
+        i = thread & (tile - 1)
         known = select(i < steps, 1, 0 * thread)
         here = read_integer(seq_idx, at_row + t + i, known)
         before = read_integer(seq_idx, at_row + t + i - 1, select(t + i > 0, known, 0 * thread))
@@ -155,34 +155,38 @@ def ends(*key):
     return scan(Variant(*key), True)
 
 
-def matrix_tile(storage, number, together, conjugated):
-    """B or C on its way to shared memory, one quad of steps of one state for each thread.
+def matrix_tile(storage, number, together, conjugated, tile, threads):
+    """B or C on its way to shared memory: of each state, every thread has a few consecutive steps of a tile.
 
-    ``make()`` is where ``read`` puts it, from ``start``, and ``stage`` takes it from there to a tile [quad][step][state]. C is staged as
-    2 conj(C) if it is complex, which is what both y and the gradient of the state are made of.
+    ``make()`` is where ``read`` puts them, from ``start``, and ``stage`` takes them from there to
+    [quad][step][state]. C is staged as 2 conj(C) if it is complex, of which both y and the gradient of the state are
+    made.
     """
-    reals = QUAD * planes(number)
-    make, read_stored = stored_array(reals, storage), stored_reader(storage, reals, together)
-    widen, numbers = widener(storage, number, QUAD), local_array(QUAD, number)
+    count = tile * BLOCK // threads
+    shift, mask = (tile // count).bit_length() - 1, tile // count - 1
     f, per_number, size = number_functions(number), planes(number), storage.itemsize
+    make, read_stored = stored_array(count * per_number, storage), stored_reader(storage, count * per_number, together)
+    widen, numbers = widener(storage, number, count), local_array(count, number)
     conj, times, shares = f.conj, f.times, f.shares
 
     @device
     def start(address, at, state_stride, begin, thread):
-        """Address of the thread's quad in the first tile and block of states."""
-        return address + size * (at + (thread >> 3) * state_stride + per_number * (begin + (thread & (QUADS - 1)) * QUAD))
+        """Address of the thread's steps in the first tile and block of states."""
+        return address + size * (at + (thread >> shift) * state_stride + per_number * (begin + (thread & mask) * count))
 
     @device
-    def read(into, address, n0, state_stride, state, t, ahead, thread):
-        known = select(n0 + (thread >> 3) < state, per_number * ahead, 0 * thread)
+    def read(into, address, n0, state_stride, state, t, steps, thread):
+        """``steps`` from t on are there to be read."""
+        known = select(n0 + (thread >> shift) < state, per_number * (steps - (thread & mask) * count), 0 * thread)
         read_stored(into, 0, address, n0 * state_stride + per_number * t, known)
 
     @device
     def stage(tile, held, thread):
         values = numbers()
         widen(values, held, 0)
-        at = (thread & (QUADS - 1)) * QUAD_SIZE + (thread >> 3)
-        for i in range(QUAD):
+        t = (thread & mask) * count
+        at = (t >> 2) * QUAD_SIZE + (t & 3) * BLOCK + (thread >> shift)
+        for i in range(count):
             value = values[i]
             if conjugated:
                 value = times(conj(value), shares)
@@ -218,9 +222,9 @@ def scan(v, ends_only):
     load_quad, store_quad, load_numbers = shared_reader(real, QUAD), shared_writer(real, QUAD), shared_reader(number, NS)
     time_tile, keep_tile = shared_array(CHANNELS * ROW, real), shared_array(TILE, real)
     number_tile = shared_array(QUADS * QUAD_SIZE, number)
-    B_quad, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False)
-    C_quad, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True)
-    parameter, write_real, rates, kept = readers(number, NS, zoh)
+    B_quad, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False, TILE, THREADS)
+    C_quad, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, TILE, THREADS)
+    parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     states_apart = LANES * NS
 
     def kernel(
@@ -229,8 +233,8 @@ def scan(v, ends_only):
         channels_of_group, parts, launched_parts, part_length, state_blocks, u_batch, delta_batch, z_batch,
         y_batch, B_batch, B_group, B_state, C_batch, C_group, C_state,
     ):  # fmt: skip
-        which, part, group, channel0, channel_end = place(
-            block_index(), launched_parts, channel_blocks, blocks_of_group, channels_of_group
+        which, part, group, _, channel0, channel_end = place(
+            block_index(), launched_parts, channel_blocks, blocks_of_group, channels_of_group, CHANNELS
         )
         row, begin, steps = segment(which, length, cu_seqlens)
         first = min(part * part_length, steps)
@@ -246,8 +250,7 @@ def scan(v, ends_only):
         quad, time_row = thread & (QUADS - 1), thread >> 3
         time_channel, at_quad = channel0 + time_row, time_row * ROW + quad * QUAD
         own = (which * parts + part) * dim + channel
-        if checkpoints != 0:
-            checkpoints += number_size * (chunk * dim + channel) * padded
+        own_checkpoints = checkpoints + number_size * (chunk * dim + channel) * padded
         u, delta = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
         z, y = z + size_of * (row * z_batch + begin), y + size_of * (row * y_batch + begin)
         along, rows_apart = time_channel * length + quad * QUAD, APART * length
@@ -298,9 +301,9 @@ def scan(v, ends_only):
             read_stored(delta_next, p * QUAD, delta, along + p * rows_apart, valid)
             read_stored(u_next, p * QUAD, u, along + p * rows_apart, valid)
         if varying_B and not many:
-            read_B(B_next, B, 0, B_state, state, 0, ahead, thread)
+            read_B(B_next, B, 0, B_state, state, 0, steps, thread)
         if varying_C and not many:
-            read_C(C_next, C, 0, C_state, state, 0, ahead, thread)
+            read_C(C_next, C, 0, C_state, state, 0, steps, thread)
         passed = zero
         for t in range(0, steps, TILE):
             # step sizes and inputs of the tile, and what y begins with, to shared memory
@@ -334,18 +337,18 @@ def scan(v, ends_only):
                 n = block * states_apart + lane * NS
                 if many:
                     if varying_B:
-                        read_B(B_next, B, block * states_apart, B_state, state, t, ahead, thread)
+                        read_B(B_next, B, block * states_apart, B_state, state, t, steps - t, thread)
                     if varying_C:
-                        read_C(C_next, C, block * states_apart, C_state, state, t, ahead, thread)
+                        read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
                 if varying_B:
                     stage_B(B_tile, B_next, thread)
                 if varying_C:
                     stage_C(C_tile, C_next, thread)
                 if not many:
                     if varying_B:
-                        read_B(B_next, B, 0, B_state, state, t + TILE, ahead - TILE, thread)
+                        read_B(B_next, B, 0, B_state, state, t + TILE, steps - t - TILE, thread)
                     if varying_C:
-                        read_C(C_next, C, 0, C_state, state, t + TILE, ahead - TILE, thread)
+                        read_C(C_next, C, 0, C_state, state, t + TILE, steps - t - TILE, thread)
                 synchronize()
                 if many:
                     valid = select(alive > 0, state - n, 0 * thread)
@@ -359,7 +362,7 @@ def scan(v, ends_only):
                     if outputs and q * QUAD % CHECKPOINT == 0:
                         if checkpoints != 0 and t + q * QUAD < steps:
                             at = ((t + q * QUAD) >> 4) * dim * padded + n
-                            write_own(checkpoints, at, h, alive)
+                            write_own(own_checkpoints, at, h, alive)
                     load_quad(d, steps_tile, at_channel + q * QUAD)
                     load_quad(x, inputs_tile, at_channel + q * QUAD)
                     if resets:

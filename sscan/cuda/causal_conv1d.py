@@ -1,0 +1,169 @@
+"""The causal depthwise convolution on the GPU: which kernels a problem takes (see ``kernels/causal_conv1d.py``)."""
+
+import functools
+from typing import Any, NamedTuple
+
+from sscan.cuda import _launch
+from sscan.cuda._launch import Kernel
+from sscan.cuda._sums import over_parts
+
+WARP, CHANNELS = 32, 4  # channels of a block, a warp for each
+TILES = 8  # of a warp
+STEPS = 2048  # of a warp of `wide_dweight`
+BLOCK = 128  # threads of the other kernels
+AGES, WIDE_AGES = "float16", "float32"  # ages are numbers up to width - 1
+WIDEST = 8  # that kernels are specialised for
+
+
+def span_of(group):
+    """Steps of a lane: two groups of a vector access; or one by one."""
+    return 2 * group if group > 1 else 1
+
+
+class Tables(NamedTuple):
+    """What masks are made of: see ``kernels/causal_conv1d.py``. Arrays or None."""
+
+    mask: str
+    ages: Any
+    sequences: Any
+
+
+@functools.cache
+def _kernel(factory, dtype, *key):
+    return Kernel("causal_conv1d", factory, (dtype.name, *key))
+
+
+def _steps(array):
+    """Strides of batch and channel, in elements."""
+    return (0, 0) if array is None else tuple(s // array.itemsize for s in array.strides[:2])
+
+
+def _tables(segments, width, with_states):
+    """Ages of all steps and, for packed sequences with states, the sequences that they are of."""
+    count, batch, length, seq_idx, cu_seqlens = segments
+    if (seq_idx is None and cu_seqlens is None) or width == 1 or not length:
+        return Tables("", None, None)
+    with_states = with_states and cu_seqlens is not None and count > 0
+    storage = AGES if width <= WIDEST else WIDE_AGES
+    ages = _launch.empty((batch, length), storage)
+    sequences = _launch.empty((length,), "int64") if with_states else None
+    blocks = -(-length // BLOCK)
+    _launch.launch(
+        Kernel("causal_conv1d", "tables", (storage,)), batch * blocks, ages, sequences, seq_idx, cu_seqlens, count,
+        max(0, count - 1).bit_length(), length, width, blocks,
+    )  # fmt: skip
+    return Tables("states" if with_states else "ages", ages, sequences)
+
+
+def _storage_of_ages(width):
+    return AGES if width <= WIDEST else WIDE_AGES
+
+
+def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, final_state):
+    """Fill y and final_state (unless None) from x, both (batch, dim, length) with unit stride along time.
+
+    weight, bias (or None) and states (or None) are contiguous, in the accumulation dtype.
+    """
+    batch, dim, length = x.shape
+    width = weight.shape[1]
+    tables = _tables(segments, width, initial_state is not None)
+    before = initial_state if width > 1 else None
+    if not (batch and dim and length):
+        pass
+    elif width <= WIDEST:
+        group = 16 // x.itemsize if _launch.aligned(16 // x.itemsize, x, y) else 1
+        tiles = -(-length // (WARP * span_of(group)))
+        parts = -(-tiles // TILES)
+        _launch.launch(
+            _kernel("forward", x.dtype, width, group, silu, tables.mask), batch * parts * -(-dim // CHANNELS), x, y,
+            weight, bias, before, tables.ages, tables.sequences, dim, length, tiles, parts, *_steps(x), *_steps(y),
+        )  # fmt: skip
+    else:
+        _wide_sum(None, x, y, weight, bias, silu, before, tables)
+    if final_state is not None and width > 1:
+        ages = tables.ages if segments.seq_idx is not None else None
+        _launch.launch(
+            _kernel("final_states", x.dtype, _storage_of_ages(width)), segments.count * -(-dim // BLOCK), x, before,
+            final_state, ages, segments.cu_seqlens, dim, length, width, *_steps(x),
+        )  # fmt: skip
+
+
+def _wide_sum(dy, x, y, weight, bias, silu, initial_state, tables):
+    (batch, dim, length), width = x.shape, weight.shape[1]
+    blocks = -(-length // BLOCK)
+    _launch.launch(
+        _kernel("wide_sum", x.dtype, WIDE_AGES, silu, tables.mask, dy is not None), batch * dim * blocks, dy, x, y,
+        weight, bias, initial_state, tables.ages, tables.sequences, dim, length, width, blocks, *_steps(dy), *_steps(x),
+        *_steps(y),
+    )  # fmt: skip
+
+
+def causal_conv1d_backward(
+    dy, x, weight, bias, silu, segments, initial_state, dfinal_state, dx, dweight, dbias, dinitial_state
+):
+    """Fill dx, dweight, dbias and dinitial_state (unless None); arrays as in ``causal_conv1d_forward``."""
+    batch, dim, length = x.shape
+    width = weight.shape[1]
+    states = (initial_state, dfinal_state) if width > 1 else (None, None)
+    tables = _tables(segments, width, any(state is not None for state in states))
+    arrays = dy, x, dx, weight, bias
+    if width <= WIDEST:
+        dweights, dbiases = _small_backward(*arrays, silu, *states, tables, dbias is not None)
+    else:
+        dweights, dbiases = _wide_backward(*arrays, silu, *states, tables, dbias is not None)
+    over_parts(dweights, dweight)
+    if dbias is not None:
+        over_parts(dbiases, dbias)
+    if dinitial_state is not None and width > 1:
+        ages = tables.ages if segments.seq_idx is not None else None
+        _launch.launch(
+            _kernel("initial_gradients", x.dtype, _storage_of_ages(width), silu), segments.count * -(-dim // BLOCK),
+            dy, x, weight, bias, initial_state, dfinal_state, dinitial_state, ages, segments.cu_seqlens, dim, length,
+            width, *_steps(dy), *_steps(x),
+        )  # fmt: skip
+
+
+def _partials(parts, weight, with_bias):
+    """Workspace for the sums of all parts."""
+    dbiases = _launch.empty((parts, len(weight)), weight.dtype) if with_bias else None
+    return _launch.empty((parts, *weight.shape), weight.dtype), dbiases
+
+
+def _small_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, tables, with_bias):
+    (batch, dim, length), width = x.shape, weight.shape[1]
+    group = 16 // x.itemsize if _launch.aligned(16 // x.itemsize, x, dy, dx) else 1
+    tiles = -(-length // (WARP * span_of(group)))
+    parts = -(-batch * tiles // TILES)
+    dweights, dbiases = _partials(parts, weight, with_bias)
+    _launch.launch(
+        _kernel("backward", x.dtype, width, group, silu, tables.mask), parts * -(-dim // CHANNELS), dy, x, dx, weight,
+        bias, initial_state, dfinal_state, tables.ages, tables.sequences, dweights, dbiases, batch, dim, length, tiles,
+        *_steps(dy), *_steps(x), *_steps(dx),
+    )  # fmt: skip
+    return dweights, dbiases
+
+
+def _wide_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, tables, with_bias):
+    (batch, dim, length), width = x.shape, weight.shape[1]
+    parts, blocks = -(-length // STEPS), -(-length // BLOCK)
+    dweights, dbiases = _partials(batch * parts, weight, with_bias)
+    gradients = _launch.empty((batch, dim, length), weight.dtype)
+    _wide_sum(dy, x, gradients, weight, bias, silu, initial_state, tables)
+    _launch.launch(
+        _kernel("wide_dx", x.dtype, WIDE_AGES, tables.mask), batch * dim * blocks, gradients, dx, weight, dfinal_state,
+        tables.ages, tables.sequences, dim, length, width, blocks, *_steps(dx),
+    )  # fmt: skip
+    _launch.launch(
+        _kernel("wide_dweight", x.dtype, WIDE_AGES, tables.mask), batch * parts * -(-dim // CHANNELS), gradients, x,
+        initial_state, tables.ages, tables.sequences, dweights, dbiases, dim, length, width, parts, *_steps(x),
+    )  # fmt: skip
+    return dweights, dbiases
+
+
+def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
+    """Fill y (batch, dim) from x and shift it into conv_state, which is contiguous, in the accumulation dtype."""
+    (batch, dim), kept = x.shape, conv_state.shape[2]
+    _launch.launch(
+        _kernel("update", x.dtype, silu), batch * -(-dim // BLOCK), x, conv_state, weight, bias, y, dim,
+        weight.shape[1], kept, x.strides[0] // x.itemsize, y.strides[0] // y.itemsize,
+    )  # fmt: skip

@@ -1,0 +1,713 @@
+"""The selective scan, backward: as the forward, but walked from the last tile to the first.
+
+A tile is what lies between two checkpoints, 16 steps. From its checkpoint a sweep finds the state at the start of each
+quad of steps; the quads are then walked from the last to the first, each forward once more for its states and decays, and
+backward for g, the gradient of the state. A lane has the same four states of ``rows`` channels, so that what it reads of
+B and C serves all of them and what it adds to dB and dC is summed over them before lanes exchange anything.
+
+Sums over states (for du, ddelta and dz) go across the lanes of a channel. Sums over channels (dB and dC) go across the
+channels of a warp, then over the warps of the block, and are written once for each block and step; ``sum_matrices`` adds
+up the blocks.
+"""
+
+import math
+
+import numpy as np
+
+from sscan.cuda._launch import Shape
+from sscan.cuda._math import number_functions
+from sscan.cuda._primitives import (
+    block_index,
+    dtype_of,
+    local_array,
+    quotient,
+    reader,
+    real_of,
+    select,
+    shared_array,
+    shared_get,
+    shared_reader,
+    shared_set,
+    shared_writer,
+    shuffle_xor,
+    synchronize,
+    synchronize_warp,
+    thread_index,
+    writer,
+)
+from sscan.cuda._target import device
+from sscan.cuda._unroll import unroll
+from sscan.cuda.kernels._segments import segment
+from sscan.cuda.kernels.selective_scan import (
+    BLOCK,
+    CHECKPOINT,
+    LANES,
+    QUAD,
+    QUAD_SIZE,
+    Variant,
+    across,
+    chunk_of,
+    matrix_tile,
+    place,
+    readers,
+)
+
+TILE = CHECKPOINT
+QUADS = TILE // QUAD
+ROW = TILE + 4  # reals from one channel to the next in shared memory
+WARP_CHANNELS = 32 // LANES
+SUMS = QUAD * 2 * BLOCK  # of a warp for a quad of dB and dC: [step][B or C][state]
+
+
+def across_channels(number, states, varying_B, varying_C):
+    """Device function: sum dB and dC of a quad, [step][state] in each lane, over the channels of a warp.
+
+    Lanes exchange halves of what they hold until each is left with the states of one step of B or C, in ``into``.
+    """
+    f = number_functions(number)
+    choose = f.choose
+    half, quarter = QUAD * states // 2, QUAD * states // 4
+    halves = local_array(QUAD * states, number)
+
+    @device
+    def exchange(into, of_B, of_C, lane):
+        x = halves()
+        matrix, pair, odd = (lane & 16) != 0, (lane & 8) != 0, (lane & 4) != 0
+        for k in range(QUAD * states):
+            if varying_B and varying_C:
+                sent, kept = choose(matrix, of_B[k], of_C[k]), choose(matrix, of_C[k], of_B[k])
+                x[k] = kept + shuffle_xor(sent, 16)
+            elif varying_B:
+                x[k] = of_B[k]
+            else:
+                x[k] = of_C[k]
+        for k in range(half):
+            sent, kept = choose(pair, x[k], x[k + half]), choose(pair, x[k + half], x[k])
+            x[k] = kept + shuffle_xor(sent, 8)
+        for k in range(quarter):
+            sent, kept = choose(odd, x[k], x[k + quarter]), choose(odd, x[k + quarter], x[k])
+            into[k] = kept + shuffle_xor(sent, 4)
+            if not (varying_B and varying_C):
+                into[k] = into[k] + shuffle_xor(into[k], 16)
+
+    return exchange
+
+
+def backward(rows, warps, blocks, *key):
+    """Gradients, with ``rows`` channels in each lane and ``warps`` warps in a block.
+
+    Grid: blocks of ``rows * warps * 8`` channels, parts, segments. Two barriers a tile and block of states. Reads u,
+    delta, z and dy once, checkpoints once; writes du, ddelta and dz once, and one number of dB and dC for every block
+    of channels, step and state.
+    """
+    v = Variant(*key)
+    storage, number = dtype_of(v.storage), dtype_of(v.number)
+    f, real, NS = number_functions(number), real_of(number), v.states
+    zoh, together, gated, resets, many = v.zoh, v.together, v.gated, v.resets, v.many
+    varying_B, varying_C = v.B != "", v.C != ""
+    constant_B, constant_C = not varying_B, not varying_C
+    varying = varying_B or varying_C
+    matrices = int(varying_B) + int(varying_C)
+    threads, channels, apart = 32 * warps, WARP_CHANNELS * warps * rows, WARP_CHANNELS * warps
+    softplus, sigmoid, decay, decay_and_change, psi = f.softplus, f.sigmoid, f.decay, f.decay_and_change, f.psi
+    product, times, choose, overlap, conj = f.product, f.times, f.choose, f.overlap, f.conj
+    overlap_with_rate, of_rate, shares = f.overlap_with_rate, f.of_rate, f.shares
+    zero, one, infinite, ln2 = f.zero, f.one, real.type(np.inf), real.type(math.log(2))
+    none = number.type(0)
+
+    read_quad, write_quad = reader(storage, real, QUAD, together), writer(storage, real, QUAD, together)
+    of_rows, of_steps, one_number = local_array(rows, real), local_array(QUAD, real), local_array(NS, number)
+    rows_of_numbers, quad_of_numbers = local_array(rows * NS, number), local_array(QUAD * NS, number)
+    rows_of_steps, four_numbers = local_array(rows * QUAD, real), local_array(4, number)
+    read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
+    read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
+    write_four = writer(real, number, 4, True)
+    load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
+    load_numbers, store_numbers, load_four = shared_reader(number, NS), shared_writer(number, NS), shared_reader(number, 4)
+    time_tile, keep_tile = shared_array(channels * ROW, real), shared_array(TILE, real)
+    number_tile = shared_array(QUADS * QUAD_SIZE, number)
+    own_size = rows * WARP_CHANNELS * BLOCK  # numbers of a warp at the start of a quad; at least SUMS
+    own_tile = shared_array(QUADS * warps * own_size, number)
+    small = shared_array(4, real)
+    sum_tile = time_tile if many else small
+    gate_tile = time_tile if gated else small
+    B_part, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False, TILE, threads)
+    C_part, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, TILE, threads)
+    parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
+    exchange = across_channels(number, NS, varying_B, varying_C)
+    states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
+
+    def kernel(
+        dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz,
+        matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carry, part_starts, part_sums, seq_idx,
+        cu_seqlens, dim, state, length, channel_blocks, blocks_of_group, channels_of_group, parts, part_length,
+        state_blocks, dy_batch, u_batch, delta_batch, z_batch, du_batch, ddelta_batch, dz_batch, B_batch, B_group,
+        B_state, C_batch, C_group, C_state,
+    ):  # fmt: skip
+        which, part, group, channel_block, channel0, channel_end = place(
+            block_index(), parts, channel_blocks, blocks_of_group, channels_of_group, channels
+        )
+        row, begin, steps = segment(which, length, cu_seqlens)
+        first = min(part * part_length, steps)
+        chunk = chunk_of(which, begin, length, cu_seqlens) + (first >> 4)
+        begin, steps = begin + first, min(part_length, steps - first)
+        padded = states_apart * state_blocks if many else states_apart
+
+        thread = thread_index()
+        warp, lane = thread >> 5, thread & (LANES - 1)
+        upper, odd = (lane & 2) != 0, (lane & 1) != 0
+        warp_row = (thread >> 2) & (WARP_CHANNELS - 1)
+        first_row = thread >> 2  # of this lane's channels in the block, that lie ``apart``
+        channel = channel0 + first_row
+        quad, time_row = thread & (QUADS - 1), thread >> 2  # along time, a thread has a quad of ``rows`` channels
+        at_quad = time_row * ROW + quad * QUAD
+        u, delta = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
+        dy, z = dy + size_of * (row * dy_batch + begin), z + size_of * (row * z_batch + begin)
+        du, ddelta = du + size_of * (row * du_batch + begin), ddelta + size_of * (row * ddelta_batch + begin)
+        dz = dz + size_of * (row * dz_batch + begin)
+        along, rows_apart = (channel0 + time_row) * length + quad * QUAD, apart * length
+        if varying_B:
+            B = start_B(B, row * B_batch + group * B_group, B_state, begin, thread)
+        if varying_C:
+            C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
+        own = which * parts + part
+        if varying:
+            at = (row * channel_blocks + channel_block) * length + begin
+            matrix_sums += number_size * at * matrices * padded
+
+        steps_tile, inputs_tile, dy_tile, slope_tile = time_tile(), time_tile(), time_tile(), time_tile()
+        gates, keep = gate_tile(), keep_tile()
+        u_sums, A_overlaps, y_sums, z_sums = sum_tile(), sum_tile(), sum_tile(), sum_tile()
+        B_tile, C_tile, own_states = number_tile(), number_tile(), own_tile()
+
+        rate, per_A, B_own, C_own = rows_of_numbers(), rows_of_numbers(), rows_of_numbers(), rows_of_numbers()
+        g, dA, dB, dC = rows_of_numbers(), rows_of_numbers(), rows_of_numbers(), rows_of_numbers()
+        numbers, more = one_number(), one_number()
+        bias, skip, dD, dbias = of_rows(), of_rows(), of_rows(), of_rows()
+        for r in unroll(rows):
+            bias[r] = parameter(delta_bias, channel0 + time_row + r * apart, channel_end)
+            skip[r] = parameter(D, channel + r * apart, channel_end)
+            dD[r] = zero
+            dbias[r] = zero
+
+        # the gradient that this part begins with, at its end
+        for block in range(state_blocks if many else 1):
+            n = block * states_apart + lane * NS
+            for r in unroll(rows):
+                c = channel + r * apart
+                alive = select(c < channel_end, NS, 0 * thread)
+                valid = select(alive > 0, state - n, 0 * thread)
+                rates(numbers, more, A, c * state + n, valid)
+                for j in range(NS):
+                    rate[r * NS + j] = numbers[j]
+                    per_A[r * NS + j] = more[j]
+                    dA[r * NS + j] = none
+                    dB[r * NS + j] = none
+                    dC[r * NS + j] = none
+                    more[j] = none
+                if dlast_state != 0:
+                    read_numbers(more, dlast_state, (which * dim + c) * state + n, valid)
+                for later in range(parts - 1 - part):
+                    at = (which * parts + parts - 1 - later) * dim + c
+                    read_own(numbers, part_starts, at * padded + n, alive)
+                    passed = parameter(part_sums, at, select(alive > 0, at + 1, 0 * thread))
+                    for j in range(NS):
+                        a = decay(select(passed < infinite, passed, zero), rate[r * NS + j])
+                        left = product(conj(a), more[j])
+                        more[j] = choose(passed < infinite, left + numbers[j], numbers[j])
+                for j in range(NS):
+                    g[r * NS + j] = more[j]
+                if many:
+                    at = ((own * 4) * dim + c) * padded + n
+                    write_own(carry, at, more, alive)
+                    for k in range(1, 4):
+                        for j in range(NS):
+                            more[j] = none
+                        write_own(carry, at + k * dim * padded, more, alive)
+                else:
+                    if constant_B:
+                        read_numbers(numbers, B, c * state + n, valid)
+                        for j in range(NS):
+                            B_own[r * NS + j] = numbers[j]
+                    if constant_C:
+                        read_numbers(numbers, C, c * state + n, valid)
+                        for j in range(NS):
+                            C_own[r * NS + j] = times(conj(numbers[j]), shares)
+
+        B_next, C_next = B_part(), C_part()
+        d, x, e, keeps = of_steps(), of_steps(), of_steps(), of_steps()
+        b, c_ = one_number(), one_number()
+        h = rows_of_numbers()
+        a_h, decays = quad_of_numbers(), quad_of_numbers()
+        dB_quad, dC_quad = quad_of_numbers(), quad_of_numbers()
+        of_y, of_u, of_A, of_s = of_steps(), of_steps(), of_steps(), of_steps()
+        y_sum, u_sum, A_sum, s_sum = of_rows(), of_rows(), of_rows(), of_rows()
+        four, total = four_numbers(), four_numbers()
+        tiles = (steps + TILE - 1) >> 4
+        for tile in range(tiles):
+            t = (tiles - 1 - tile) * TILE
+            ahead = steps - t - quad * QUAD
+            # the tile to shared memory: step sizes, u, dy before the gate, slopes of softplus and of the gate
+            for r in unroll(rows):
+                valid = select(channel0 + time_row + r * apart < channel_end, ahead, 0 * thread)
+                at = along + r * rows_apart + t
+                read_quad(d, delta, at, valid)
+                read_quad(x, u, at, valid)
+                read_quad(e, dy, at, valid)
+                if gated:
+                    read_quad(keeps, z, at, valid)
+                at = at_quad + r * apart * ROW
+                store_quad(inputs_tile, at, x)
+                for i in range(QUAD):
+                    size = d[i] + bias[r]
+                    slope = one
+                    if delta_softplus != 0:
+                        slope = sigmoid(size)
+                        size = softplus(size)
+                    inside = ahead > (0 if together else i)  # past the end nothing moves
+                    d[i], x[i] = select(inside, size, zero), select(inside, slope, zero)
+                store_quad(steps_tile, at, d)
+                store_quad(slope_tile, at, x)
+                if gated:
+                    for i in range(QUAD):
+                        gate = sigmoid(keeps[i])
+                        x[i] = e[i] * (gate * (one + keeps[i] * (one - gate)))
+                        e[i] = e[i] * (keeps[i] * gate)
+                    store_quad(gates, at, x)
+                store_quad(dy_tile, at, e)
+            if resets:
+                shared_set(keep, thread & (TILE - 1), kept(seq_idx, row * length, begin + t, steps - t, thread))
+
+            for block in range(state_blocks if many else 1):
+                n = block * states_apart + lane * NS
+                if varying_B:
+                    read_B(B_next, B, block * states_apart, B_state, state, t, steps - t, thread)
+                    stage_B(B_tile, B_next, thread)
+                if varying_C:
+                    read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
+                    stage_C(C_tile, C_next, thread)
+                for r in unroll(rows):
+                    c = channel + r * apart
+                    alive = select(c < channel_end, NS, 0 * thread)
+                    at = ((chunk + (t >> 4)) * dim + c) * padded + n
+                    read_own(numbers, checkpoints, at, alive)
+                    for j in range(NS):
+                        h[r * NS + j] = numbers[j]
+                    if many:
+                        valid = select(alive > 0, state - n, 0 * thread)
+                        rates(numbers, more, A, c * state + n, valid)
+                        for j in range(NS):
+                            rate[r * NS + j] = numbers[j]
+                            per_A[r * NS + j] = more[j]
+                        if constant_B:
+                            read_numbers(numbers, B, c * state + n, valid)
+                            for j in range(NS):
+                                B_own[r * NS + j] = numbers[j]
+                        if constant_C:
+                            read_numbers(numbers, C, c * state + n, valid)
+                            for j in range(NS):
+                                C_own[r * NS + j] = times(conj(numbers[j]), shares)
+                        at = ((own * 4) * dim + c) * padded + n
+                        read_own(numbers, carry, at, alive)
+                        read_own(more, carry, at + dim * padded, alive)
+                        for j in range(NS):
+                            g[r * NS + j] = numbers[j]
+                            dA[r * NS + j] = more[j]
+                        read_own(numbers, carry, at + 2 * dim * padded, alive)
+                        read_own(more, carry, at + 3 * dim * padded, alive)
+                        for j in range(NS):
+                            dB[r * NS + j] = numbers[j]
+                            dC[r * NS + j] = more[j]
+                synchronize()
+
+                # the state at the start of each quad
+                for q in range(QUADS):
+                    for r in unroll(rows):
+                        for j in range(NS):
+                            numbers[j] = h[r * NS + j]
+                        at = (q * warps + warp) * own_size + (r * WARP_CHANNELS + warp_row) * BLOCK + lane * NS
+                        store_numbers(own_states, at, numbers)
+                    if q < QUADS - 1:
+                        if resets:
+                            load_quad(keeps, keep, q * QUAD)
+                        for r in unroll(rows):
+                            load_quad(d, steps_tile, (first_row + r * apart) * ROW + q * QUAD)
+                            load_quad(x, inputs_tile, (first_row + r * apart) * ROW + q * QUAD)
+                            for i in range(QUAD):
+                                if varying_B:
+                                    load_numbers(b, B_tile, q * QUAD_SIZE + i * BLOCK + lane * NS)
+                                for j in range(NS):
+                                    k = r * NS + j
+                                    into = B_own[k] if constant_B else b[j]
+                                    if zoh:
+                                        a, change = decay_and_change(d[i], rate[k])
+                                        into = product(product(change, per_A[k]), times(into, x[i]))
+                                    else:
+                                        a = decay(d[i], rate[k])
+                                        into = times(into, d[i] * x[i])
+                                    if resets:
+                                        a = times(a, keeps[i])
+                                    h[k] = product(a, h[k]) + into
+
+                for back in range(QUADS):
+                    q = QUADS - 1 - back
+                    if resets:
+                        load_quad(keeps, keep, q * QUAD)
+                    for k in range(QUAD * NS):
+                        dB_quad[k] = none
+                        dC_quad[k] = none
+                    for r in unroll(rows):
+                        at = (q * warps + warp) * own_size + (r * WARP_CHANNELS + warp_row) * BLOCK + lane * NS
+                        load_numbers(numbers, own_states, at)
+                        at = (first_row + r * apart) * ROW + q * QUAD
+                        load_quad(d, steps_tile, at)
+                        load_quad(x, inputs_tile, at)
+                        load_quad(e, dy_tile, at)
+                        for i in range(QUAD):
+                            at = q * QUAD_SIZE + i * BLOCK + lane * NS
+                            if varying_B:
+                                load_numbers(b, B_tile, at)
+                            if varying_C:
+                                load_numbers(c_, C_tile, at)
+                            y = zero
+                            for j in range(NS):
+                                k, m = r * NS + j, i * NS + j
+                                into = B_own[k] if constant_B else b[j]
+                                if zoh:
+                                    a, change = decay_and_change(d[i], rate[k])
+                                    into = product(product(change, per_A[k]), times(into, x[i]))
+                                else:
+                                    a = decay(d[i], rate[k])
+                                    into = times(into, d[i] * x[i])
+                                if resets:
+                                    a = times(a, keeps[i])
+                                decays[m] = a
+                                a_h[m] = product(a, numbers[j])
+                                numbers[j] = a_h[m] + into
+                                y = y + overlap(C_own[k] if constant_C else c_[j], numbers[j])
+                                if varying_C:
+                                    dC_quad[m] = dC_quad[m] + times(numbers[j], e[i])
+                                else:
+                                    dC[k] = dC[k] + times(numbers[j], e[i])
+                            of_y[i] = y
+                        for i_ in range(QUAD):
+                            i = QUAD - 1 - i_
+                            at = q * QUAD_SIZE + i * BLOCK + lane * NS
+                            if varying_B:
+                                load_numbers(b, B_tile, at)
+                            if varying_C:
+                                load_numbers(c_, C_tile, at)
+                            w, p, s = zero, zero, zero
+                            for j in range(NS):
+                                k, m = r * NS + j, i * NS + j
+                                now = times(C_own[k] if constant_C else c_[j], e[i]) + g[k]
+                                into = B_own[k] if constant_B else b[j]
+                                after = product(conj(a_h[m]), now)
+                                dA[k] = dA[k] + times(after, d[i])
+                                p = p + overlap_with_rate(rate[k], after)
+                                if zoh:
+                                    a, change = decay_and_change(d[i], rate[k])
+                                    share = product(change, per_A[k])
+                                    w = w + overlap(product(share, into), now)
+                                    s = s + overlap(product(a, into), now)
+                                    of_B = times(product(conj(share), now), x[i])
+                                    slope = psi(times(of_rate(rate[k]), d[i]), a, change)
+                                    slope = times(slope, d[i] * d[i] * x[i])
+                                    dA[k] = dA[k] + product(conj(product(slope, into)), now)
+                                else:
+                                    w = w + overlap(into, now)
+                                    of_B = times(now, d[i] * x[i])
+                                if varying_B:
+                                    dB_quad[m] = dB_quad[m] + of_B
+                                else:
+                                    dB[k] = dB[k] + of_B
+                                g[k] = product(conj(decays[m]), now)
+                            of_u[i] = w
+                            of_A[i] = p
+                            of_s[i] = s
+                        y_sum[r] = across(of_y, upper, odd)
+                        u_sum[r] = across(of_u, upper, odd)
+                        A_sum[r] = across(of_A, upper, odd)
+                        if zoh:
+                            s_sum[r] = across(of_s, upper, odd)
+                    if varying:
+                        exchange(more, dB_quad, dC_quad, thread)
+                    synchronize_warp()
+                    # lane g of a channel has the sums of step g
+                    for r in unroll(rows):
+                        at = (first_row + r * apart) * ROW + q * QUAD + lane
+                        if many:
+                            if block > 0:
+                                y_sum[r] = y_sum[r] + shared_get(y_sums, at)
+                                u_sum[r] = u_sum[r] + shared_get(u_sums, at)
+                                A_sum[r] = A_sum[r] + shared_get(A_overlaps, at)
+                                if zoh:
+                                    s_sum[r] = s_sum[r] + shared_get(z_sums, at)
+                            if block < state_blocks - 1:
+                                shared_set(y_sums, at, y_sum[r])
+                                shared_set(u_sums, at, u_sum[r])
+                                shared_set(A_overlaps, at, A_sum[r])
+                                if zoh:
+                                    shared_set(z_sums, at, s_sum[r])
+                        if not many or block == state_blocks - 1:
+                            size, input_ = shared_get(steps_tile, at), shared_get(inputs_tile, at)
+                            dy_now = shared_get(dy_tile, at)
+                            of_size = input_ * (s_sum[r] if zoh else u_sum[r]) + ln2 * A_sum[r]
+                            of_size = of_size * shared_get(slope_tile, at)
+                            shared_set(slope_tile, at, of_size)
+                            shared_set(steps_tile, at, skip[r] * dy_now + (u_sum[r] if zoh else size * u_sum[r]))
+                            if gated:
+                                shared_set(gates, at, shared_get(gates, at) * (y_sum[r] + skip[r] * input_))
+                            dD[r] = dD[r] + dy_now * input_
+                            dbias[r] = dbias[r] + of_size
+                    if varying:
+                        step, matrix = ((thread >> 3) & 1) * 2 + ((thread >> 2) & 1), (thread >> 4) & (matrices - 1)
+                        at = (q * warps + warp) * own_size + (step * matrices + matrix) * BLOCK + lane * NS
+                        store_numbers(own_states, at, more)
+                if many:
+                    for r in unroll(rows):
+                        c = channel + r * apart
+                        alive = select(c < channel_end, NS, 0 * thread)
+                        at = ((own * 4) * dim + c) * padded + n
+                        for j in range(NS):
+                            numbers[j] = g[r * NS + j]
+                            more[j] = dA[r * NS + j]
+                        write_own(carry, at, numbers, alive)
+                        write_own(carry, at + dim * padded, more, alive)
+                        for j in range(NS):
+                            numbers[j] = dB[r * NS + j]
+                            more[j] = dC[r * NS + j]
+                        write_own(carry, at + 2 * dim * padded, numbers, alive)
+                        write_own(carry, at + 3 * dim * padded, more, alive)
+                synchronize()
+                # dB and dC of the block
+                if varying:
+                    for unit0 in range(0, TILE * matrices * 4, threads):
+                        unit = (unit0 + thread) & (TILE * matrices * 4 - 1)
+                        step, rest = unit >> (1 + matrices), unit & (4 * matrices - 1)
+                        matrix, states4 = rest >> 2, (rest & 3) * 4
+                        at = (step >> 2) * warps * own_size + ((step & 3) * matrices + matrix) * BLOCK + states4
+                        for k in range(4):
+                            total[k] = none
+                        for w_ in range(warps):
+                            load_four(four, own_states, at + w_ * own_size)
+                            for k in range(4):
+                                total[k] = total[k] + four[k]
+                        at = ((t + step) * matrices + matrix) * padded + block * states_apart + states4
+                        valid = select((t + step < steps) & (states4 < states_apart), 4, 0 * thread)
+                        write_four(matrix_sums, at, total, valid)
+                if many and block < state_blocks - 1:
+                    synchronize()
+
+            for r in unroll(rows):
+                valid = select(channel0 + time_row + r * apart < channel_end, ahead, 0 * thread)
+                at = at_quad + r * apart * ROW
+                load_quad(d, steps_tile, at)
+                load_quad(x, slope_tile, at)
+                if gated:
+                    load_quad(e, gates, at)
+                at = along + r * rows_apart + t
+                write_quad(du, at, d, valid)
+                write_quad(ddelta, at, x, valid)
+                if gated:
+                    write_quad(dz, at, e, valid)
+
+        # sums over the part, and the gradient of the state that it started from
+        for block in range(state_blocks if many else 1):
+            n = block * states_apart + lane * NS
+            for r in unroll(rows):
+                c = channel + r * apart
+                alive = select(c < channel_end, NS, 0 * thread)
+                valid = select(alive > 0, state - n, 0 * thread)
+                at = (own * dim + c) * state + n
+                mine = ((own * 4) * dim + c) * padded + n
+                for j in range(NS):
+                    numbers[j] = dA[r * NS + j]
+                    more[j] = g[r * NS + j]
+                if many:
+                    read_own(more, carry, mine, alive)
+                    read_own(numbers, carry, mine + dim * padded, alive)
+                write_numbers(A_sums, at, numbers, valid)
+                if dinitial_state != 0 and part == 0:
+                    write_numbers(dinitial_state, (which * dim + c) * state + n, more, valid)
+                if constant_B:
+                    for j in range(NS):
+                        numbers[j] = dB[r * NS + j]
+                    if many:
+                        read_own(numbers, carry, mine + 2 * dim * padded, alive)
+                    write_numbers(B_sums, at, numbers, valid)
+                if constant_C:
+                    for j in range(NS):
+                        numbers[j] = dC[r * NS + j]
+                    if many:
+                        read_own(numbers, carry, mine + 3 * dim * padded, alive)
+                    for j in range(NS):
+                        numbers[j] = times(conj(numbers[j]), shares)
+                    write_numbers(C_sums, at, numbers, valid)
+        for r in unroll(rows):
+            c = channel + r * apart
+            one_lane = select((lane == 0) & (c < channel_end), 1, 0 * thread)
+            total_D = dD[r] + shuffle_xor(dD[r], 1)
+            total_D = total_D + shuffle_xor(total_D, 2)
+            total_bias = dbias[r] + shuffle_xor(dbias[r], 1)
+            total_bias = total_bias + shuffle_xor(total_bias, 2)
+            if D_sums != 0:
+                write_real(D_sums, own * dim + c, total_D, one_lane)
+            if bias_sums != 0:
+                write_real(bias_sums, own * dim + c, total_bias, one_lane)
+
+    return kernel, Shape(threads, blocks)
+
+
+def starts(warps, *key):
+    """The gradient that each part but the first hands on to the part before it when it gets none from the part after it.
+
+    And the sum of its step sizes, infinite if a sequence starts in it. Reads delta, dy and z once.
+    """
+    v = Variant(*key)
+    storage, number = dtype_of(v.storage), dtype_of(v.number)
+    f, real, NS = number_functions(number), real_of(number), v.states
+    together, gated, resets, many, varying_C = v.together, v.gated, v.resets, v.many, v.C != ""
+    threads, channels = 32 * warps, WARP_CHANNELS * warps
+    softplus, sigmoid, decay = f.softplus, f.sigmoid, f.decay
+    product, times, conj, shares = f.product, f.times, f.conj, f.shares
+    zero, one, infinite, none = f.zero, f.one, real.type(np.inf), number.type(0)
+
+    read_quad, of_steps = reader(storage, real, QUAD, together), local_array(QUAD, real)
+    read_numbers, numbers = reader(real, number, NS), local_array(NS, number)
+    read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
+    load_quad, store_quad, load_numbers = shared_reader(real, QUAD), shared_writer(real, QUAD), shared_reader(number, NS)
+    time_tile, keep_tile = shared_array(channels * ROW, real), shared_array(TILE, real)
+    number_tile = shared_array(QUADS * QUAD_SIZE, number)
+    C_part, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, TILE, threads)
+    parameter, write_real, rates, kept = readers(number, NS, False, TILE)
+    states_apart, size_of = LANES * NS, storage.itemsize
+
+    def kernel(
+        dy, delta, A, C, z, delta_bias, delta_softplus, part_starts, part_sums, seq_idx, cu_seqlens, dim, state, length,
+        channel_blocks, blocks_of_group, channels_of_group, parts, part_length, state_blocks, dy_batch, delta_batch,
+        z_batch, C_batch, C_group, C_state,
+    ):  # fmt: skip
+        which, part, group, _, channel0, channel_end = place(
+            block_index(), parts - 1, channel_blocks, blocks_of_group, channels_of_group, channels
+        )
+        part += 1
+        row, begin, steps = segment(which, length, cu_seqlens)
+        first = min(part * part_length, steps)
+        begin, steps = begin + first, min(part_length, steps - first)
+        padded = states_apart * state_blocks if many else states_apart
+
+        thread = thread_index()
+        lane, channel, at_channel = thread & (LANES - 1), channel0 + (thread >> 2), (thread >> 2) * ROW
+        alive = select(channel < channel_end, NS, 0 * thread)
+        at_quad, along = at_channel + lane * QUAD, channel * length + lane * QUAD
+        delta, dy = delta + size_of * (row * delta_batch + begin), dy + size_of * (row * dy_batch + begin)
+        z = z + size_of * (row * z_batch + begin)
+        if varying_C:
+            C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
+        own = (which * parts + part) * dim + channel
+        bias = parameter(delta_bias, channel, channel_end)
+        steps_tile, dy_tile, keep, C_tile, C_next = time_tile(), time_tile(), keep_tile(), number_tile(), C_part()
+        g, rate, unused, c = numbers(), numbers(), numbers(), numbers()
+        d, e, keeps = of_steps(), of_steps(), of_steps()
+        tiles = (steps + TILE - 1) >> 4
+        for block in range(state_blocks if many else 1):
+            n = block * states_apart + lane * NS
+            valid = select(alive > 0, state - n, 0 * thread)
+            rates(rate, unused, A, channel * state + n, valid)
+            if not varying_C:
+                read_numbers(c, C, channel * state + n, valid)
+                for j in range(NS):
+                    c[j] = times(conj(c[j]), shares)
+            for j in range(NS):
+                g[j] = none
+            passed = zero
+            for tile in range(tiles):
+                t = (tiles - 1 - tile) * TILE
+                ahead = steps - t - lane * QUAD
+                valid = select(alive > 0, ahead, 0 * thread)
+                read_quad(d, delta, along + t, valid)
+                read_quad(e, dy, along + t, valid)
+                if gated:
+                    read_quad(keeps, z, along + t, valid)
+                for i in range(QUAD):
+                    size = d[i] + bias
+                    if delta_softplus != 0:
+                        size = softplus(size)
+                    d[i] = select(ahead > (0 if together else i), size, zero)
+                    if gated:
+                        e[i] = e[i] * (keeps[i] * sigmoid(keeps[i]))
+                store_quad(steps_tile, at_quad, d)
+                store_quad(dy_tile, at_quad, e)
+                if resets:
+                    shared_set(keep, thread & (TILE - 1), kept(seq_idx, row * length, begin + t, steps - t, thread))
+                if varying_C:
+                    read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
+                    stage_C(C_tile, C_next, thread)
+                synchronize()
+                for back in unroll(QUADS):
+                    q = QUADS - 1 - back
+                    load_quad(d, steps_tile, at_channel + q * QUAD)
+                    load_quad(e, dy_tile, at_channel + q * QUAD)
+                    if resets:
+                        load_quad(keeps, keep, q * QUAD)
+                    for i_ in range(QUAD):
+                        i = QUAD - 1 - i_
+                        if varying_C:
+                            load_numbers(c, C_tile, q * QUAD_SIZE + i * BLOCK + lane * NS)
+                        for j in range(NS):
+                            a = decay(d[i], rate[j])
+                            if resets:
+                                a = times(a, keeps[i])
+                            g[j] = product(conj(a), times(c[j], e[i]) + g[j])
+                        passed = passed + d[i]
+                        if resets:
+                            passed = select(keeps[i] < one, infinite, passed)
+                synchronize()
+            write_own(part_starts, own * padded + n, g, alive)
+            write_real(part_sums, own, passed, select(lane == 0, alive, 0 * thread))
+
+    return kernel, Shape(threads, 16 // warps)
+
+
+def sum_matrices(storage, number, conjugated):
+    """dB or dC: the sum over blocks of channels, turned from [step][state] to [state][step].
+
+    Grid: tiles of 32 steps, blocks of 16 states, groups, batch rows. Reads every partial sum once.
+    """
+    storage, number = dtype_of(storage), dtype_of(number)
+    f, real, steps_of_block, threads = number_functions(number), real_of(number), 32, 128
+    times, conj, shares, none = f.times, f.conj, f.shares, number.type(0)
+    four_numbers, read_four, write_four = local_array(4, number), reader(real, number, 4, True), writer(storage, number, 4)
+    row = steps_of_block + 1
+    number_tile = shared_array(BLOCK * row, number)
+
+    def kernel(sums, gradient, offset, stride, padded, length, state, blocks, channel_blocks, groups, tiles, state_blocks):
+        """``sums`` (batch, channel_blocks, length, stride), of which a matrix is ``offset`` to offset + padded."""
+        rest = quotient(block_index(), tiles)
+        tile, group = block_index() - rest * tiles, quotient(rest, state_blocks)
+        block, batch = rest - group * state_blocks, quotient(group, groups)
+        group = group - batch * groups
+        thread, t0, n0 = thread_index(), tile * steps_of_block, block * BLOCK
+        t, n = t0 + (thread >> 2), n0 + (thread & 3) * 4
+        x, total, shared = four_numbers(), four_numbers(), number_tile()
+        known = select((t < length) & (n < padded), 4, 0 * thread)
+        for k in range(4):
+            total[k] = none
+        at = ((batch * channel_blocks + group * blocks) * length + t) * stride + offset + n
+        for block in range(blocks):
+            read_four(x, sums, at + block * length * stride, known)
+            for k in range(4):
+                total[k] = total[k] + x[k]
+        for k in range(4):
+            shared_set(shared, ((thread & 3) * 4 + k) * row + (thread >> 2), total[k])
+        synchronize()
+        n, t = thread >> 3, (thread & 7) * 4
+        for k in range(4):
+            x[k] = shared_get(shared, n * row + t + k)
+            if conjugated:
+                x[k] = times(conj(x[k]), shares)
+        at = ((batch * groups + group) * state + n0 + n) * length + t0 + t
+        write_four(gradient, at, x, select(n0 + n < state, length - t0 - t, 0 * thread))
+
+    return kernel, Shape(threads, 8)
