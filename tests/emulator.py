@@ -387,14 +387,15 @@ def empty(shape: Any, dtype: Any) -> Any:
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
     """Inside, sscan's ops run the CUDA backend on NumPy arrays."""
-    keep = _launch.launch, _launch.empty, _launch.processors, dict(_backends._PACKAGES)
+    keep = _launch.launch, _launch.empty, _launch.processors, _launch.address, dict(_backends._PACKAGES)
     _launch.launch, _launch.empty, _launch.processors = launch, empty, lambda: 4
+    _launch.address = lambda array: array.ctypes.data
     _backends._PACKAGES["cpu"] = "sscan.cuda"
     try:
         yield
     finally:
-        _launch.launch, _launch.empty, _launch.processors = keep[:3]
-        _backends._PACKAGES.update(keep[3])
+        _launch.launch, _launch.empty, _launch.processors, _launch.address = keep[:4]
+        _backends._PACKAGES.update(keep[4])
 
 
 class _Emulated:

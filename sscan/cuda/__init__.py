@@ -17,5 +17,6 @@ _OPS = {
 def __getattr__(name):
     for module, functions in _OPS.items():
         if name in functions:
-            return getattr(importlib.import_module(f"sscan.cuda.{module}"), name)
+            globals()[name] = getattr(importlib.import_module(f"sscan.cuda.{module}"), name)
+            return globals()[name]
     raise AttributeError(name)

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
+import struct
 import sys
 import tempfile
 import threading
@@ -162,20 +163,19 @@ def capability_of(device):
     return major.value, minor.value
 
 
-_functions = {}
+_functions = {}  # of (kernel, device)
+_launch_kernel = None
 _lock = threading.Lock()
 
 
 def function(kernel, device):
     """The kernel, loaded for a device."""
-    key = kernel, capability_of(device)
-    found = _functions.get(key)
-    if found is None:
-        with _lock:
-            found = _functions.get(key)
-            if found is None:
-                found = _functions[key] = _load(kernel, key[1])
-    return found
+    global _launch_kernel
+    with _lock:
+        if (kernel, device) not in _functions:
+            _functions[kernel, device] = _load(kernel, capability_of(device))
+            _launch_kernel = _driver().cuLaunchKernel
+    return _functions[kernel, device]
 
 
 def _load(kernel, capability):
@@ -190,16 +190,9 @@ def _load(kernel, capability):
     return Function(handle, threads)
 
 
-def _address(argument):
-    """A kernel's argument as an integer."""
-    if isinstance(argument, int):
-        return argument
-    return 0 if argument is None else argument.data.ptr
-
-
 def address(array):
-    """Where an array lies, CuPy's or, for the tests, NumPy's."""
-    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    """Where an array lies."""
+    return array.data.ptr
 
 
 def aligned(count, *arrays):
@@ -224,6 +217,22 @@ def empty(shape, dtype):
     return sys.modules["cupy"].empty(shape, dtype)
 
 
+class _Parameters(threading.local):
+    """Memory for the parameters of this thread's next launch, and the driver's description of it."""
+
+    MOST = 128
+
+    def __init__(self):
+        self.values = (ctypes.c_int64 * self.MOST)()
+        self.size = ctypes.c_size_t()
+        values, size = ctypes.addressof(self.values), ctypes.addressof(self.size)
+        self.description = (ctypes.c_void_p * 5)(1, values, 2, size, 0)  # buffer, its size, end
+
+
+_parameters = _Parameters()
+_packers = [struct.Struct(f"{count}q").pack_into for count in range(_Parameters.MOST)]
+
+
 def launch(kernel, blocks, *arguments):
     """Start ``blocks`` blocks of a kernel on CuPy's current device and stream; none if ``blocks`` is 0.
 
@@ -232,18 +241,21 @@ def launch(kernel, blocks, *arguments):
     if not blocks:
         return
     cuda = sys.modules["cupy"].cuda
-    loaded = function(kernel, cuda.runtime.getDevice())
-    count = len(arguments)
-    values = (ctypes.c_int64 * count)(*map(_address, arguments))
-    start = ctypes.addressof(values)
-    pointers = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
-    stream = cuda.get_current_stream().ptr
-    launch = _driver().cuLaunchKernel
-    grid = (blocks, 1, 1, loaded.threads, 1, 1, 0)
-    status = launch(loaded.handle, *grid, stream, pointers, None)
+    device = cuda.runtime.getDevice()
+    loaded = _functions.get((kernel, device)) or function(kernel, device)
+    count, parameters = len(arguments), _parameters
+    _packers[count](
+        parameters.values, 0, *[x if isinstance(x, int) else 0 if x is None else x.data.ptr for x in arguments]
+    )
+    parameters.size.value = 8 * count
+    call = (
+        loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, cuda.get_current_stream().ptr, None,
+        parameters.description,
+    )  # fmt: skip
+    status = _launch_kernel(*call)
     if status == 201:  # this thread has no context yet: bring up the current device's
         cuda.runtime.free(0)
-        status = launch(loaded.handle, *grid, stream, pointers, None)
+        status = _launch_kernel(*call)
     if status:
         _check(status, f"launching {kernel.name}")
 

@@ -32,6 +32,11 @@ class Geometry(NamedTuple):
     part_length: int
 
     @property
+    def dims(self):
+        """The first six, which kernels take in this order."""
+        return self[:6]
+
+    @property
     def padded(self):
         """States of a channel, as checkpoints and ends have them."""
         return self.states * LANES * self.state_blocks
@@ -106,36 +111,51 @@ def matrix_strides(matrix, groups):
     return batch, group if matrix.shape[1] == groups else 0, state
 
 
-class Prepared(NamedTuple):
-    """A problem in the form that all kernels of the scan take."""
+class Plan(NamedTuple):
+    """What the metadata of a call decide."""
 
     layout: Geometry
+    copies: bool  # whether an array must be copied first
     variant: tuple
-    waves: tuple[Any, ...]  # u, delta, z and what came along
-    B: Any
-    C: Any
-    matrices: tuple[int, ...]  # strides of B and C
+    strides: tuple[int, ...]  # of B and C
 
 
-def prepared(segments, groups, inputs, *also):
-    """``also`` are more arrays along time: results and gradients."""
-    A = inputs.A
+_plans: dict[Any, Plan] = {}
+
+
+def plan_of(segments, groups, inputs, along):
+    """The plan of a call with the arrays ``along`` time, and its B and C: made once for a signature and an alignment."""
+    addresses = 0
+    for x in (*along, inputs.B, inputs.C):
+        if x is not None:
+            addresses |= _launch.address(x)
+    key = inputs.signature, addresses % 16, addresses % 8
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) > 4096:
+            _plans.clear()
+        plan = _plans[key] = planned(segments, groups, inputs, along)
+    return plan
+
+
+def planned(segments, groups, inputs, along):
+    A, B, C = inputs.A, as_reals(inputs.B, inputs.A.dtype), as_reals(inputs.C, inputs.A.dtype)
+    copied = any(in_rows(x) is not x for x in along) or (B.dtype, C.dtype) != (inputs.B.dtype, inputs.C.dtype)
+    along = [in_rows(x) for x in along]
     layout = geometry(segments, groups, A, _launch.processors())
-    u, delta, z = (in_rows(x) for x in (inputs.u, inputs.delta, inputs.z))
-    also = tuple(in_rows(x) for x in also)
-    B, C = as_reals(inputs.B, A.dtype), as_reals(inputs.C, A.dtype)
     quad = 4 * (2 if A.dtype.kind == "c" else 1)
     together = (
         segments.cu_seqlens is None
-        and _launch.aligned(4, u, delta, z, *also)
+        and _launch.aligned(4, *along)
         and all(x.ndim == 2 or _launch.aligned(quad, x) for x in (B, C))
     )
     variant = (
-        u.dtype.name, A.dtype.name, B.dtype.name if B.ndim == 4 else "", C.dtype.name if C.ndim == 4 else "",
-        inputs.zoh, z is not None, together, layout.states, layout.state_blocks > 1, segments.seq_idx is not None,
+        inputs.u.dtype.name, A.dtype.name, B.dtype.name if B.ndim == 4 else "", C.dtype.name if C.ndim == 4 else "",
+        inputs.zoh, inputs.z is not None, together, layout.states, layout.state_blocks > 1,
+        segments.seq_idx is not None,
     )  # fmt: skip
-    matrices = (*matrix_strides(B, groups), *matrix_strides(C, groups))
-    return Prepared(layout, variant, (u, delta, z, *also), B, C, matrices)
+    copies = copied or B is not inputs.B or C is not inputs.C
+    return Plan(layout, copies, variant, (*matrix_strides(B, groups), *matrix_strides(C, groups)))
 
 
 def batch_stride(wave):
@@ -146,31 +166,35 @@ def batch_stride(wave):
 def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
     """Fill y, last_state and checkpoints (unless None).
 
-    ``inputs`` has the attributes u, delta, A, B, C, D, z, delta_bias, delta_softplus and zoh; B and C are
+    ``inputs`` has the attributes u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh and signature; B and C are
     (dim, state) or (batch, groups or 1, state, length).
     """
-    p = prepared(segments, groups, inputs, y)
-    layout, (u, delta, z, y) = p.layout, p.waves
-    count, A = segments.count, inputs.A
-    states = (count, layout.parts, layout.dim, layout.padded)
-    carry = _launch.empty(states, A.dtype) if layout.state_blocks > 1 else None
-    ends, sums = None, None
-    if layout.parts > 1:
-        ends, sums = _launch.empty(states, A.dtype), _launch.empty(states[:3], A.real.dtype)
-
-    def launch(factory, parts, initial_state, y, last_state, checkpoints):
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
+    plan = plan_of(segments, groups, inputs, (u, delta, z, y))
+    if plan.copies:
+        u, delta, z, B, C = in_rows(u), in_rows(delta), in_rows(z), as_reals(B, A.dtype), as_reals(C, A.dtype)
+    layout, count = plan.layout, segments.count
+    parts = layout.parts
+    carry = ends = sums = None
+    if layout.state_blocks > 1 or parts > 1:
+        states = (count, parts, layout.dim, layout.padded)
+        carry = _launch.empty(states, A.dtype) if layout.state_blocks > 1 else None
+        if parts > 1:
+            ends, sums = _launch.empty(states, A.dtype), _launch.empty(states[:3], A.real.dtype)
+    dims, rest = layout.dims, (layout.part_length, layout.state_blocks)
+    strides = (batch_stride(u), batch_stride(delta), batch_stride(z), batch_stride(y), *plan.strides)
+    shared = (carry, ends, sums, segments.seq_idx, segments.cu_seqlens, *dims, parts)
+    if parts > 1:
         _launch.launch(
-            Kernel("selective_scan", factory, p.variant), count * parts * layout.channel_blocks,
-            u, delta, A, p.B, p.C, inputs.D, z, inputs.delta_bias, int(inputs.delta_softplus), initial_state, y,
-            last_state, checkpoints, carry, ends, sums, segments.seq_idx, segments.cu_seqlens, layout.dim,
-            layout.state, layout.length, layout.channel_blocks, layout.blocks_of_group, layout.channels_of_group,
-            layout.parts, parts, layout.part_length, layout.state_blocks, batch_stride(u), batch_stride(delta),
-            batch_stride(z), batch_stride(y), *p.matrices,
+            Kernel("selective_scan", "ends", plan.variant), count * (parts - 1) * layout.channel_blocks,
+            u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None, None, None, None, *shared, parts - 1,
+            *rest, *strides,
         )  # fmt: skip
-
-    if layout.parts > 1:
-        launch("ends", layout.parts - 1, None, None, None, None)
-    launch("forward", layout.parts, initial_state, y, last_state, checkpoints)
+    _launch.launch(
+        Kernel("selective_scan", "forward", plan.variant), count * parts * layout.channel_blocks,
+        u, delta, A, B, C, D, z, delta_bias, int(delta_softplus), initial_state, y, last_state, checkpoints, *shared,
+        parts, *rest, *strides,
+    )  # fmt: skip
 
 
 def backward_shape(A, blocks_of_channels, many):
@@ -185,8 +209,13 @@ def backward_shape(A, blocks_of_channels, many):
 
 def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
     """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state; those of what was None are None."""
-    p = prepared(segments, groups, inputs, dy, gradients.du, gradients.ddelta, gradients.dz)
-    (u, delta, z, dy, du, ddelta, dz), layout, A, count = p.waves, p.layout, inputs.A, segments.count
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
+    du, ddelta, dz = gradients.du, gradients.ddelta, gradients.dz
+    plan = plan_of(segments, groups, inputs, (u, delta, z, dy, du, ddelta, dz))
+    if plan.copies:
+        u, delta, z, dy = (in_rows(x) for x in (u, delta, z, dy))
+        B, C = as_reals(B, A.dtype), as_reals(C, A.dtype)
+    layout, count, varying_B, varying_C = plan.layout, segments.count, B.ndim == 4, C.ndim == 4
     real = A.real.dtype
     many = layout.state_blocks > 1
 
@@ -197,7 +226,6 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
     channels = rows * warps * WARP_CHANNELS
     blocks_of_group = -(-layout.channels_of_group // channels)
     channel_blocks, parts = groups * blocks_of_group, layout.parts
-    varying_B, varying_C = inputs.B.ndim == 4, inputs.C.ndim == 4
     batch, matrices = u.shape[0], varying_B + varying_C
     starts, sums = None, None
     if parts > 1:
@@ -205,11 +233,11 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
         sums = _launch.empty((count, parts, layout.dim), real)
         start_blocks = -(-layout.channels_of_group // (warps * WARP_CHANNELS))
         _launch.launch(
-            Kernel("selective_scan_backward", "starts", (warps, *p.variant)),
-            count * (parts - 1) * groups * start_blocks, dy, delta, A, p.C, z, inputs.delta_bias,
-            int(inputs.delta_softplus), starts, sums, segments.seq_idx, segments.cu_seqlens, layout.dim, layout.state,
+            Kernel("selective_scan_backward", "starts", (warps, *plan.variant)),
+            count * (parts - 1) * groups * start_blocks, dy, delta, A, C, z, delta_bias,
+            int(delta_softplus), starts, sums, segments.seq_idx, segments.cu_seqlens, layout.dim, layout.state,
             layout.length, groups * start_blocks, start_blocks, layout.channels_of_group, parts, layout.part_length,
-            layout.state_blocks, batch_stride(dy), batch_stride(delta), batch_stride(z), *p.matrices[3:],
+            layout.state_blocks, batch_stride(dy), batch_stride(delta), batch_stride(z), *plan.strides[3:],
         )  # fmt: skip
     shape = (count * parts, layout.dim, layout.state)
     A_sums = _launch.empty(shape, A.dtype)
@@ -221,13 +249,13 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
     matrix_sums = _launch.empty((batch, channel_blocks, layout.length, stride), A.dtype) if matrices else None
     carry = _launch.empty((count * parts, 4, layout.dim, layout.padded), A.dtype) if many else None
     _launch.launch(
-        Kernel("selective_scan_backward", "backward", (rows, warps, resident, *p.variant)),
-        count * parts * channel_blocks, dy, u, delta, A, p.B, p.C, inputs.D, z, inputs.delta_bias,
-        int(inputs.delta_softplus), checkpoints, dlast_state, du, ddelta, dz, matrix_sums, A_sums, B_sums, C_sums,
+        Kernel("selective_scan_backward", "backward", (rows, warps, resident, *plan.variant)),
+        count * parts * channel_blocks, dy, u, delta, A, B, C, D, z, delta_bias,
+        int(delta_softplus), checkpoints, dlast_state, du, ddelta, dz, matrix_sums, A_sums, B_sums, C_sums,
         D_sums, bias_sums, gradients.dinitial_state, carry, starts, sums, segments.seq_idx, segments.cu_seqlens,
         layout.dim, layout.state, layout.length, channel_blocks, blocks_of_group, layout.channels_of_group, parts,
         layout.part_length, layout.state_blocks, batch_stride(dy), batch_stride(u), batch_stride(delta),
-        batch_stride(z), batch_stride(du), batch_stride(ddelta), batch_stride(dz), *p.matrices,
+        batch_stride(z), batch_stride(du), batch_stride(ddelta), batch_stride(dz), *plan.strides,
     )  # fmt: skip
     of_parts = ((A_sums, gradients.dA), (D_sums, gradients.dD), (bias_sums, gradients.ddelta_bias))
     for parts_, gradient in (*of_parts, (B_sums, gradients.dB), (C_sums, gradients.dC)):

@@ -31,6 +31,7 @@ from sscan.cuda._primitives import (
     writer,
 )
 from sscan.cuda._target import device
+from sscan.cuda._unroll import unroll
 from sscan.cuda.causal_conv1d import AGES, BLOCK, CHANNELS, STEPS, TILES, WARP, span_of
 from sscan.cuda.kernels._segments import segment
 from sscan.cuda.kernels._warp import lane_sum
@@ -120,7 +121,7 @@ def forward(storage, width, group, silu, mask):
     read, write = element_reader(real.name, real), writer(dtype_of(storage), real, group, group > 1)
     window, ages_of, taps = local_array(start + span, real), local_array(span, real), local_array(width, real)
     numbers, (activate, _), zero, integer = local_array(group, real), activations(real, silu), real.type(0), np.int64
-    ages_seen = tuple(real.type(j) for j in range(width))
+    ages_seen = tuple(real.type(j) for j in unroll(width))
     masked, states = mask != "", mask == "states"
 
     def kernel(
@@ -131,7 +132,7 @@ def forward(storage, width, group, silu, mask):
         d, rest = block_index() % blocks * CHANNELS + (thread_index() >> 5), block_index() // blocks
         batch, first = rest // parts, rest % parts * TILES
         steps, d = select(d < dim, length, 0), select(d < dim, d, 0)
-        for k in range(width):
+        for k in unroll(width):
             W[k] = read(weight, d * width + k, True)
         b = zero
         if bias != 0:
@@ -142,16 +143,16 @@ def forward(storage, width, group, silu, mask):
             if masked:
                 read_ages(A, ages, batch * length, t, steps)
             if (initial_state != 0) & (tile == 0) & (not states):
-                for m in range(halo):
+                for m in unroll(halo):
                     state = read(initial_state, (batch * dim + d) * halo + t + m, t + m < halo)
                     X[start - halo + m] = X[start - halo + m] + state
-            for i in range(span):
+            for i in unroll(span):
                 total = b
                 if states:
                     head = (A[i] < ages_seen[halo]) & (t + i < steps)
                     age = integer(A[i])
                     state = (read_integer(sequences, t + i, select(head, 1, 0)) * dim + d) * halo + age
-                for k in range(width):
+                for k in unroll(width):
                     value = X[start + i + k - halo]
                     if masked:
                         value = select(A[i] >= ages_seen[halo - k], value, zero)
@@ -180,7 +181,7 @@ def backward(storage, width, group, silu, mask):
     window, gradients, numbers = local_array(start + known, real), local_array(known, real), local_array(group, real)
     taps, sum_over_warp = local_array(width, real), lane_sum(WARP)
     (_, slope), zero, integer = activations(real, silu), real.type(0), np.int64
-    ages_seen = tuple(real.type(j) for j in range(width))
+    ages_seen = tuple(real.type(j) for j in unroll(width))
     masked, states = mask != "", mask == "states"
 
     def kernel(
@@ -192,7 +193,7 @@ def backward(storage, width, group, silu, mask):
         d, part = block_index() % blocks * CHANNELS + (thread_index() >> 5), block_index() // blocks
         inside, lane = d < dim, thread_index() & (WARP - 1)
         steps, d = select(inside, length, 0), select(inside, d, 0)
-        for k in range(width):
+        for k in unroll(width):
             W[k] = read(weight, d * width + k, True)
             DW[k] = zero
         b, db = zero, zero
@@ -206,16 +207,16 @@ def backward(storage, width, group, silu, mask):
             if masked:
                 read_ages(A, ages, batch * length, t, steps)
             if (initial_state != 0) & (tile == 0) & (not states):
-                for m in range(halo):
+                for m in unroll(halo):
                     state = read(initial_state, (batch * dim + d) * halo + t + m, t + m < halo)
                     X[start - halo + m] = X[start - halo + m] + state
-            for i in range(span + halo):
+            for i in unroll(span + halo):
                 total = b
                 if states:
                     head = (initial_state != 0) & (A[i] < ages_seen[halo]) & (t + i < steps)
                     age = integer(A[i])
                     state = (read_integer(sequences, t + i, select(head, 1, 0)) * dim + d) * halo + age
-                for k in range(width):
+                for k in unroll(width):
                     value = X[start + i + k - halo]
                     if masked:
                         value = select(A[i] >= ages_seen[halo - k], value, zero)
@@ -225,12 +226,12 @@ def backward(storage, width, group, silu, mask):
                     V[k] = value
                 G[i] = G[i] * slope(total)
                 if i < span:
-                    for k in range(width):
+                    for k in unroll(width):
                         DW[k] = fma(G[i], V[k], DW[k])
                     db = db + G[i]
-            for i in range(span):
+            for i in unroll(span):
                 total = zero
-                for j in range(width):
+                for j in unroll(width):
                     g = G[i + j]
                     if masked:
                         g = select(A[i + j] >= ages_seen[j], g, zero)
@@ -238,7 +239,7 @@ def backward(storage, width, group, silu, mask):
                 if dfinal_state != 0:
                     if states:
                         last, ahead, index = t + i < 0, t + i < steps, t * 0
-                        for j in range(1, width):
+                        for j in unroll(1, width):
                             ends = A[i + j] < ages_seen[j]
                             last, index = last | (ahead & ends), select(ahead & ends, halo - j, index)
                             ahead = ahead & (A[i + j] >= ages_seen[j])
@@ -259,7 +260,7 @@ def backward(storage, width, group, silu, mask):
             if tile == tiles:
                 tile = 0
                 batch += 1
-        for k in range(width):
+        for k in unroll(width):
             write(dweight, (part * dim + d) * width + k, sum_over_warp(DW[k]), inside & (lane == 0))
         if dbias != 0:
             write(dbias, part * dim + d, sum_over_warp(db), inside & (lane == 0))

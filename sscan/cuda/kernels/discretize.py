@@ -278,7 +278,7 @@ def backward(storage, number, method, varies, B_storage, ddelta_storage, dB_stor
                 at = ((part * batches + batch) * groups + group) * state + n + k
                 write_B(dB, reals * (at * length + t), sum_B[k], inside > k)
 
-    return kernel, Shape(THREADS, 6 if real == np.float32 and reals == 1 else 3)
+    return kernel, Shape(THREADS, 4 if real == np.float32 and reals == 1 else 3)
 
 
 def shipped():

@@ -206,9 +206,9 @@ def _start(storage):
 
 
 def _blocks(storage, arrays):
-    """Blocks of 128 threads to fit on a multiprocessor: as many as a thread's registers for its steps allow."""
+    """Blocks of 128 threads to fit on a multiprocessor at least: Ampere needs up to twice the registers of Hopper."""
     few = STEPS[storage] * _number_of(storage)[0].itemsize <= 16
-    return {2: 10 if few else 6, 3: 8 if few else 4}[arrays]
+    return {2: 5 if few else 3, 3: 4 if few else 2}[arrays]
 
 
 def forward(storage, width, together, reverse):

@@ -124,7 +124,7 @@ def kernel_backward(number):
                 a[0] = total
                 write(sums, ((chunk * 2 + i) * dim + d) * state + n, a, select(thread_index() == 0, 1, 0))
 
-    return kernel, Shape(THREADS, 6 if real == np.float32 else 4)
+    return kernel, Shape(THREADS, 4 if real == np.float32 else 2)
 
 
 def kernel_gradients(number):
