@@ -11,13 +11,22 @@ WARP, CHANNELS = 32, 4  # channels of a block, a warp for each
 TILES = 8  # of a warp
 STEPS = 2048  # of a warp of `wide_dweight`
 BLOCK = 128  # threads of the other kernels
-AGES, WIDE_AGES = "float16", "float32"  # ages are numbers up to width - 1
-WIDEST = 8  # that kernels are specialised for
+AGES = "float16"  # ages are whole numbers below the width
 
 
-def span_of(group):
-    """Steps of a lane: two groups of a vector access; or one by one."""
-    return 2 * group if group > 1 else 1
+def span_of(group, mask):
+    """Steps of a lane: two groups of a vector access, fewer with a mask, which takes registers; or one by one."""
+    return group if mask and group == 8 else 2 * group if group > 1 else 1
+
+
+def _is_small(width, dtype, mask):
+    """Whether a kernel is specialised for the width: what it keeps of a window fits into registers."""
+    return width <= (4 if mask or dtype.itemsize == 8 else 8)
+
+
+def _age_dtype(width):
+    """A dtype that holds ages: whole numbers below the width."""
+    return AGES if width <= 2048 else "float32"
 
 
 class Tables(NamedTuple):
@@ -44,7 +53,7 @@ def _tables(segments, width, with_states):
     if (seq_idx is None and cu_seqlens is None) or width == 1 or not length:
         return Tables("", None, None)
     with_states = with_states and cu_seqlens is not None and count > 0
-    storage = AGES if width <= WIDEST else WIDE_AGES
+    storage = _age_dtype(width)
     ages = _launch.empty((batch, length), storage)
     sequences = _launch.empty((length,), "int64") if with_states else None
     blocks = -(-length // BLOCK)
@@ -53,10 +62,6 @@ def _tables(segments, width, with_states):
         max(0, count - 1).bit_length(), length, width, blocks,
     )  # fmt: skip
     return Tables("states" if with_states else "ages", ages, sequences)
-
-
-def _storage_of_ages(width):
-    return AGES if width <= WIDEST else WIDE_AGES
 
 
 def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, final_state):
@@ -70,9 +75,9 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
     before = initial_state if width > 1 else None
     if not (batch and dim and length):
         pass
-    elif width <= WIDEST:
+    elif _is_small(width, x.dtype, tables.mask):
         group = 16 // x.itemsize if _launch.aligned(16 // x.itemsize, x, y) else 1
-        tiles = -(-length // (WARP * span_of(group)))
+        tiles = -(-length // (WARP * span_of(group, tables.mask)))
         parts = -(-tiles // TILES)
         _launch.launch(
             _kernel("forward", x.dtype, width, group, silu, tables.mask), batch * parts * -(-dim // CHANNELS), x, y,
@@ -83,7 +88,7 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
     if final_state is not None and width > 1:
         ages = tables.ages if segments.seq_idx is not None else None
         _launch.launch(
-            _kernel("final_states", x.dtype, _storage_of_ages(width)), segments.count * -(-dim // BLOCK), x, before,
+            _kernel("final_states", x.dtype, _age_dtype(width)), segments.count * -(-dim // BLOCK), x, before,
             final_state, ages, segments.cu_seqlens, dim, length, width, *_steps(x),
         )  # fmt: skip
 
@@ -92,9 +97,9 @@ def _wide_sum(dy, x, y, weight, bias, silu, initial_state, tables):
     (batch, dim, length), width = x.shape, weight.shape[1]
     blocks = -(-length // BLOCK)
     _launch.launch(
-        _kernel("wide_sum", x.dtype, WIDE_AGES, silu, tables.mask, dy is not None), batch * dim * blocks, dy, x, y,
-        weight, bias, initial_state, tables.ages, tables.sequences, dim, length, width, blocks, *_steps(dy), *_steps(x),
-        *_steps(y),
+        _kernel("wide_sum", x.dtype, _age_dtype(width), silu, tables.mask, dy is not None), batch * dim * blocks, dy, x,
+        y, weight, bias, initial_state, tables.ages, tables.sequences, dim, length, width, blocks, *_steps(dy),
+        *_steps(x), *_steps(y),
     )  # fmt: skip
 
 
@@ -102,12 +107,11 @@ def causal_conv1d_backward(
     dy, x, weight, bias, silu, segments, initial_state, dfinal_state, dx, dweight, dbias, dinitial_state
 ):
     """Fill dx, dweight, dbias and dinitial_state (unless None); arrays as in ``causal_conv1d_forward``."""
-    batch, dim, length = x.shape
-    width = weight.shape[1]
+    dim, length, width = *x.shape[1:], weight.shape[1]
     states = (initial_state, dfinal_state) if width > 1 else (None, None)
     tables = _tables(segments, width, any(state is not None for state in states))
     arrays = dy, x, dx, weight, bias
-    if width <= WIDEST:
+    if _is_small(width, x.dtype, tables.mask):
         dweights, dbiases = _small_backward(*arrays, silu, *states, tables, dbias is not None)
     else:
         dweights, dbiases = _wide_backward(*arrays, silu, *states, tables, dbias is not None)
@@ -117,7 +121,7 @@ def causal_conv1d_backward(
     if dinitial_state is not None and width > 1:
         ages = tables.ages if segments.seq_idx is not None else None
         _launch.launch(
-            _kernel("initial_gradients", x.dtype, _storage_of_ages(width), silu), segments.count * -(-dim // BLOCK),
+            _kernel("initial_gradients", x.dtype, _age_dtype(width), silu), segments.count * -(-dim // BLOCK),
             dy, x, weight, bias, initial_state, dfinal_state, dinitial_state, ages, segments.cu_seqlens, dim, length,
             width, *_steps(dy), *_steps(x),
         )  # fmt: skip
@@ -132,7 +136,7 @@ def _partials(parts, weight, with_bias):
 def _small_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, tables, with_bias):
     (batch, dim, length), width = x.shape, weight.shape[1]
     group = 16 // x.itemsize if _launch.aligned(16 // x.itemsize, x, dy, dx) else 1
-    tiles = -(-length // (WARP * span_of(group)))
+    tiles = -(-length // (WARP * span_of(group, tables.mask)))
     parts = -(-batch * tiles // TILES)
     dweights, dbiases = _partials(parts, weight, with_bias)
     _launch.launch(
@@ -150,12 +154,13 @@ def _wide_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, t
     gradients = _launch.empty((batch, dim, length), weight.dtype)
     _wide_sum(dy, x, gradients, weight, bias, silu, initial_state, tables)
     _launch.launch(
-        _kernel("wide_dx", x.dtype, WIDE_AGES, tables.mask), batch * dim * blocks, gradients, dx, weight, dfinal_state,
-        tables.ages, tables.sequences, dim, length, width, blocks, *_steps(dx),
+        _kernel("wide_dx", x.dtype, _age_dtype(width), tables.mask), batch * dim * blocks, gradients, dx, weight,
+        dfinal_state, tables.ages, tables.sequences, dim, length, width, blocks, *_steps(dx),
     )  # fmt: skip
     _launch.launch(
-        _kernel("wide_dweight", x.dtype, WIDE_AGES, tables.mask), batch * parts * -(-dim // CHANNELS), gradients, x,
-        initial_state, tables.ages, tables.sequences, dweights, dbiases, dim, length, width, parts, *_steps(x),
+        _kernel("wide_dweight", x.dtype, _age_dtype(width), tables.mask), batch * parts * -(-dim // CHANNELS),
+        gradients, x, initial_state, tables.ages, tables.sequences, dweights, dbiases, dim, length, width, parts,
+        *_steps(x),
     )  # fmt: skip
     return dweights, dbiases
 

@@ -11,7 +11,8 @@ BLOCK, WARP = 128, 32  # threads of a block that has several rows; of a warp
 WARPS = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16)  # of a block that has one row in registers
 WIDE = 512  # threads of a block with a row that does not fit
 NUMBERS = {4: 16, 8: 4}  # of a row, by the size of one, that a thread keeps in registers; 3/4 of that one by one
-RESIDENT = 640  # threads of `backward` that fit on a multiprocessor at once
+RESIDENT = 384  # threads of `backward` whose registers a multiprocessor has on every GPU: 168 for each
+USUAL = 480  # and on those that need fewer for the same
 LEAST_ROWS = 4  # for each row of partial sums
 
 
@@ -28,18 +29,18 @@ def _plan(direction, size, together, dtype, *others):
     """``others`` are the dtypes of the arrays that may be missing; ``together``: 16 bytes at a time."""
     group = 16 // dtype.itemsize if together else 1
     names = (dtype.name, *("" if other is None else other.name for other in others))
-    numbers = NUMBERS[max(4, dtype.itemsize)]
-    lanes, groups = _team(-(-size // group), numbers // group if together else 3 * numbers // 4)
+    numbers, limit = NUMBERS[max(4, dtype.itemsize)], RESIDENT if direction == "backward" else WIDE
+    lanes, groups = _team(-(-size // group), numbers // group if together else 3 * numbers // 4, limit)
     if not lanes:
         return Plan(Kernel("rms_norm", f"{direction}_wide", (*names, group)), 1, WIDE)
     threads = max(BLOCK, lanes) if lanes <= WARP else lanes
     return Plan(Kernel("rms_norm", direction, (*names, lanes, groups, group)), threads // lanes, threads)
 
 
-def _team(count, most):
+def _team(count, most, limit):
     """Threads for a row of ``count`` groups, and how many each has, at most ``most``; 0 if the row is too wide."""
     sizes = (*(2**k for k in range(WARP.bit_length())), *(WARP * warps for warps in WARPS))
-    lanes = next((n for n in sizes if n * most >= count), 0)
+    lanes = next((n for n in sizes if n * most >= count and n <= limit), 0)
     return lanes, lanes and -(-count // lanes)
 
 
@@ -76,7 +77,7 @@ def rms_norm_backward(dy, x, weight, residual, eps, dresidual_out, dx, dweight, 
         return
     together = _is_aligned(x, dy, weight, residual, dresidual_out, dx, dresidual)
     plan = _plan("backward", size, together, x.dtype, _dtype(residual), _dtype(dresidual_out))
-    most = _launch.processors() * (RESIDENT // plan.threads) * plan.teams
+    most = _launch.processors() * max(1, USUAL // plan.threads) * plan.teams
     teams = min(-(-rows // LEAST_ROWS), most)
     partials = _launch.empty((teams, size), weight.dtype)
     _launch.launch(

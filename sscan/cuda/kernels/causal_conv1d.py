@@ -1,9 +1,10 @@
 """The causal depthwise convolution on the GPU.
 
-``forward`` and ``backward``, for small widths: a warp owns a channel and goes through tiles of it in time. Each lane has
-``span`` consecutive steps of a tile, two groups of 16 bytes, and reads the groups before them (and, backward, after
-them) a second time, which its neighbours have just brought into the L1 cache. Backward, a lane also computes again the
-few gradients after its steps; sums for dweight stay in registers until the warp is done.
+``forward`` and ``backward``, for small widths: a warp owns a channel and goes through tiles of it in time. Each lane
+has ``span`` consecutive steps of a tile, up to two groups of 16 bytes, and reads the groups before them (and, backward,
+after them) a second time, which its neighbours have just brought into the L1 cache. Backward, a lane also computes
+again the few gradients after its steps; sums for dweight stay in registers until the warp is done.
+
 Memory traffic: forward reads x and writes y, backward reads dy and x and writes dx, everything once.
 
 A *mask* says which inputs a step does not see because they belong to another sequence, by a table of *ages*: how many
@@ -31,7 +32,6 @@ from sscan.cuda._primitives import (
     writer,
 )
 from sscan.cuda._target import device
-from sscan.cuda._unroll import unroll
 from sscan.cuda.causal_conv1d import AGES, BLOCK, CHANNELS, STEPS, TILES, WARP, span_of
 from sscan.cuda.kernels._segments import segment
 from sscan.cuda.kernels._warp import lane_sum
@@ -112,7 +112,7 @@ def activations(real, silu):
 
 def forward(storage, width, group, silu, mask):
     """A warp has up to ``TILES`` tiles of one row."""
-    real, span, halo = real_of_storage(storage), span_of(group), width - 1
+    real, span, halo = real_of_storage(storage), span_of(group, mask), width - 1
     before = -(-halo // group)
     groups = span // group
     start = before * group
@@ -121,7 +121,7 @@ def forward(storage, width, group, silu, mask):
     read, write = element_reader(real.name, real), writer(dtype_of(storage), real, group, group > 1)
     window, ages_of, taps = local_array(start + span, real), local_array(span, real), local_array(width, real)
     numbers, (activate, _), zero, integer = local_array(group, real), activations(real, silu), real.type(0), np.int64
-    ages_seen = tuple(real.type(j) for j in unroll(width))
+    ages_seen = tuple(real.type(j) for j in range(width))
     masked, states = mask != "", mask == "states"
 
     def kernel(
@@ -132,7 +132,7 @@ def forward(storage, width, group, silu, mask):
         d, rest = block_index() % blocks * CHANNELS + (thread_index() >> 5), block_index() // blocks
         batch, first = rest // parts, rest % parts * TILES
         steps, d = select(d < dim, length, 0), select(d < dim, d, 0)
-        for k in unroll(width):
+        for k in range(width):
             W[k] = read(weight, d * width + k, True)
         b = zero
         if bias != 0:
@@ -143,16 +143,16 @@ def forward(storage, width, group, silu, mask):
             if masked:
                 read_ages(A, ages, batch * length, t, steps)
             if (initial_state != 0) & (tile == 0) & (not states):
-                for m in unroll(halo):
+                for m in range(halo):
                     state = read(initial_state, (batch * dim + d) * halo + t + m, t + m < halo)
                     X[start - halo + m] = X[start - halo + m] + state
-            for i in unroll(span):
+            for i in range(span):
                 total = b
                 if states:
                     head = (A[i] < ages_seen[halo]) & (t + i < steps)
                     age = integer(A[i])
                     state = (read_integer(sequences, t + i, select(head, 1, 0)) * dim + d) * halo + age
-                for k in unroll(width):
+                for k in range(width):
                     value = X[start + i + k - halo]
                     if masked:
                         value = select(A[i] >= ages_seen[halo - k], value, zero)
@@ -164,12 +164,12 @@ def forward(storage, width, group, silu, mask):
                     at = t + i - (group - 1)
                     write(y, batch * y_batch + d * y_dim + at, values, steps - at)
 
-    return kernel, Shape(CHANNELS * WARP, 8)
+    return kernel, Shape(CHANNELS * WARP, 32 // real.itemsize)
 
 
 def backward(storage, width, group, silu, mask):
     """A warp has up to ``TILES`` tiles of the tiles of all rows, which are counted row by row."""
-    real, span, halo = real_of_storage(storage), span_of(group), width - 1
+    real, span, halo = real_of_storage(storage), span_of(group, mask), width - 1
     before = -(-halo // group)
     groups = span // group
     start, known = before * group, span + before * group
@@ -181,7 +181,7 @@ def backward(storage, width, group, silu, mask):
     window, gradients, numbers = local_array(start + known, real), local_array(known, real), local_array(group, real)
     taps, sum_over_warp = local_array(width, real), lane_sum(WARP)
     (_, slope), zero, integer = activations(real, silu), real.type(0), np.int64
-    ages_seen = tuple(real.type(j) for j in unroll(width))
+    ages_seen = tuple(real.type(j) for j in range(width))
     masked, states = mask != "", mask == "states"
 
     def kernel(
@@ -193,7 +193,7 @@ def backward(storage, width, group, silu, mask):
         d, part = block_index() % blocks * CHANNELS + (thread_index() >> 5), block_index() // blocks
         inside, lane = d < dim, thread_index() & (WARP - 1)
         steps, d = select(inside, length, 0), select(inside, d, 0)
-        for k in unroll(width):
+        for k in range(width):
             W[k] = read(weight, d * width + k, True)
             DW[k] = zero
         b, db = zero, zero
@@ -207,16 +207,16 @@ def backward(storage, width, group, silu, mask):
             if masked:
                 read_ages(A, ages, batch * length, t, steps)
             if (initial_state != 0) & (tile == 0) & (not states):
-                for m in unroll(halo):
+                for m in range(halo):
                     state = read(initial_state, (batch * dim + d) * halo + t + m, t + m < halo)
                     X[start - halo + m] = X[start - halo + m] + state
-            for i in unroll(span + halo):
+            for i in range(span + halo):
                 total = b
                 if states:
                     head = (initial_state != 0) & (A[i] < ages_seen[halo]) & (t + i < steps)
                     age = integer(A[i])
                     state = (read_integer(sequences, t + i, select(head, 1, 0)) * dim + d) * halo + age
-                for k in unroll(width):
+                for k in range(width):
                     value = X[start + i + k - halo]
                     if masked:
                         value = select(A[i] >= ages_seen[halo - k], value, zero)
@@ -226,12 +226,12 @@ def backward(storage, width, group, silu, mask):
                     V[k] = value
                 G[i] = G[i] * slope(total)
                 if i < span:
-                    for k in unroll(width):
+                    for k in range(width):
                         DW[k] = fma(G[i], V[k], DW[k])
                     db = db + G[i]
-            for i in unroll(span):
+            for i in range(span):
                 total = zero
-                for j in unroll(width):
+                for j in range(width):
                     g = G[i + j]
                     if masked:
                         g = select(A[i + j] >= ages_seen[j], g, zero)
@@ -239,7 +239,7 @@ def backward(storage, width, group, silu, mask):
                 if dfinal_state != 0:
                     if states:
                         last, ahead, index = t + i < 0, t + i < steps, t * 0
-                        for j in unroll(1, width):
+                        for j in range(1, width):
                             ends = A[i + j] < ages_seen[j]
                             last, index = last | (ahead & ends), select(ahead & ends, halo - j, index)
                             ahead = ahead & (A[i + j] >= ages_seen[j])
@@ -260,12 +260,12 @@ def backward(storage, width, group, silu, mask):
             if tile == tiles:
                 tile = 0
                 batch += 1
-        for k in unroll(width):
+        for k in range(width):
             write(dweight, (part * dim + d) * width + k, sum_over_warp(DW[k]), inside & (lane == 0))
         if dbias != 0:
             write(dbias, part * dim + d, sum_over_warp(db), inside & (lane == 0))
 
-    return kernel, Shape(CHANNELS * WARP, 4)
+    return kernel, Shape(CHANNELS * WARP, 16 // real.itemsize)
 
 
 # --- tables and states -----------------------------------------------------------------------------------------------
@@ -307,7 +307,11 @@ def tables(storage):
 def final_states(storage, ages_storage):
     """A thread has a channel of one sequence."""
     real = real_of_storage(storage)
-    read_x, read, write = element_reader(storage, real), element_reader(real.name, real), element_writer(real.name, real)
+    read_x, read, write = (
+        element_reader(storage, real),
+        element_reader(real.name, real),
+        element_writer(real.name, real),
+    )
     read_age, zero, integer = element_reader(ages_storage, real), real.type(0), np.int64
 
     def kernel(x, initial_state, final_state, ages, cu_seqlens, dim, length, width, x_batch, x_dim):
@@ -330,11 +334,14 @@ def final_states(storage, ages_storage):
     return kernel, Shape(BLOCK, 4)
 
 
-
 def initial_gradients(storage, ages_storage, silu):
     """A thread has a channel of one sequence, and adds what each of its first steps sends to the initial state."""
     real = real_of_storage(storage)
-    read_x, read, write = element_reader(storage, real), element_reader(real.name, real), element_writer(real.name, real)
+    read_x, read, write = (
+        element_reader(storage, real),
+        element_reader(real.name, real),
+        element_writer(real.name, real),
+    )
     read_sum, read_age = element_reader(real.name, real, constant=False), element_reader(ages_storage, real)
     (_, slope), zero, integer = activations(real, silu), real.type(0), np.int64
 
@@ -413,7 +420,7 @@ def tap_reader(storage, ages_storage, mask):
 
 
 def wide_sum(storage, ages_storage, silu, mask, gradient):
-    """A thread has a step: y, or with ``gradient`` that of the sum before the activation, in the dtype of arithmetic."""
+    """A thread has a step: y or, with ``gradient``, the gradient of the sum before the activation."""
     real = real_of_storage(storage)
     read_x, read = element_reader(storage, real), element_reader(real.name, real)
     write = element_writer(real.name if gradient else storage, real)
@@ -454,9 +461,7 @@ def wide_dx(storage, ages_storage, mask):
     read, write = element_reader(real.name, real), element_writer(storage, real)
     (age_of, _), zero, states = tap_reader(storage, ages_storage, mask), real.type(0), mask == "states"
 
-    def kernel(
-        gradients, dx, weight, dfinal_state, ages, sequences, dim, length, width, blocks, dx_batch, dx_dim
-    ):
+    def kernel(gradients, dx, weight, dfinal_state, ages, sequences, dim, length, width, blocks, dx_batch, dx_dim):
         row, t = block_index() // blocks, block_index() % blocks * BLOCK + thread_index()
         batch, d = row // dim, row % dim
         inside, halo, total = t < length, width - 1, zero
@@ -487,9 +492,7 @@ def wide_dweight(storage, ages_storage, mask):
     read, write, sum_over_warp = element_reader(real.name, real), element_writer(real.name, real), lane_sum(WARP)
     (age_of, tap), zero, states = tap_reader(storage, ages_storage, mask), real.type(0), mask == "states"
 
-    def kernel(
-        gradients, x, initial_state, ages, sequences, dweight, dbias, dim, length, width, parts, x_batch, x_dim
-    ):
+    def kernel(gradients, x, initial_state, ages, sequences, dweight, dbias, dim, length, width, parts, x_batch, x_dim):
         blocks, halo = (dim + CHANNELS - 1) // CHANNELS, width - 1
         d, rest = block_index() % blocks * CHANNELS + (thread_index() >> 5), block_index() // blocks
         batch, begin, lane = rest // parts, rest % parts * STEPS, thread_index() & (WARP - 1)
@@ -556,17 +559,18 @@ def shipped():
     return [
         Kernel("causal_conv1d", "forward", ("float32", 4, 4, True, "")),
         Kernel("causal_conv1d", "forward", ("bfloat16", 4, 8, True, "ages")),
-        Kernel("causal_conv1d", "forward", ("float16", 8, 8, False, "states")),
-        Kernel("causal_conv1d", "forward", ("float64", 3, 1, True, "ages")),
-        Kernel("causal_conv1d", "backward", ("float32", 4, 4, True, "")),
-        Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, "ages")),
-        Kernel("causal_conv1d", "backward", ("float32", 8, 4, False, "states")),
-        Kernel("causal_conv1d", "backward", ("float64", 2, 2, True, "states")),
+        Kernel("causal_conv1d", "forward", ("float16", 8, 8, False, "")),
+        Kernel("causal_conv1d", "forward", ("float64", 3, 1, True, "states")),
+        Kernel("causal_conv1d", "backward", ("float32", 4, 4, True, "ages")),
+        Kernel("causal_conv1d", "backward", ("float32", 3, 1, False, "")),
+        Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, "states")),
+        Kernel("causal_conv1d", "backward", ("float16", 8, 8, True, "")),
+        Kernel("causal_conv1d", "backward", ("float64", 4, 2, True, "states")),
         Kernel("causal_conv1d", "tables", ("float16",)),
         Kernel("causal_conv1d", "final_states", ("bfloat16", "float16")),
         Kernel("causal_conv1d", "initial_gradients", ("float32", "float16", True)),
-        Kernel("causal_conv1d", "wide_sum", ("float16", "float32", True, "states", True)),
-        Kernel("causal_conv1d", "wide_dx", ("bfloat16", "float32", "ages")),
+        Kernel("causal_conv1d", "wide_sum", ("float16", "float16", True, "states", True)),
+        Kernel("causal_conv1d", "wide_dx", ("bfloat16", "float16", "ages")),
         Kernel("causal_conv1d", "wide_dweight", ("float32", "float32", "states")),
         Kernel("causal_conv1d", "update", ("bfloat16", True)),
     ]

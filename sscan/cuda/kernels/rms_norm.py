@@ -1,9 +1,9 @@
 """RMS normalisation of rows, on the GPU.
 
 A *team* of threads owns a row: some lanes of a warp, or a whole block. Thread ``lane`` of ``lanes`` has the groups
-``lane, lane + lanes, ...`` of the row, each of up to 16 bytes of x, so that a warp reads contiguous memory. Rows of up to
-lanes * groups groups stay in registers between the sum of squares and its use (``forward``, ``backward``); wider ones
-are read twice (``forward_wide``, ``backward_wide``).
+``lane, lane + lanes, ...`` of the row, each of up to 16 bytes of x, so that a warp reads contiguous memory. Rows of
+up to lanes * groups groups stay in registers between the sum of squares and its use (``forward``, ``backward``); wider
+ones are read twice (``forward_wide``, ``backward_wide``).
 
 Memory traffic: forward reads x (and the residual) and writes y (and the sum); backward reads dy, x (and the residual
 and its gradient) and writes dx (and dresidual). Everything once; the weight comes from the L1 cache.
@@ -28,9 +28,8 @@ from sscan.cuda._primitives import (
     writer,
 )
 from sscan.cuda._target import device
-from sscan.cuda.rms_norm import BLOCK, RESIDENT, WIDE
 from sscan.cuda.kernels._warp import WARP, lane_sum
-
+from sscan.cuda.rms_norm import BLOCK, RESIDENT, WIDE
 
 
 def real_of_storage(storage):
@@ -38,13 +37,13 @@ def real_of_storage(storage):
     return np.dtype(np.float64 if storage == "float64" else np.float32)
 
 
-def group_reader(storage, real, group):
+def group_reader(storage, real, group, constant=True):
     """``read(into, address, start, column, size)``: a group of a row from ``column`` on; zeros past ``size``.
 
     Loads do not depend on the column: what is past the row is read from its start and dropped. So none of them waits
     for another, as loads behind branches would. ``start`` is the row's first element; groups are whole.
     """
-    load, zero = reader(dtype_of(storage), real, group, group > 1), real.type(0)
+    load, zero = reader(dtype_of(storage), real, group, group > 1, constant), real.type(0)
 
     @device
     def read(into, address, start, column, size):
@@ -162,7 +161,8 @@ def backward(storage, residual, gradient, lanes, groups, group):
     """
     real, threads = real_of_storage(storage), team_threads(lanes)
     read_x, read_residual = group_reader(storage, real, group), group_reader(residual or storage, real, group)
-    read_gradient, read_weight = group_reader(gradient or storage, real, group), group_reader(real.name, real, group)
+    read_gradient = group_reader(gradient or storage, real, group)
+    read_weight = group_reader(real.name, real, group, constant=False)  # or it would be kept in registers
     write_dx = writer(dtype_of(storage), real, group, group > 1)
     write_dresidual = writer(dtype_of(residual or storage), real, group, group > 1)
     write_partial = writer(real, real, group, group > 1)
@@ -354,8 +354,8 @@ def shipped():
         ("float16", "", 512, 2, 8), ("bfloat16", "float32", 160, 2, 8), ("float64", "float64", 32, 2, 2),
     ]  # fmt: skip
     backwards = [
-        ("float32", "", "", 160, 4, 4), ("float32", "bfloat16", "float16", 512, 4, 4), ("float16", "", "", 96, 12, 1),
-        ("bfloat16", "float32", "float32", 160, 2, 8), ("float64", "float64", "", 512, 2, 2),
+        ("float32", "", "", 160, 4, 4), ("float32", "bfloat16", "float16", 384, 4, 4), ("float16", "", "", 96, 12, 1),
+        ("bfloat16", "float32", "float32", 160, 2, 8), ("float64", "float64", "", 384, 2, 2),
     ]  # fmt: skip
     wide = [("float32", "", 4), ("bfloat16", "float32", 8)]
     return [

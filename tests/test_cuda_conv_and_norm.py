@@ -1,0 +1,106 @@
+"""The CUDA kernels of causal_conv1d and rms_norm, run by the emulator."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from cases import Case, cases_of, check_backward, check_forward, conv_problem, norm_problem
+from emulator import emulated, patched
+
+import sscan
+from sscan.cuda import _launch
+from sscan.cuda.kernels import causal_conv1d, rms_norm
+
+NORMS = {
+    **{f"size {n}": {"shape": (9, n)} for n in (2, 63, 64, 65, 129, 508, 516, 1025)},
+    "several blocks": {"shape": (300, 6), "residual": "float32"},
+    "bfloat16, several turns": {"shape": (150, 128), "dtype": "bfloat16", "residual": "bfloat16"},
+    "wide": {"shape": (5, 8200), "residual": "float16"},
+    "wide, bfloat16": {"shape": (30, 8196), "dtype": "bfloat16", "residual": "float32"},
+    "wide, float64": {"shape": (5, 2050), "dtype": "float64", "residual": "float64"},
+    "not aligned": {"shape": (5, 256), "layout": "offset"},
+    "no eps": {"shape": (5, 64), "eps": 0.0},
+}
+SPANS = {"float32": 8, "float16": 16, "bfloat16": 16, "float64": 4}  # steps of a lane, if memory is aligned
+PACKED = {"batch": 1, "initial_state": True}
+BORDERS = (0, 0, 1, 2, 3, 3, 5, 8, 9, 40, 120, 121, 123, 128)
+CONVOLUTIONS = {
+    **{
+        f"{dtype}, {tiles} tiles and {more} steps": {"dtype": dtype, "length": 32 * span * tiles + more, "dim": 5}
+        for dtype, span in SPANS.items()
+        for tiles, more in ((1, -span // 2), (1, 0), (2, span // 2), (2, 1))
+    },
+    "more tiles than a warp has": {"length": 2312, "dim": 1, "batch": 3, "initial_state": True},
+    "more rows than a warp has": {"length": 8, "dim": 2, "batch": 19, "initial_state": True},
+    **{f"width {width}": {"width": width, "initial_state": True, "length": 24, "dim": 6} for width in (6, 7, 9, 40)},
+    **{
+        f"width {width}, many sequences, {dtype}": {
+            **PACKED, "width": width, "length": 128, "cu_seqlens": BORDERS, "dtype": dtype, "dim": 5,
+        }
+        for width, dtype in ((1, "float32"), (4, "bfloat16"), (8, "float32"), (4, "float64"), (11, "float16"))
+    },
+    "many sequences, not aligned": {**PACKED, "length": 130, "cu_seqlens": (*BORDERS, 130), "dim": 5},
+    "many sequences without states": {"batch": 1, "length": 128, "cu_seqlens": BORDERS, "dim": 5},
+    **{
+        f"width {width}, seq_idx, {dtype}": {
+            "seq_idx": "int16", "width": width, "length": 256, "initial_state": True, "dtype": dtype, "dim": 5,
+        }
+        for width, dtype in ((4, "bfloat16"), (2, "float16"), (8, "float32"), (10, "float32"))
+    },
+    "width 10, short": {"width": 10, "length": 4, "seq_idx": "int32", "initial_state": True},
+    "width 10, empty": {"width": 10, "length": 0, "initial_state": True},
+}  # fmt: skip
+
+
+def more(op, problem, table):
+    """Cases of ours."""
+    return [Case(f"our {name}", op, partial(problem, **changes)) for name, changes in table.items()]
+
+
+@pytest.mark.parametrize("case", [*cases_of("rms_norm"), *more("rms_norm", norm_problem, NORMS)], ids=str)
+def test_rms_norm(case):
+    check_forward(emulated, case)
+    check_backward(emulated, case)
+
+
+@pytest.mark.parametrize(
+    "case", [*cases_of("causal_conv1d"), *more("causal_conv1d", conv_problem, CONVOLUTIONS)], ids=str
+)
+def test_causal_conv1d(case):
+    check_forward(emulated, case)
+    check_backward(emulated, case)
+
+
+@pytest.mark.parametrize("case", cases_of("causal_conv1d_update"), ids=str)
+def test_causal_conv1d_update(case):
+    check_forward(emulated, case)
+
+
+def launched(monkeypatch, op, **arguments):
+    """The kernels that a call launches."""
+    kernels = []
+    with patched(), monkeypatch.context() as patch:
+        launch = _launch.launch
+        patch.setattr(_launch, "launch", lambda kernel, *rest: (kernels.append(kernel), launch(kernel, *rest)))
+        getattr(sscan, op)(**arguments)
+    return kernels
+
+
+@pytest.mark.parametrize(("offset", "together"), [(0, True), (1, False), (2, False), (4, True)])
+def test_vector_accesses_are_chosen_by_alignment(monkeypatch, offset, together):
+    x = np.zeros(4 * 64 + 8, np.float32)
+    x = x[-x.ctypes.data % 16 // 4 :][offset : offset + 256].reshape(4, 64)
+    (kernel,) = launched(monkeypatch, "rms_norm", x=x, weight=np.ones(64, np.float32))
+    assert kernel.key == ("float32", "", 4, 4, 4) if together else ("float32", "", 8, 8, 1)
+    kernel = launched(monkeypatch, "causal_conv1d", x=x[None], weight=np.ones((4, 4), np.float32))[0]
+    assert kernel.key == ("float32", 4, 4 if together else 1, False, "")
+
+
+@pytest.mark.parametrize("kernel", [*causal_conv1d.shipped(), *rms_norm.shipped()], ids=str)
+def test_shipped_kernels_compile_without_spills(kernel):
+    ptx, _ = _launch.compile_ptx(kernel)
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        _, log = _launch.assemble(ptx, capability)
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
