@@ -5,7 +5,7 @@ import math
 from sscan.cuda import _launch
 from sscan.cuda._launch import Kernel
 
-COLUMNS, SHARES = 32, 8  # of a block: sums, and threads for each
+COLUMNS, SHARES = 32, 16  # of a block: sums, and threads for each
 
 
 def over_parts(parts, sums):

@@ -107,7 +107,7 @@ def causal_conv1d_backward(
     dy, x, weight, bias, silu, segments, initial_state, dfinal_state, dx, dweight, dbias, dinitial_state
 ):
     """Fill dx, dweight, dbias and dinitial_state (unless None); arrays as in ``causal_conv1d_forward``."""
-    dim, length, width = *x.shape[1:], weight.shape[1]
+    dim, length, width = x.shape[1], x.shape[2], weight.shape[1]
     states = (initial_state, dfinal_state) if width > 1 else (None, None)
     tables = _tables(segments, width, any(state is not None for state in states))
     arrays = dy, x, dx, weight, bias

@@ -10,9 +10,9 @@ from sscan.cuda._sums import over_parts
 BLOCK, WARP = 128, 32  # threads of a block that has several rows; of a warp
 WARPS = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16)  # of a block that has one row in registers
 WIDE = 512  # threads of a block with a row that does not fit
-NUMBERS = {4: 16, 8: 4}  # of a row, by the size of one, that a thread keeps in registers; 3/4 of that one by one
-RESIDENT = 384  # threads of `backward` whose registers a multiprocessor has on every GPU: 168 for each
-USUAL = 480  # and on those that need fewer for the same
+NUMBERS = {4: 16, 8: 4}  # of a row, by the size of one, that a thread keeps in registers; half one by one
+RESIDENT = 384  # threads of a block of `backward` at most: 168 registers for each
+USUAL = 480  # threads of `backward` on a multiprocessor
 LEAST_ROWS = 4  # for each row of partial sums
 
 
@@ -30,7 +30,7 @@ def _plan(direction, size, together, dtype, *others):
     group = 16 // dtype.itemsize if together else 1
     names = (dtype.name, *("" if other is None else other.name for other in others))
     numbers, limit = NUMBERS[max(4, dtype.itemsize)], RESIDENT if direction == "backward" else WIDE
-    lanes, groups = _team(-(-size // group), numbers // group if together else 3 * numbers // 4, limit)
+    lanes, groups = _team(-(-size // group), numbers // group if together else numbers // 2, limit)
     if not lanes:
         return Plan(Kernel("rms_norm", f"{direction}_wide", (*names, group)), 1, WIDE)
     threads = max(BLOCK, lanes) if lanes <= WARP else lanes

@@ -18,6 +18,8 @@ from sscan.cuda._primitives import (
 )
 from sscan.cuda._sums import COLUMNS, SHARES
 
+READS = 4  # of a thread at once
+
 
 def over_parts(real, storage):
     """sums[i] = the sum of parts[p, i] over p: of ``SHARES`` threads each sums every ``SHARES``-th part."""
@@ -32,10 +34,11 @@ def over_parts(real, storage):
         column, share = thread_index() & (columns - 1), thread_index() // columns
         i = block_index() * columns + column
         total = zero
-        for k in range((count + shares - 1) // shares):
-            part = k * shares + share
-            read(x, parts, part * size + i, select(part < count, size - i, 0))
-            total = total + x[0]
+        for first in range(0, count, shares * READS):
+            for k in range(READS):  # unrolled: that many reads are under way at once
+                part = first + k * shares + share
+                read(x, parts, part * size + i, select(part < count, size - i, 0))
+                total = total + x[0]
         shared_set(shared, thread_index(), total)
         synchronize()
         total = shared_get(shared, column)
@@ -44,7 +47,7 @@ def over_parts(real, storage):
         x[0] = total
         write(sums, i, x, select(share == 0, size - i, 0))
 
-    return kernel, Shape(SHARES * COLUMNS, 4)
+    return kernel, Shape(SHARES * COLUMNS, 2)
 
 
 def shipped():
