@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -136,6 +137,23 @@ def test_import_brings_in_no_other_array_library() -> None:
     code = "import sys, sscan; print(*{'cupy', 'numba.cuda', 'torch', 'jax', 'matplotlib'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.split() == [], "import sscan must import none of these"
+
+
+def test_backends_export_the_same_functions() -> None:
+    import sscan.cpu
+    import sscan.cuda
+
+    assert sscan.cuda.__all__ == sscan.cpu.__all__
+    for name in sscan.cpu.__all__:
+        there, here = (inspect.signature(getattr(package, name)) for package in (sscan.cuda, sscan.cpu))
+        assert list(there.parameters) == list(here.parameters), name
+
+
+def test_importing_the_gpu_package_loads_no_compiler() -> None:
+    """A process that finds its kernels in the cache needs none."""
+    code = "import sys, sscan.cuda; print(*{'cupy', 'numba', 'numba_cuda', 'llvmlite', 'cuda'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.split() == [], "import sscan.cuda must import none of these"
 
 
 def test_type_marker_is_shipped() -> None:

@@ -1,22 +1,31 @@
 """Kernels for arrays in GPU memory: checked arrays in, filled arrays out. One module for each op."""
 
-import importlib
+from sscan.cuda._segments import segments
+from sscan.cuda.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward, causal_conv1d_update
+from sscan.cuda.discretize import discretize_backward, discretize_forward
+from sscan.cuda.linear_scan import linear_scan_backward, linear_scan_forward
+from sscan.cuda.rms_norm import rms_norm_backward, rms_norm_forward
+from sscan.cuda.selective_scan import empty_checkpoints, selective_scan_backward, selective_scan_forward
+from sscan.cuda.selective_state_update import selective_state_update
+from sscan.cuda.ssm import ssm_convolution_backward, ssm_convolution_forward, ssm_kernel_backward, ssm_kernel_forward
 
-_OPS = {
-    "causal_conv1d": ("causal_conv1d_backward", "causal_conv1d_forward", "causal_conv1d_update"),
-    "discretize": ("discretize_backward", "discretize_forward"),
-    "linear_scan": ("linear_scan_backward", "linear_scan_forward"),
-    "rms_norm": ("rms_norm_backward", "rms_norm_forward"),
-    "selective_scan": ("empty_checkpoints", "selective_scan_backward", "selective_scan_forward"),
-    "selective_state_update": ("selective_state_update",),
-    "ssm": ("ssm_convolution_backward", "ssm_convolution_forward", "ssm_kernel_backward", "ssm_kernel_forward"),
-    "_segments": ("segments",),
-}
-
-
-def __getattr__(name):
-    for module, functions in _OPS.items():
-        if name in functions:
-            globals()[name] = getattr(importlib.import_module(f"sscan.cuda.{module}"), name)
-            return globals()[name]
-    raise AttributeError(name)
+__all__ = [
+    "causal_conv1d_backward",
+    "causal_conv1d_forward",
+    "causal_conv1d_update",
+    "discretize_backward",
+    "discretize_forward",
+    "empty_checkpoints",
+    "linear_scan_backward",
+    "linear_scan_forward",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "segments",
+    "selective_scan_backward",
+    "selective_scan_forward",
+    "selective_state_update",
+    "ssm_convolution_backward",
+    "ssm_convolution_forward",
+    "ssm_kernel_backward",
+    "ssm_kernel_forward",
+]
