@@ -262,9 +262,14 @@ class Emulator:
         return write
 
     def stored_array(self, size: int, storage: Any) -> Any:
-        return self.local_array(size, storage)
+        def make() -> Local:
+            made = Local(size, storage, self.threads)
+            made.values[:] = 0
+            return made
 
-    def stored_reader(self, storage: Any, count: int, together: bool) -> Any:
+        return make
+
+    def stored_reader(self, storage: Any, count: int, together: bool, keep: bool) -> Any:
         align = min(count * storage.itemsize, 16) if together else storage.itemsize
 
         def read(into: Local, start: int, address: int, index: Any, valid: Any) -> None:
@@ -273,7 +278,8 @@ class Emulator:
             for k in range(count):
                 asked = align if together and k == 0 else storage.itemsize
                 data, offset = self._elements(address, np.asarray(index) + k, storage, valid > k, asked)
-                into[start + k] = np.where(valid > k, self._gather(data, offset, storage), storage.type(0))
+                otherwise = into[start + k] if together and keep else storage.type(0)
+                into[start + k] = np.where(valid > k, self._gather(data, offset, storage), otherwise)
 
         return read
 
@@ -305,9 +311,6 @@ class Emulator:
             return value if shape else int(value[0])
 
         return read
-
-    def prefetch(self, address: Any) -> None:
-        pass
 
     def shared_reader(self, number: Any, count: int) -> Any:
         def read(into: Local, shared: Shared, index: Any) -> None:

@@ -248,24 +248,43 @@ def local_array(size, number):
     return make
 
 
+class SharedMemory:
+    """The memory of a block, as one variable: all arrays in it have a base address in common, which costs registers."""
+
+    def __init__(self):
+        self.size = 0
+
+    def array(self, size, number):
+        """``make()``: an array of it, aligned to 16 bytes, for ``shared_reader`` and ``shared_writer``."""
+        number, offset = np.dtype(number), self.size
+        self.size += -(-size * number.itemsize // 16) * 16
+        kind = types.Array(_number_type(number), 1, "C")
+
+        @primitive("shared_array", size, number)
+        def make(typingctx):
+            def codegen(context, builder, sig, args):
+                start = builder.gep(self._variable(builder.module), [ir.Constant(_I32, 0), ir.Constant(_I32, offset)])
+                generic = builder.addrspacecast(start, ir.IntType(8).as_pointer())
+                data = builder.bitcast(generic, context.get_data_type(kind.dtype).as_pointer())
+                return _array(context, builder, kind, data, size, number.itemsize)
+
+            return kind(), codegen
+
+        return make
+
+    def _variable(self, module):
+        name = f"sscan_shared_{id(self):x}"
+        if name in module.globals:
+            return module.globals[name]
+        memory = ir.ArrayType(ir.IntType(8), self.size)
+        variable = cgutils.add_global_variable(module, memory, name, 3)
+        variable.linkage, variable.align, variable.initializer = "internal", 16, ir.Constant(memory, ir.Undefined)
+        return variable
+
+
 def shared_array(size, number):
-    """``make()``: an array of a block, aligned to 16 bytes, for ``shared_reader`` and ``shared_writer``."""
-    kind = types.Array(_number_type(number), 1, "C")
-
-    @primitive("shared_array", size, np.dtype(number))
-    def make(typingctx):
-        def codegen(context, builder, sig, args):
-            memory = ir.ArrayType(context.get_data_type(kind.dtype), size)
-            name = builder.module.get_unique_name("sscan_shared")
-            variable = cgutils.add_global_variable(builder.module, memory, name, 3)
-            variable.linkage, variable.align, variable.initializer = "internal", 16, ir.Constant(memory, ir.Undefined)
-            generic = builder.addrspacecast(variable, memory.as_pointer())
-            start = builder.bitcast(generic, context.get_data_type(kind.dtype).as_pointer())
-            return _array(context, builder, kind, start, size, np.dtype(number).itemsize)
-
-        return kind(), codegen
-
-    return make
+    """``SharedMemory().array``, for kernels with one array."""
+    return SharedMemory().array(size, number)
 
 
 # --- lanes of a warp -------------------------------------------------------------------------------------------------
@@ -353,6 +372,11 @@ def _narrow_two(builder, storage, low, high):
     return _assembly(builder, f"cvt.rn.{kind}.f32 $0, $1, $2;", "=r,f,f", _I32, [high, low])
 
 
+def _more_than(builder, valid, count):
+    """Whether ``valid``, which must be within 32 bits, is more than a number."""
+    return builder.icmp_signed(">", builder.trunc(valid, _I32), ir.Constant(_I32, count))
+
+
 def _element_pointer(builder, address, index, element):
     return builder.gep(builder.inttoptr(address, element.as_pointer(1)), [index])
 
@@ -405,12 +429,12 @@ def reader(storage, number, count, together=False, constant=True):
                 builder.store(zero, _slot(builder, out, i))
             if together:
                 width = min(total, 16 // size)
-                with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, 0))):
+                with builder.if_then(_more_than(builder, args[3], 0)):
                     for first in range(0, total, width):
                         group(builder, pointer, out, first, width)
                 return context.get_dummy_value()
             for k in range(count):
-                with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, k))):
+                with builder.if_then(_more_than(builder, args[3], k)):
                     for i in range(k * reals, (k + 1) * reals):
                         value = marked(builder, builder.load(_slot(builder, pointer, i), align=size))
                         builder.store(_widen(builder, storage, real, value), _slot(builder, out, i))
@@ -450,7 +474,7 @@ def writer(storage, number, count, together=False):
                 width = min(total, 16 // size)
                 step = 2 if size == 2 and width % 2 == 0 else 1  # two halves are a word
                 vector = ir.VectorType(_I32 if step == 2 else element, width // step)
-                with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, 0))):
+                with builder.if_then(_more_than(builder, args[3], 0)):
                     for first in range(0, total, width):
                         packed = ir.Constant(vector, ir.Undefined)
                         for i in range(0, width, step):
@@ -460,7 +484,7 @@ def writer(storage, number, count, together=False):
                         builder.store(packed, start, align=width * size)
                 return context.get_dummy_value()
             for k in range(count):
-                with builder.if_then(builder.icmp_signed(">", args[3], ir.Constant(args[3].type, k))):
+                with builder.if_then(_more_than(builder, args[3], k)):
                     for i in range(k * reals, (k + 1) * reals):
                         builder.store(rounded(i), _slot(builder, pointer, i), align=size)
             return context.get_dummy_value()
@@ -476,7 +500,7 @@ def _words(storage, count):
 
 
 def stored_array(size, storage):
-    """``make()``: a local array of ``size`` (even) stored reals, as they lie in memory."""
+    """``make()``: a local array of ``size`` (even) stored reals, as they lie in memory; at first zeros."""
     storage = np.dtype(storage)
     kind, element, words = _words(storage, size)
     kind = types.Array(kind, 1, "C")
@@ -484,7 +508,7 @@ def stored_array(size, storage):
     @primitive("stored_array", size, storage)
     def make(typingctx):
         def codegen(context, builder, sig, args):
-            memory = cgutils.alloca_once(builder, ir.ArrayType(element, words))
+            memory = cgutils.alloca_once(builder, ir.ArrayType(element, words), zfill=True)
             start = builder.bitcast(memory, element.as_pointer())
             return _array(context, builder, kind, start, words, element.width // 8 if words != size else storage.itemsize)
 
@@ -499,10 +523,11 @@ def _stored_from(context, builder, array_type, array, start, half):
     return builder.gep(data, [builder.lshr(start, ir.Constant(start.type, 1)) if half else start])
 
 
-def stored_reader(storage, count, together=False):
+def stored_reader(storage, count, together=False, keep=False):
     """``read(into, start, address, index, valid)``: ``reader`` of reals without conversion, into a ``stored_array``.
 
-    They go to ``into`` from its element ``start`` on, which must be even and known when compiling. A load that is converted at once is waited for at once; one that stays as it is can be used much later.
+    They go to ``into`` from its element ``start`` on, which must be even and known when compiling. ``keep``: where
+    nothing is read, ``into`` keeps what it had, if ``together``. A load that is converted at once is waited for at once; one that stays as it is can be used much later.
     """
     storage = np.dtype(storage)
     _, element, words = _words(storage, count)
@@ -513,17 +538,17 @@ def stored_reader(storage, count, together=False):
         loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
         return loaded
 
-    @primitive("stored_reader", storage, count, together)
+    @primitive("stored_reader", storage, count, together, keep)
     def read(typingctx, into, first, address, index, valid):
         def codegen(context, builder, sig, args):
             out = _stored_from(context, builder, into, args[0], args[1], half)
             start = _element_pointer(builder, args[2], args[3], _storage_type(storage))
-            for i in range(words):
+            for i in range(0 if together and keep else words):
                 builder.store(ir.Constant(element, 0), _slot(builder, out, i))
             if together:
                 width = min(words, 16 // (4 if half else size))
                 vector = ir.VectorType(element, width)
-                with builder.if_then(builder.icmp_signed(">", args[4], ir.Constant(args[4].type, 0))):
+                with builder.if_then(_more_than(builder, args[4], 0)):
                     wide = builder.bitcast(start, element.as_pointer(1))
                     for at in range(0, words, width):
                         group = builder.bitcast(_slot(builder, wide, at), vector.as_pointer(1))
@@ -533,7 +558,7 @@ def stored_reader(storage, count, together=False):
                             builder.store(value, _slot(builder, out, at + i))
                 return context.get_dummy_value()
             for k in range(count):
-                with builder.if_then(builder.icmp_signed(">", args[4], ir.Constant(args[4].type, k))):
+                with builder.if_then(_more_than(builder, args[4], k)):
                     value = load(builder, _slot(builder, start, k), size)
                     slot = _slot(builder, out, k // 2 if half else k)
                     if half:
@@ -613,7 +638,7 @@ def _integer_reader(bits):
         def codegen(context, builder, sig, args):
             pointer = _element_pointer(builder, args[0], args[1], ir.IntType(bits))
             out = cgutils.alloca_once_value(builder, ir.Constant(_I64, 0))
-            with builder.if_then(builder.icmp_signed(">", args[2], ir.Constant(args[2].type, 0))):
+            with builder.if_then(_more_than(builder, args[2], 0)):
                 value = builder.load(pointer, align=bits // 8)
                 builder.store(value if bits == 64 else builder.sext(value, _I64), out)
             return builder.load(out)
@@ -624,18 +649,6 @@ def _integer_reader(bits):
 
 
 INTEGER_READERS = {bits: _integer_reader(bits) for bits in (8, 16, 32, 64)}
-
-
-@primitive("prefetch")
-def prefetch(typingctx, address):
-    """Bring a line of global memory, given by its address in bytes, into the L2 cache."""
-
-    def codegen(context, builder, sig, args):
-        nothing = ir.VoidType()
-        _assembly(builder, "prefetch.global.L2 [$0];", "l", nothing, [args[0]], volatile=True)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 # --- shared memory ---------------------------------------------------------------------------------------------------

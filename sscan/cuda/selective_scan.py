@@ -9,7 +9,7 @@ from sscan.cuda._launch import Kernel
 from sscan.cuda._sums import over_parts
 
 CHANNELS, LANES, CHECKPOINT, TILE = 32, 4, 16, 32  # as in kernels/selective_scan.py
-RESIDENT = 4  # blocks that a multiprocessor runs at once, about
+RESIDENT, RESIDENT_BACKWARD = 5, 4  # blocks that a multiprocessor runs at once, of float32
 SHORTEST = 128  # steps in a part
 
 
@@ -42,27 +42,32 @@ class Geometry(NamedTuple):
         return self.states * LANES * self.state_blocks
 
 
-def geometry(segments, groups, A, processors):
-    """The layout. Segments are cut along time if their blocks would leave multiprocessors idle.
-
-    Then they are cut into as many parts as fill the GPU once, of at least ``SHORTEST`` steps: a part costs its
-    exponentials twice, so a GPU that is busy already is left alone.
-    """
+def geometry(segments, groups, A):
+    """The layout of the forward kernels."""
     dim, state = A.shape
     channels_of_group = dim // groups
     blocks_of_group = -(-channels_of_group // CHANNELS)
     states, block_states = states_of_lane(state)
-    blocks = segments.count * groups * blocks_of_group
-    parts = 1
-    if 0 < blocks < processors:
-        average = segments.length // (segments.count if segments.cu_seqlens is not None else 1)
-        parts = max(1, min(RESIDENT * processors // blocks, average // SHORTEST))
-    part_length = -(-segments.length // (parts * TILE)) * TILE
-    parts = max(1, -(-segments.length // max(1, part_length)))
+    parts, part_length = parts_of(segments, groups * blocks_of_group, RESIDENT)
     return Geometry(
         dim, state, segments.length, groups * blocks_of_group, blocks_of_group, channels_of_group, states,
         -(-state // block_states), parts, part_length,
     )  # fmt: skip
+
+
+def parts_of(segments, channel_blocks, resident):
+    """Into how many parts segments are cut along time, and the steps of a part.
+
+    Cutting costs every exponential of the recurrence once more, so a GPU that is half full is left alone. Otherwise as
+    many parts of at least ``SHORTEST`` steps are made as blocks are ``resident`` on all multiprocessors at once.
+    """
+    blocks, fill = segments.count * channel_blocks, resident * _launch.processors()
+    parts = 1
+    if 0 < 2 * blocks <= fill:
+        average = segments.length // (segments.count if segments.cu_seqlens is not None else 1)
+        parts = max(1, min(fill // blocks, average // SHORTEST))
+    part_length = -(-segments.length // (parts * TILE)) * TILE
+    return max(1, -(-segments.length // max(1, part_length))), part_length
 
 
 def states_of_lane(state):
@@ -142,7 +147,7 @@ def planned(segments, groups, inputs, along):
     A, B, C = inputs.A, as_reals(inputs.B, inputs.A.dtype), as_reals(inputs.C, inputs.A.dtype)
     copied = any(in_rows(x) is not x for x in along) or (B.dtype, C.dtype) != (inputs.B.dtype, inputs.C.dtype)
     along = [in_rows(x) for x in along]
-    layout = geometry(segments, groups, A, _launch.processors())
+    layout = geometry(segments, groups, A)
     quad = 4 * (2 if A.dtype.kind == "c" else 1)
     together = (
         segments.cu_seqlens is None
@@ -225,7 +230,8 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
     rows, warps, resident = backward_shape(A, blocks_of_channels, many)
     channels = rows * warps * WARP_CHANNELS
     blocks_of_group = -(-layout.channels_of_group // channels)
-    channel_blocks, parts = groups * blocks_of_group, layout.parts
+    channel_blocks = groups * blocks_of_group
+    parts, part_length = parts_of(segments, channel_blocks, RESIDENT_BACKWARD)
     batch, matrices = u.shape[0], varying_B + varying_C
     starts, sums = None, None
     if parts > 1:
@@ -236,7 +242,7 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
             Kernel("selective_scan_backward", "starts", (warps, *plan.variant)),
             count * (parts - 1) * groups * start_blocks, dy, delta, A, C, z, delta_bias,
             int(delta_softplus), starts, sums, segments.seq_idx, segments.cu_seqlens, layout.dim, layout.state,
-            layout.length, groups * start_blocks, start_blocks, layout.channels_of_group, parts, layout.part_length,
+            layout.length, groups * start_blocks, start_blocks, layout.channels_of_group, parts, part_length,
             layout.state_blocks, batch_stride(dy), batch_stride(delta), batch_stride(z), *plan.strides[3:],
         )  # fmt: skip
     shape = (count * parts, layout.dim, layout.state)
@@ -254,8 +260,8 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
         int(delta_softplus), checkpoints, dlast_state, du, ddelta, dz, matrix_sums, A_sums, B_sums, C_sums,
         D_sums, bias_sums, gradients.dinitial_state, carry, starts, sums, segments.seq_idx, segments.cu_seqlens,
         layout.dim, layout.state, layout.length, channel_blocks, blocks_of_group, layout.channels_of_group, parts,
-        layout.part_length, layout.state_blocks, batch_stride(dy), batch_stride(u), batch_stride(delta),
-        batch_stride(z), batch_stride(du), batch_stride(ddelta), batch_stride(dz), *plan.strides,
+        part_length, layout.state_blocks, batch_stride(dy), batch_stride(u), batch_stride(delta),
+        batch_stride(z), *plan.strides,
     )  # fmt: skip
     of_parts = ((A_sums, gradients.dA), (D_sums, gradients.dD), (bias_sums, gradients.ddelta_bias))
     for parts_, gradient in (*of_parts, (B_sums, gradients.dB), (C_sums, gradients.dC)):

@@ -21,7 +21,7 @@ from sscan.cuda._primitives import (
     reader,
     real_of,
     select,
-    shared_array,
+    SharedMemory,
     shared_get,
     shared_reader,
     shared_set,
@@ -155,7 +155,7 @@ def ends(*key):
     return scan(Variant(*key), True)
 
 
-def matrix_tile(storage, number, together, conjugated, tile, threads):
+def matrix_tile(storage, number, together, conjugated, many, tile, threads):
     """B or C on its way to shared memory: of each state, every thread has a few consecutive steps of a tile.
 
     ``make()`` is where ``read`` puts them, from ``start``, and ``stage`` takes them from there to
@@ -165,7 +165,8 @@ def matrix_tile(storage, number, together, conjugated, tile, threads):
     count = tile * BLOCK // threads
     shift, mask = (tile // count).bit_length() - 1, tile // count - 1
     f, per_number, size = number_functions(number), planes(number), storage.itemsize
-    make, read_stored = stored_array(count * per_number, storage), stored_reader(storage, count * per_number, together)
+    reals = count * per_number
+    make, read_stored = stored_array(reals, storage), stored_reader(storage, reals, together, not many)
     widen, numbers = widener(storage, number, count), local_array(count, number)
     conj, times, shares = f.conj, f.times, f.shares
 
@@ -213,17 +214,19 @@ def scan(v, ends_only):
     zero, one, shares, infinite = f.zero, f.one, f.shares, real.type(np.inf)
     none = number.type(0)
 
-    stored, read_stored = stored_array(ROWS * QUAD, storage), stored_reader(storage, QUAD, together)
+    stored, read_stored = stored_array(ROWS * QUAD, storage), stored_reader(storage, QUAD, together, True)
     widen, write_quad = widener(storage, real, QUAD), writer(storage, real, QUAD, together)
     size_of, number_size = storage.itemsize, number.itemsize
     of_rows, of_steps, numbers = local_array(ROWS, real), local_array(QUAD, real), local_array(NS, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
     read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
     load_quad, store_quad, load_numbers = shared_reader(real, QUAD), shared_writer(real, QUAD), shared_reader(number, NS)
-    time_tile, keep_tile = shared_array(CHANNELS * ROW, real), shared_array(TILE, real)
-    number_tile = shared_array(QUADS * QUAD_SIZE, number)
-    B_quad, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False, TILE, THREADS)
-    C_quad, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, TILE, THREADS)
+    memory = SharedMemory()
+    steps_array, inputs_array, y_array = (memory.array(CHANNELS * ROW, real) for _ in range(3))
+    B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
+    keep_array = memory.array(TILE, real)
+    B_quad, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False, many, TILE, THREADS)
+    C_quad, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, many, TILE, THREADS)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     states_apart = LANES * NS
 
@@ -259,8 +262,8 @@ def scan(v, ends_only):
         if varying_C:
             C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
 
-        steps_tile, inputs_tile, y_tile, keep = time_tile(), time_tile(), time_tile(), keep_tile()
-        B_tile, C_tile = number_tile(), number_tile()
+        steps_tile, inputs_tile, y_tile, keep = steps_array(), inputs_array(), y_array(), keep_array()
+        B_tile, C_tile = B_array(), C_array()
         h, rate, per_A, end, b, c = numbers(), numbers(), numbers(), numbers(), numbers(), numbers()
         bias, skip = of_rows(), of_rows()
         for p in range(ROWS):

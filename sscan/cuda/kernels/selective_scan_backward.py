@@ -24,7 +24,7 @@ from sscan.cuda._primitives import (
     reader,
     real_of,
     select,
-    shared_array,
+    SharedMemory,
     shared_get,
     shared_reader,
     shared_set,
@@ -124,15 +124,15 @@ def backward(rows, warps, blocks, *key):
     write_four = writer(real, number, 4, True)
     load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
     load_numbers, store_numbers, load_four = shared_reader(number, NS), shared_writer(number, NS), shared_reader(number, 4)
-    time_tile, keep_tile = shared_array(channels * ROW, real), shared_array(TILE, real)
-    number_tile = shared_array(QUADS * QUAD_SIZE, number)
     own_size = rows * WARP_CHANNELS * BLOCK  # numbers of a warp at the start of a quad; at least SUMS
-    own_tile = shared_array(QUADS * warps * own_size, number)
-    small = shared_array(4, real)
-    sum_tile = time_tile if many else small
-    gate_tile = time_tile if gated else small
-    B_part, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False, TILE, threads)
-    C_part, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, TILE, threads)
+    memory = SharedMemory()
+    steps_array, inputs_array, dy_array, slope_array = (memory.array(channels * ROW, real) for _ in range(4))
+    gate_array, keep_array = memory.array(channels * ROW if gated else 1, real), memory.array(TILE, real)
+    B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
+    own_array = memory.array(QUADS * warps * own_size, number)
+    u_array, step_array, y_array = (memory.array(channels * ROW if many else 1, real) for _ in range(3))
+    B_part, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False, many, TILE, threads)
+    C_part, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, many, TILE, threads)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     exchange = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
@@ -141,8 +141,7 @@ def backward(rows, warps, blocks, *key):
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz,
         matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carry, part_starts, part_sums, seq_idx,
         cu_seqlens, dim, state, length, channel_blocks, blocks_of_group, channels_of_group, parts, part_length,
-        state_blocks, dy_batch, u_batch, delta_batch, z_batch, du_batch, ddelta_batch, dz_batch, B_batch, B_group,
-        B_state, C_batch, C_group, C_state,
+        state_blocks, dy_batch, u_batch, delta_batch, z_batch, B_batch, B_group, B_state, C_batch, C_group, C_state,
     ):  # fmt: skip
         which, part, group, channel_block, channel0, channel_end = place(
             block_index(), parts, channel_blocks, blocks_of_group, channels_of_group, channels
@@ -163,29 +162,28 @@ def backward(rows, warps, blocks, *key):
         at_quad = time_row * ROW + quad * QUAD
         u, delta = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
         dy, z = dy + size_of * (row * dy_batch + begin), z + size_of * (row * z_batch + begin)
-        du, ddelta = du + size_of * (row * du_batch + begin), ddelta + size_of * (row * ddelta_batch + begin)
-        dz = dz + size_of * (row * dz_batch + begin)
         along, rows_apart = (channel0 + time_row) * length + quad * QUAD, apart * length
+        at_results = row * dim * length + begin  # which are contiguous
         if varying_B:
             B = start_B(B, row * B_batch + group * B_group, B_state, begin, thread)
         if varying_C:
             C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
+        checkpoints += number_size * ((chunk * dim + channel) * padded + lane * NS)
         own = which * parts + part
         if varying:
             at = (row * channel_blocks + channel_block) * length + begin
             matrix_sums += number_size * at * matrices * padded
 
-        steps_tile, inputs_tile, dy_tile, slope_tile = time_tile(), time_tile(), time_tile(), time_tile()
-        gates, keep = gate_tile(), keep_tile()
-        u_sums, A_overlaps, y_sums, z_sums = sum_tile(), sum_tile(), sum_tile(), sum_tile()
-        B_tile, C_tile, own_states = number_tile(), number_tile(), own_tile()
+        steps_tile, inputs_tile, dy_tile, slope_tile = steps_array(), inputs_array(), dy_array(), slope_array()
+        gates, keep = gate_array(), keep_array()
+        u_sums, step_sums, y_sums = u_array(), step_array(), y_array()
+        B_tile, C_tile, own_states = B_array(), C_array(), own_array()
 
         rate, per_A, B_own, C_own = rows_of_numbers(), rows_of_numbers(), rows_of_numbers(), rows_of_numbers()
         g, dA, dB, dC = rows_of_numbers(), rows_of_numbers(), rows_of_numbers(), rows_of_numbers()
         numbers, more = one_number(), one_number()
-        bias, skip, dD, dbias = of_rows(), of_rows(), of_rows(), of_rows()
+        skip, dD, dbias = of_rows(), of_rows(), of_rows()
         for r in unroll(rows):
-            bias[r] = parameter(delta_bias, channel0 + time_row + r * apart, channel_end)
             skip[r] = parameter(D, channel + r * apart, channel_end)
             dD[r] = zero
             dbias[r] = zero
@@ -238,10 +236,10 @@ def backward(rows, warps, blocks, *key):
         d, x, e, keeps = of_steps(), of_steps(), of_steps(), of_steps()
         b, c_ = one_number(), one_number()
         h = rows_of_numbers()
-        a_h, decays = quad_of_numbers(), quad_of_numbers()
+        a_h, decays, before = quad_of_numbers(), quad_of_numbers(), quad_of_numbers()
         dB_quad, dC_quad = quad_of_numbers(), quad_of_numbers()
-        of_y, of_u, of_A, of_s = of_steps(), of_steps(), of_steps(), of_steps()
-        y_sum, u_sum, A_sum, s_sum = of_rows(), of_rows(), of_rows(), of_rows()
+        of_y, of_u, of_step = of_steps(), of_steps(), of_steps()
+        y_sum, u_sum, step_sum = of_rows(), of_rows(), of_rows()
         four, total = four_numbers(), four_numbers()
         tiles = (steps + TILE - 1) >> 4
         for tile in range(tiles):
@@ -251,6 +249,7 @@ def backward(rows, warps, blocks, *key):
             for r in unroll(rows):
                 valid = select(channel0 + time_row + r * apart < channel_end, ahead, 0 * thread)
                 at = along + r * rows_apart + t
+                bias = parameter(delta_bias, channel0 + time_row + r * apart, channel_end)
                 read_quad(d, delta, at, valid)
                 read_quad(x, u, at, valid)
                 read_quad(e, dy, at, valid)
@@ -259,7 +258,7 @@ def backward(rows, warps, blocks, *key):
                 at = at_quad + r * apart * ROW
                 store_quad(inputs_tile, at, x)
                 for i in range(QUAD):
-                    size = d[i] + bias[r]
+                    size = d[i] + bias
                     slope = one
                     if delta_softplus != 0:
                         slope = sigmoid(size)
@@ -289,7 +288,7 @@ def backward(rows, warps, blocks, *key):
                 for r in unroll(rows):
                     c = channel + r * apart
                     alive = select(c < channel_end, NS, 0 * thread)
-                    at = ((chunk + (t >> 4)) * dim + c) * padded + n
+                    at = ((t >> 4) * dim + r * apart) * padded + block * states_apart
                     read_own(numbers, checkpoints, at, alive)
                     for j in range(NS):
                         h[r * NS + j] = numbers[j]
@@ -382,6 +381,7 @@ def backward(rows, warps, blocks, *key):
                                 if resets:
                                     a = times(a, keeps[i])
                                 decays[m] = a
+                                before[m] = numbers[j]
                                 a_h[m] = product(a, numbers[j])
                                 numbers[j] = a_h[m] + into
                                 y = y + overlap(C_own[k] if constant_C else c_[j], numbers[j])
@@ -397,24 +397,27 @@ def backward(rows, warps, blocks, *key):
                                 load_numbers(b, B_tile, at)
                             if varying_C:
                                 load_numbers(c_, C_tile, at)
-                            w, p, s = zero, zero, zero
+                            w, p = zero, zero
                             for j in range(NS):
                                 k, m = r * NS + j, i * NS + j
                                 now = times(C_own[k] if constant_C else c_[j], e[i]) + g[k]
                                 into = B_own[k] if constant_B else b[j]
                                 after = product(conj(a_h[m]), now)
                                 dA[k] = dA[k] + times(after, d[i])
-                                p = p + overlap_with_rate(rate[k], after)
                                 if zoh:
                                     a, change = decay_and_change(d[i], rate[k])
                                     share = product(change, per_A[k])
                                     w = w + overlap(product(share, into), now)
-                                    s = s + overlap(product(a, into), now)
+                                    # of the step size: A h + B u is nearly 0 in a steady state, so it comes first
+                                    h_before = times(before[m], keeps[i]) if resets else before[m]
+                                    slope = product(of_rate(rate[k]), h_before) + times(into, x[i])
+                                    p = p + overlap(product(a, slope), now)
                                     of_B = times(product(conj(share), now), x[i])
                                     slope = psi(times(of_rate(rate[k]), d[i]), a, change)
                                     slope = times(slope, d[i] * d[i] * x[i])
                                     dA[k] = dA[k] + product(conj(product(slope, into)), now)
                                 else:
+                                    p = p + overlap_with_rate(rate[k], after)
                                     w = w + overlap(into, now)
                                     of_B = times(now, d[i] * x[i])
                                 if varying_B:
@@ -423,13 +426,10 @@ def backward(rows, warps, blocks, *key):
                                     dB[k] = dB[k] + of_B
                                 g[k] = product(conj(decays[m]), now)
                             of_u[i] = w
-                            of_A[i] = p
-                            of_s[i] = s
+                            of_step[i] = p
                         y_sum[r] = across(of_y, upper, odd)
                         u_sum[r] = across(of_u, upper, odd)
-                        A_sum[r] = across(of_A, upper, odd)
-                        if zoh:
-                            s_sum[r] = across(of_s, upper, odd)
+                        step_sum[r] = across(of_step, upper, odd)
                     if varying:
                         exchange(more, dB_quad, dC_quad, thread)
                     synchronize_warp()
@@ -440,19 +440,15 @@ def backward(rows, warps, blocks, *key):
                             if block > 0:
                                 y_sum[r] = y_sum[r] + shared_get(y_sums, at)
                                 u_sum[r] = u_sum[r] + shared_get(u_sums, at)
-                                A_sum[r] = A_sum[r] + shared_get(A_overlaps, at)
-                                if zoh:
-                                    s_sum[r] = s_sum[r] + shared_get(z_sums, at)
+                                step_sum[r] = step_sum[r] + shared_get(step_sums, at)
                             if block < state_blocks - 1:
                                 shared_set(y_sums, at, y_sum[r])
                                 shared_set(u_sums, at, u_sum[r])
-                                shared_set(A_overlaps, at, A_sum[r])
-                                if zoh:
-                                    shared_set(z_sums, at, s_sum[r])
+                                shared_set(step_sums, at, step_sum[r])
                         if not many or block == state_blocks - 1:
                             size, input_ = shared_get(steps_tile, at), shared_get(inputs_tile, at)
                             dy_now = shared_get(dy_tile, at)
-                            of_size = input_ * (s_sum[r] if zoh else u_sum[r]) + ln2 * A_sum[r]
+                            of_size = step_sum[r] if zoh else input_ * u_sum[r] + ln2 * step_sum[r]
                             of_size = of_size * shared_get(slope_tile, at)
                             shared_set(slope_tile, at, of_size)
                             shared_set(steps_tile, at, skip[r] * dy_now + (u_sum[r] if zoh else size * u_sum[r]))
@@ -506,7 +502,7 @@ def backward(rows, warps, blocks, *key):
                 load_quad(x, slope_tile, at)
                 if gated:
                     load_quad(e, gates, at)
-                at = along + r * rows_apart + t
+                at = at_results + t + along + r * rows_apart
                 write_quad(du, at, d, valid)
                 write_quad(ddelta, at, x, valid)
                 if gated:
@@ -577,9 +573,10 @@ def starts(warps, *key):
     read_numbers, numbers = reader(real, number, NS), local_array(NS, number)
     read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
     load_quad, store_quad, load_numbers = shared_reader(real, QUAD), shared_writer(real, QUAD), shared_reader(number, NS)
-    time_tile, keep_tile = shared_array(channels * ROW, real), shared_array(TILE, real)
-    number_tile = shared_array(QUADS * QUAD_SIZE, number)
-    C_part, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, TILE, threads)
+    memory = SharedMemory()
+    steps_array, dy_array = (memory.array(channels * ROW, real) for _ in range(2))
+    keep_array, C_array = memory.array(TILE, real), memory.array(QUADS * QUAD_SIZE, number)
+    C_part, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, many, TILE, threads)
     parameter, write_real, rates, kept = readers(number, NS, False, TILE)
     states_apart, size_of = LANES * NS, storage.itemsize
 
@@ -607,7 +604,7 @@ def starts(warps, *key):
             C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
         own = (which * parts + part) * dim + channel
         bias = parameter(delta_bias, channel, channel_end)
-        steps_tile, dy_tile, keep, C_tile, C_next = time_tile(), time_tile(), keep_tile(), number_tile(), C_part()
+        steps_tile, dy_tile, keep, C_tile, C_next = steps_array(), dy_array(), keep_array(), C_array(), C_part()
         g, rate, unused, c = numbers(), numbers(), numbers(), numbers()
         d, e, keeps = of_steps(), of_steps(), of_steps()
         tiles = (steps + TILE - 1) >> 4
@@ -680,7 +677,7 @@ def sum_matrices(storage, number, conjugated):
     times, conj, shares, none = f.times, f.conj, f.shares, number.type(0)
     four_numbers, read_four, write_four = local_array(4, number), reader(real, number, 4, True), writer(storage, number, 4)
     row = steps_of_block + 1
-    number_tile = shared_array(BLOCK * row, number)
+    number_tile = SharedMemory().array(BLOCK * row, number)
 
     def kernel(sums, gradient, offset, stride, padded, length, state, blocks, channel_blocks, groups, tiles, state_blocks):
         """``sums`` (batch, channel_blocks, length, stride), of which a matrix is ``offset`` to offset + padded."""
