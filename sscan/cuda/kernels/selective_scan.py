@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sscan.cuda._launch import Shape
+from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._math import number_functions
 from sscan.cuda._primitives import (
+    SharedMemory,
     block_index,
     dtype_of,
     local_array,
@@ -21,7 +22,6 @@ from sscan.cuda._primitives import (
     reader,
     real_of,
     select,
-    SharedMemory,
     shared_get,
     shared_reader,
     shared_set,
@@ -430,3 +430,29 @@ def scan(v, ends_only):
             write_real(part_sums, own, passed, select(lane == 0, alive, 0 * thread))
 
     return kernel, Shape(THREADS, BLOCKS[number.name])
+
+
+# Variants that stand for all: every dtype, and every option at least once with real and with complex A.
+SHIPPED = (
+    Variant("float32", "float32", "float32", "float32", False, True, True, 4, False, False),
+    Variant("float32", "float32", "float32", "float32", False, False, False, 2, False, True),
+    Variant("float32", "float32", "float32", "float32", True, True, True, 4, False, False),
+    Variant("float32", "float32", "", "float32", True, True, False, 4, True, False),
+    Variant("float16", "float32", "float16", "", False, True, True, 1, False, False),
+    Variant("bfloat16", "float32", "bfloat16", "bfloat16", False, True, True, 4, False, False),
+    Variant("bfloat16", "float32", "bfloat16", "bfloat16", False, False, False, 4, True, True),
+    Variant("float64", "float64", "float64", "float64", False, True, True, 4, False, False),
+    Variant("float64", "float64", "", "", True, False, False, 4, True, True),
+    Variant("float32", "complex64", "float32", "float32", False, True, True, 4, False, False),
+    Variant("bfloat16", "complex64", "bfloat16", "", True, True, True, 4, True, True),
+    Variant("float64", "complex128", "float64", "float64", False, True, True, 4, False, False),
+)
+
+
+def shipped():
+    """Kernels that stand for all."""
+    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10])
+    return [
+        *(Kernel("selective_scan", "forward", tuple(v)) for v in SHIPPED),
+        *(Kernel("selective_scan", "ends", tuple(v)) for v in cut),
+    ]

@@ -14,9 +14,10 @@ import math
 
 import numpy as np
 
-from sscan.cuda._launch import Shape
+from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._math import number_functions
 from sscan.cuda._primitives import (
+    SharedMemory,
     block_index,
     dtype_of,
     local_array,
@@ -24,7 +25,6 @@ from sscan.cuda._primitives import (
     reader,
     real_of,
     select,
-    SharedMemory,
     shared_get,
     shared_reader,
     shared_set,
@@ -44,6 +44,7 @@ from sscan.cuda.kernels.selective_scan import (
     LANES,
     QUAD,
     QUAD_SIZE,
+    SHIPPED,
     Variant,
     across,
     chunk_of,
@@ -708,3 +709,22 @@ def sum_matrices(storage, number, conjugated):
         write_four(gradient, at, x, select(n0 + n < state, length - t0 - t, 0 * thread))
 
     return kernel, Shape(threads, 8)
+
+
+def shipped():
+    """Kernels that stand for all: the variants of the forward, with the shapes that ``backward_shape`` gives them."""
+    shapes = {"complex64": (1, 4, 3), "float64": (1, 2, 4), "complex128": (1, 2, 3)}
+    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10])
+    matrices = (("float32", "float32", False), ("bfloat16", "complex64", True), ("float64", "complex128", True))
+    few_blocks = Kernel("selective_scan_backward", "backward", (1, 4, 4, *SHIPPED[0]))
+    return [
+        few_blocks,
+        *(
+            Kernel(
+                "selective_scan_backward", "backward", (*shapes.get(v.number, (1, 4, 3) if v.many else (2, 4, 3)), *v)
+            )
+            for v in SHIPPED
+        ),
+        *(Kernel("selective_scan_backward", "starts", (2 if v.storage == "float64" else 4, *v)) for v in cut),
+        *(Kernel("selective_scan_backward", "sum_matrices", key) for key in matrices),
+    ]
