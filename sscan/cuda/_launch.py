@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -163,7 +163,7 @@ def capability_of(device):
     return major.value, minor.value
 
 
-_functions = {}  # of (kernel, device)
+_functions: dict[Any, Any] = {}  # of (kernel, device)
 _launch_kernel = None
 _lock = threading.Lock()
 

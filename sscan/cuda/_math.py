@@ -115,7 +115,7 @@ def real_functions(real):
     ln2 = real.type(math.log(2))
     f.of_rate = device(lambda rate: rate * ln2)  # A again
     f.nonzero = _nonzero(real)
-    f.choose = device(lambda condition, x, y: select(condition, x, y))
+    f.choose = select
     f.shares = real.type(1)
     return f
 
@@ -191,7 +191,6 @@ def _scaled_exponentials(real, f):
 
     f_zero = f.zero
     if single:
-
         # exp2_approx is too small by 2e-8 on average between 1/2 and 1, which would add up along slow decays; this much
         # more in the exponent takes it away, and still gives 1 for a step of 0
         bias = real.type(3e-8)

@@ -9,6 +9,8 @@ Addresses are int64, indices count elements and are int64 too. Numbers are float
 storage is float64, float32, float16 or bfloat16, and holds complex numbers as interleaved real and imaginary parts.
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 from llvmlite import ir
@@ -16,7 +18,7 @@ from llvmlite import ir
 from sscan.cuda._target import cgutils, intrinsic, types
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-PRIMITIVES = {}  # intrinsic -> (name, parameters), for the emulator
+PRIMITIVES: dict[Any, tuple] = {}  # intrinsic -> (name, parameters), for the emulator
 
 _I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
@@ -510,7 +512,8 @@ def stored_array(size, storage):
         def codegen(context, builder, sig, args):
             memory = cgutils.alloca_once(builder, ir.ArrayType(element, words), zfill=True)
             start = builder.bitcast(memory, element.as_pointer())
-            return _array(context, builder, kind, start, words, element.width // 8 if words != size else storage.itemsize)
+            itemsize = element.width // 8 if words != size else storage.itemsize
+            return _array(context, builder, kind, start, words, itemsize)
 
         return kind(), codegen
 
@@ -527,7 +530,8 @@ def stored_reader(storage, count, together=False, keep=False):
     """``read(into, start, address, index, valid)``: ``reader`` of reals without conversion, into a ``stored_array``.
 
     They go to ``into`` from its element ``start`` on, which must be even and known when compiling. ``keep``: where
-    nothing is read, ``into`` keeps what it had, if ``together``. A load that is converted at once is waited for at once; one that stays as it is can be used much later.
+    nothing is read, ``into`` keeps what it had, if ``together``. A load that is converted at once is waited for at
+    once; one that stays as it is can be used much later.
     """
     storage = np.dtype(storage)
     _, element, words = _words(storage, count)

@@ -8,7 +8,7 @@ import numpy as np
 class Segments(NamedTuple):
     """``count`` segments of (batch, length); integer arrays are contiguous int64, or None."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of this name
     batch: int
     length: int
     seq_idx: Any  # (batch, length): the state starts again from zero where it changes

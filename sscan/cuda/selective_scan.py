@@ -1,4 +1,4 @@
-"""The selective scan on the GPU: which kernels, how many blocks, and the split along time of a call with few channels."""
+"""The selective scan on the GPU: which kernels, how many blocks, and the split along time if channels are few."""
 
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ def chunks_of(segments):
 
 def empty_checkpoints(segments, groups, A):
     """Memory for the states at the start of every 16th step of every segment."""
-    states, block_states = states_of_lane(A.shape[1])
+    block_states = states_of_lane(A.shape[1])[1]
     padded = -(-A.shape[1] // block_states) * block_states
     return _launch.empty((chunks_of(segments), A.shape[0], padded), A.dtype)
 
@@ -129,7 +129,7 @@ _plans: dict[Any, Plan] = {}
 
 
 def plan_of(segments, groups, inputs, along):
-    """The plan of a call with the arrays ``along`` time, and its B and C: made once for a signature and an alignment."""
+    """The plan of a call with the arrays ``along`` time: made once for a signature and an alignment."""
     addresses = 0
     for x in (*along, inputs.B, inputs.C):
         if x is not None:
@@ -144,6 +144,7 @@ def plan_of(segments, groups, inputs, along):
 
 
 def planned(segments, groups, inputs, along):
+    """The plan, made from shapes, strides, dtypes and addresses."""
     A, B, C = inputs.A, as_reals(inputs.B, inputs.A.dtype), as_reals(inputs.C, inputs.A.dtype)
     copied = any(in_rows(x) is not x for x in along) or (B.dtype, C.dtype) != (inputs.B.dtype, inputs.C.dtype)
     along = [in_rows(x) for x in along]
@@ -213,7 +214,7 @@ def backward_shape(A, blocks_of_channels, many):
 
 
 def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
-    """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state; those of what was None are None."""
+    """Fill ``gradients``, with the attributes du, ddelta, ... and dinitial_state; those of what was None are None."""
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
     du, ddelta, dz = gradients.du, gradients.ddelta, gradients.dz
     plan = plan_of(segments, groups, inputs, (u, delta, z, dy, du, ddelta, dz))

@@ -220,13 +220,15 @@ def scan(v, ends_only):
     of_rows, of_steps, numbers = local_array(ROWS, real), local_array(QUAD, real), local_array(NS, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
     read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
-    load_quad, store_quad, load_numbers = shared_reader(real, QUAD), shared_writer(real, QUAD), shared_reader(number, NS)
+    load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
+    load_numbers = shared_reader(number, NS)
     memory = SharedMemory()
     steps_array, inputs_array, y_array = (memory.array(CHANNELS * ROW, real) for _ in range(3))
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
-    B_quad, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False, many, TILE, THREADS)
-    C_quad, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, many, TILE, THREADS)
+    stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
+    B_quad, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, many, TILE, THREADS)
+    C_quad, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, THREADS)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     states_apart = LANES * NS
 
@@ -425,7 +427,8 @@ def scan(v, ends_only):
             if ends_only:
                 write_own(part_ends, own * padded + n, h, alive)
             elif last_state != 0 and part == parts - 1:
-                write_numbers(last_state, (which * dim + channel) * state + n, h, select(alive > 0, state - n, 0 * thread))
+                valid = select(alive > 0, state - n, 0 * thread)
+                write_numbers(last_state, (which * dim + channel) * state + n, h, valid)
         if ends_only:
             write_real(part_sums, own, passed, select(lane == 0, alive, 0 * thread))
 

@@ -1,13 +1,13 @@
 """The selective scan, backward: as the forward, but walked from the last tile to the first.
 
 A tile is what lies between two checkpoints, 16 steps. From its checkpoint a sweep finds the state at the start of each
-quad of steps; the quads are then walked from the last to the first, each forward once more for its states and decays, and
-backward for g, the gradient of the state. A lane has the same four states of ``rows`` channels, so that what it reads of
-B and C serves all of them and what it adds to dB and dC is summed over them before lanes exchange anything.
+quad of steps; the quads are then walked from the last to the first, each forward once more for its states and decays,
+and backward for g, the gradient of the state. A lane has the same four states of ``rows`` channels, so that what it
+reads of B and C serves all of them and what it adds to dB and dC is summed over them before lanes exchange anything.
 
 Sums over states (for du, ddelta and dz) go across the lanes of a channel. Sums over channels (dB and dC) go across the
-channels of a warp, then over the warps of the block, and are written once for each block and step; ``sum_matrices`` adds
-up the blocks.
+channels of a warp, then over the warps of the block, and are written once for each block and step; ``sum_matrices``
+adds up the blocks.
 """
 
 import math
@@ -119,12 +119,13 @@ def backward(rows, warps, blocks, *key):
     read_quad, write_quad = reader(storage, real, QUAD, together), writer(storage, real, QUAD, together)
     of_rows, of_steps, one_number = local_array(rows, real), local_array(QUAD, real), local_array(NS, number)
     rows_of_numbers, quad_of_numbers = local_array(rows * NS, number), local_array(QUAD * NS, number)
-    rows_of_steps, four_numbers = local_array(rows * QUAD, real), local_array(4, number)
+    four_numbers = local_array(4, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
     read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
     write_four = writer(real, number, 4, True)
     load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
-    load_numbers, store_numbers, load_four = shared_reader(number, NS), shared_writer(number, NS), shared_reader(number, 4)
+    load_numbers, store_numbers = shared_reader(number, NS), shared_writer(number, NS)
+    load_four = shared_reader(number, 4)
     own_size = rows * WARP_CHANNELS * BLOCK  # numbers of a warp at the start of a quad; at least SUMS
     memory = SharedMemory()
     steps_array, inputs_array, dy_array, slope_array = (memory.array(channels * ROW, real) for _ in range(4))
@@ -132,8 +133,9 @@ def backward(rows, warps, blocks, *key):
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     own_array = memory.array(QUADS * warps * own_size, number)
     u_array, step_array, y_array = (memory.array(channels * ROW if many else 1, real) for _ in range(3))
-    B_part, start_B, read_B, stage_B = matrix_tile(dtype_of(v.B or v.storage), number, together, False, many, TILE, threads)
-    C_part, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, many, TILE, threads)
+    stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
+    B_part, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, many, TILE, threads)
+    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, threads)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     exchange = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
@@ -557,7 +559,7 @@ def backward(rows, warps, blocks, *key):
 
 
 def starts(warps, *key):
-    """The gradient that each part but the first hands on to the part before it when it gets none from the part after it.
+    """The gradient that each part but the first hands on to the one before it when it gets none from the one after it.
 
     And the sum of its step sizes, infinite if a sequence starts in it. Reads delta, dy and z once.
     """
@@ -572,12 +574,14 @@ def starts(warps, *key):
 
     read_quad, of_steps = reader(storage, real, QUAD, together), local_array(QUAD, real)
     read_numbers, numbers = reader(real, number, NS), local_array(NS, number)
-    read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
-    load_quad, store_quad, load_numbers = shared_reader(real, QUAD), shared_writer(real, QUAD), shared_reader(number, NS)
+    write_own = writer(real, number, NS, True)
+    load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
+    load_numbers = shared_reader(number, NS)
     memory = SharedMemory()
     steps_array, dy_array = (memory.array(channels * ROW, real) for _ in range(2))
     keep_array, C_array = memory.array(TILE, real), memory.array(QUADS * QUAD_SIZE, number)
-    C_part, start_C, read_C, stage_C = matrix_tile(dtype_of(v.C or v.storage), number, together, True, many, TILE, threads)
+    stored_C = dtype_of(v.C or v.storage)
+    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, threads)
     parameter, write_real, rates, kept = readers(number, NS, False, TILE)
     states_apart, size_of = LANES * NS, storage.itemsize
 
@@ -676,11 +680,14 @@ def sum_matrices(storage, number, conjugated):
     storage, number = dtype_of(storage), dtype_of(number)
     f, real, steps_of_block, threads = number_functions(number), real_of(number), 32, 128
     times, conj, shares, none = f.times, f.conj, f.shares, number.type(0)
-    four_numbers, read_four, write_four = local_array(4, number), reader(real, number, 4, True), writer(storage, number, 4)
+    four_numbers = local_array(4, number)
+    read_four, write_four = reader(real, number, 4, True), writer(storage, number, 4)
     row = steps_of_block + 1
     number_tile = SharedMemory().array(BLOCK * row, number)
 
-    def kernel(sums, gradient, offset, stride, padded, length, state, blocks, channel_blocks, groups, tiles, state_blocks):
+    def kernel(
+        sums, gradient, offset, stride, padded, length, state, blocks, channel_blocks, groups, tiles, state_blocks
+    ):
         """``sums`` (batch, channel_blocks, length, stride), of which a matrix is ``offset`` to offset + padded."""
         rest = quotient(block_index(), tiles)
         tile, group = block_index() - rest * tiles, quotient(rest, state_blocks)
