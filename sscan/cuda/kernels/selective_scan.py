@@ -396,7 +396,7 @@ def scan(v, ends_only):
                         ys[i] = total
                         if outputs and i == 1 and q > 0:  # the sums of the quad before, while this one is under way
                             settle(y_tile, at_channel + (q - 1) * QUAD + lane, pending, upper, odd)
-                        if ends_only:
+                        if ends_only and (not many or block == 0):
                             passed = passed + d[i]
                             if resets:
                                 passed = select(keeps[i] < one, infinite, passed)
