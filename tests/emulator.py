@@ -178,8 +178,7 @@ class Emulator:
     def synchronize_warp(self) -> None:
         self.warp_epoch += 1
 
-    def _lane(self, x: Any, source: Any) -> Any:
-        self.warp_epoch += 1  # lanes wait for each other
+    def _lane(self, x: Any, source: Any) -> Any:  # lanes wait for each other, but memory does not
         return np.broadcast_to(x, (self.threads,))[self.thread // WARP * WARP + source]
 
     def shuffle_xor(self, x: Any, mask: int) -> Any:
