@@ -106,31 +106,35 @@ def jax_lax_scan(problem: dict[str, Any]) -> Pair:
     return lambda: np.asarray(jax.block_until_ready(forward(arrays))), both
 
 
-def torch_formula(problem: dict[str, Any]) -> Pair:
+def torch_scan(a: dict[str, Any]) -> Any:
     """What users of mamba_ssm are left with if its extension is missing: all decays in memory, a loop over time."""
     import torch
     import torch.nn.functional as F
 
+    delta = F.softplus(a["delta"] + a["delta_bias"][:, None])
+    decays = torch.exp(torch.einsum("bdl,dn->bdln", delta, a["A"]))
+    inputs = torch.einsum("bdl,bnl,bdl->bdln", delta, a["B"], a["u"])
+    h, outputs = decays.new_zeros(decays[:, :, 0].shape), []
+    # unbind: the backward of an index would fill an array of the size of all decays at every step
+    for decay, x, C_t in zip(decays.unbind(2), inputs.unbind(2), a["C"].unbind(2), strict=True):
+        h = decay * h + x
+        outputs.append(torch.einsum("bdn,bn->bd", h, C_t))
+    return (torch.stack(outputs, 2) + a["D"][:, None] * a["u"]) * F.silu(a["z"])
+
+
+def torch_formula(problem: dict[str, Any]) -> Pair:
+    """``torch_scan`` and its derivative by autograd."""
+    import torch
+
     arrays = {name: torch.from_numpy(problem[name]).clone().requires_grad_() for name in DIFFERENTIABLE}
     dy = torch.from_numpy(cotangent(problem))
 
-    def scan(a: dict[str, Any]) -> Any:
-        delta = F.softplus(a["delta"] + a["delta_bias"][:, None])
-        decays = torch.exp(torch.einsum("bdl,dn->bdln", delta, a["A"]))
-        inputs = torch.einsum("bdl,bnl,bdl->bdln", delta, a["B"], a["u"])
-        h, outputs = decays.new_zeros(decays[:, :, 0].shape), []
-        # unbind: the backward of an index would fill an array of the size of all decays at every step
-        for decay, x, C_t in zip(decays.unbind(2), inputs.unbind(2), a["C"].unbind(2), strict=True):
-            h = decay * h + x
-            outputs.append(torch.einsum("bdn,bn->bd", h, C_t))
-        return (torch.stack(outputs, 2) + a["D"][:, None] * a["u"]) * F.silu(a["z"])
-
     def forward() -> Any:
         with torch.no_grad():
-            return scan(arrays).numpy()
+            return torch_scan(arrays).numpy()
 
     def both() -> Any:
-        y = scan(arrays)
+        y = torch_scan(arrays)
         gradients = torch.autograd.grad((y * dy).sum(), [arrays[name] for name in DIFFERENTIABLE])
         return y.detach().numpy(), dict(zip(DIFFERENTIABLE, (g.numpy() for g in gradients), strict=True))
 
