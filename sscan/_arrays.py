@@ -41,6 +41,7 @@ class Library:
     caller: Callable[[str, str, Any], Caller]  # of (op, name, array); TypeError if the array cannot be read
     view: Callable[[Any], Any]  # of an array that has a caller
     surroundings: Callable[..., contextlib.AbstractContextManager[Any] | None]  # of (op, its array, all arguments)
+    metadata: Callable[[tuple[Any, ...]], list[Any]] | None = None  # see below; None if arrays are not their own views
 
 
 def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Caller, tuple[Any, ...]]:
@@ -83,11 +84,18 @@ def _check_updatable(op: str, name: str, array: Any, here: Caller, view: Any) ->
         raise TypeError(f"{op}: {name} is updated in place and must not be a lazily conjugated or negated tensor")
 
 
-def metadata(views: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All that checks may depend on, as something to look up: never values, never addresses. The first is no None."""
-    if isinstance(views[0], np.ndarray):
-        return (None, *[None if x is None else (x.dtype, x.shape, x.strides, x.flags.num) for x in views])
-    return (views[0].data.device_id, *[None if x is None else (x.dtype, x.shape, x.strides) for x in views])
+def metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
+    """All that ``enter`` and checks may depend on, as something to look up: never values, never addresses.
+
+    Only of NumPy or CuPy arrays, or None of them; None for arrays of which views must be made first.
+    """
+    library = _known.get(type(arrays[0])) or _find_library(arrays[0])
+    if library is None or library.metadata is None:
+        return None
+    try:
+        return library.metadata(arrays)
+    except (AttributeError, ValueError):  # arrays of two libraries
+        return None
 
 
 Parameters = ParamSpec("Parameters")
@@ -151,6 +159,11 @@ def _nothing(op: str, array: Any, arguments: Any) -> None:
 
 # --- NumPy ------------------------------------------------------------------------------------------------------------
 
+
+def _numpy_metadata(arrays: tuple[Any, ...]) -> list[Any]:
+    return [None if x is None else (type(x), x.dtype, x.shape, x.strides, x.flags.num) for x in arrays]
+
+
 _NUMPY_CALLER = Caller("NumPy", "cpu", np.empty, _itself)
 
 
@@ -180,6 +193,10 @@ def _import_cupy(op: str) -> ModuleType:
 
 def _cupy_caller(op: str, name: str, array: Any) -> Caller:
     return _cupy_on(array.data.device_id)
+
+
+def _cupy_metadata(arrays: tuple[Any, ...]) -> list[Any]:
+    return [None if x is None else (type(x), x.dtype, x.shape, x.strides, x.data.device_id) for x in arrays]
 
 
 def _empty_on_gpu(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -362,10 +379,10 @@ def _dlpack_caller(op: str, name: str, array: Any) -> Caller:
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-NUMPY = Library(_numpy_caller, _native, _nothing)
+NUMPY = Library(_numpy_caller, _native, _nothing, _numpy_metadata)
 TORCH = Library(_torch_caller, _torch_view, _torch_surroundings)
 JAX = Library(_jax_caller, _jax_view, _jax_surroundings)
-CUPY = Library(_cupy_caller, _itself, _cupy_surroundings)
+CUPY = Library(_cupy_caller, _itself, _cupy_surroundings, _cupy_metadata)
 DLPACK = Library(_dlpack_caller, np.from_dlpack, _nothing)
 
 _LIBRARIES = (

@@ -6,6 +6,7 @@ Checks read metadata only (dtypes, shapes, strides), so that they neither wait f
 import functools
 import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -32,15 +33,49 @@ def remembered(check: Callable[..., Found]) -> Callable[..., Found]:
 
     @functools.wraps(check)
     def recall(op: str, arrays: tuple[Any, ...], *options: Any) -> Found:
-        key = (op, *options, *_arrays.metadata(arrays))
+        metadata = _arrays.metadata(arrays)
+        assert metadata is not None, "views are their own views"
+        key = (op, *options, *metadata)
         found = known.get(key)
         if found is None:
-            if len(known) >= REMEMBERED:
-                known.clear()
-            found = known[key] = check(op, arrays, *options)
+            found = check(op, arrays, *options)
+            _remember(known, key, found)
         return found
 
     return recall
+
+
+def entered(check: Callable[..., Found]) -> Callable[..., tuple[_arrays.Caller, Any, Found]]:
+    """``check(op, views, *options)`` of a named tuple of arrays as they came: (caller, views, what it found).
+
+    It is remembered, and so is that the arrays of a call could be entered, if they are their own views: then a known
+    call costs one look at the metadata of its arrays.
+    """
+    recall = remembered(check)
+    known: dict[Any, tuple[_arrays.Caller, Found]] = {}
+
+    @functools.wraps(check)
+    def enter(op: str, arrays: Any, *options: Any) -> tuple[_arrays.Caller, Any, Found]:
+        metadata = _arrays.metadata(arrays)
+        key = None if metadata is None else (op, *options, *metadata)
+        remembered_call = known.get(key)
+        if remembered_call is not None:
+            caller, found = remembered_call
+            return caller, arrays, found
+        caller, made = _arrays.enter(op, **arrays._asdict())
+        views = arrays._make(made)
+        found = recall(op, views, *options)
+        if key is not None and all(map(operator.is_, views, arrays)):
+            _remember(known, key, (caller, found))
+        return caller, views, found
+
+    return enter
+
+
+def _remember(known: dict[Any, Any], key: Any, found: Any) -> None:
+    if len(known) >= REMEMBERED:
+        known.clear()
+    known[key] = found
 
 
 # All but the first are held by float32.

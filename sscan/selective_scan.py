@@ -241,8 +241,8 @@ class _Plan(NamedTuple):
     length: int
     groups: int
     sequences: int
-    B_by_group: tuple[int, ...]  # the shape in which the kernels take B
-    C_by_group: tuple[int, ...]
+    B_by_group: tuple[int, ...] | None  # the shape in which the kernels take B; None if it has that
+    C_by_group: tuple[int, ...] | None
     signature: int
 
 
@@ -306,22 +306,20 @@ def _prepare(
 ) -> _Problem:
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
-    caller, views = _arrays.enter(
-        op, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state,
-        seq_idx=seq_idx, cu_seqlens=cu_seqlens, dy=dy, dlast_state=dlast_state,
-    )  # fmt: skip
-    backend = _backends.for_device(op, caller.device)
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
     softplus, zoh = bool(delta_softplus), discretization == "zoh"
-    a = _Arguments(*views)
-    plan = _checked(op, a, softplus, zoh)
-    a = _checks.copied(a, plan.copies)
+    caller, a, plan = _checked(op, given, softplus, zoh)
+    backend = _backends.for_device(op, caller.device)
+    if plan.copies:
+        a = _checks.copied(a, plan.copies)
     segments = backend.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
-    B_, C_ = a.B.reshape(plan.B_by_group), a.C.reshape(plan.C_by_group)
+    B_ = a.B if plan.B_by_group is None else a.B.reshape(plan.B_by_group)
+    C_ = a.C if plan.C_by_group is None else a.C.reshape(plan.C_by_group)
     inputs = _Inputs(a.u, a.delta, a.A, B_, C_, a.D, a.z, a.delta_bias, softplus, zoh, plan.signature)
     return _Problem(caller, backend, a, inputs, plan.groups, segments, plan.sequences)
 
 
-@_checks.remembered
+@_checks.entered
 def _checked(op: str, a: _Arguments, delta_softplus: bool, zoh: bool) -> _Plan:
     is_complex = a.A.dtype.kind == "c"
     sizes = _check_shapes(op, a, is_complex)
@@ -381,6 +379,6 @@ def _check_dtypes(op: str, a: _Arguments, is_complex: bool) -> dict[str, np.dtyp
     return _checks.needed(**copies)
 
 
-def _by_group(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which the kernels take B, C and their gradients: (dim, state) or (batch, groups, state, length)."""
-    return (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
+def _by_group(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape in which the kernels take B or C (batch, state, length): (batch, groups, state, length)."""
+    return (shape[0], 1, *shape[1:]) if len(shape) == 3 else None

@@ -124,7 +124,7 @@ def _write(path, data):
 class Function(NamedTuple):
     """A loaded kernel."""
 
-    handle: ctypes.c_void_p
+    handle: int
     threads: int
 
 
@@ -133,12 +133,9 @@ def _driver():
     """The driver's library; RuntimeError if there is none."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(name)
+        return ctypes.CDLL(name)
     except OSError as error:
         raise RuntimeError(f"sscan: no NVIDIA driver ({name}) on this machine: {error}") from None
-    unsigned, pointer = ctypes.c_uint, ctypes.c_void_p
-    driver.cuLaunchKernel.argtypes = [pointer, *(unsigned,) * 7, pointer, pointer, pointer]
-    return driver
 
 
 def _check(status, doing):
@@ -164,17 +161,14 @@ def capability_of(device):
 
 
 _functions: dict[Any, Any] = {}  # of (kernel, device)
-_launch_kernel = None
 _lock = threading.Lock()
 
 
 def function(kernel, device):
     """The kernel, loaded for a device."""
-    global _launch_kernel
     with _lock:
         if (kernel, device) not in _functions:
             _functions[kernel, device] = _load(kernel, capability_of(device))
-            _launch_kernel = _driver().cuLaunchKernel
     return _functions[kernel, device]
 
 
@@ -187,7 +181,7 @@ def _load(kernel, capability):
         f"loading the kernel {kernel.name}",
     )
     _check(_driver().cuLibraryGetKernel(ctypes.byref(handle), library, kernel.name.encode()), f"finding {kernel.name}")
-    return Function(handle, threads)
+    return Function(handle.value, threads)
 
 
 def address(array):
@@ -218,19 +212,20 @@ def empty(shape, dtype):
 
 
 class _Parameters(threading.local):
-    """Memory for the parameters of this thread's next launch, and the driver's description of it."""
+    """Memory for the parameters of this thread's next launch, and where the driver finds it described."""
 
-    MOST = 128
+    MOST = 127
 
     def __init__(self):
-        self.values = (ctypes.c_int64 * self.MOST)()
-        self.size = ctypes.c_size_t()
-        values, size = ctypes.addressof(self.values), ctypes.addressof(self.size)
-        self.description = (ctypes.c_void_p * 5)(1, values, 2, size, 0)  # buffer, its size, end
+        self.memory = (ctypes.c_int64 * (1 + self.MOST))()  # their size in bytes, then they
+        size = ctypes.addressof(self.memory)
+        self._description = (ctypes.c_void_p * 5)(1, size + 8, 2, size, 0)  # buffer, its size, end
+        self.description = ctypes.addressof(self._description)
 
 
 _parameters = _Parameters()
-_packers = [struct.Struct(f"{count}q").pack_into for count in range(_Parameters.MOST)]
+_packers = [struct.Struct(f"{1 + count}q").pack_into for count in range(1 + _Parameters.MOST)]
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 def launch(kernel, blocks, *arguments):
@@ -245,19 +240,18 @@ def launch(kernel, blocks, *arguments):
     loaded = _functions.get((kernel, device)) or function(kernel, device)
     count, parameters = len(arguments), _parameters
     _packers[count](
-        parameters.values, 0, *[x if isinstance(x, int) else 0 if x is None else x.data.ptr for x in arguments]
-    )
-    parameters.size.value = 8 * count
-    call = (
-        loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, cuda.get_current_stream().ptr, None,
-        parameters.description,
+        parameters.memory, 0, 8 * count,
+        *[x if type(x) is int else 0 if x is None else x.data.ptr for x in arguments],
     )  # fmt: skip
-    status = _launch_kernel(*call)
-    if status == 201:  # this thread has no context yet: bring up the current device's
-        cuda.runtime.free(0)
-        status = _launch_kernel(*call)
-    if status:
-        _check(status, f"launching {kernel.name}")
+    stream = cuda.get_current_stream().ptr
+    call = (loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, stream, 0, parameters.description)
+    try:
+        cuda.driver.launchKernel(*call)  # a tenth of what it costs through ctypes
+    except cuda.driver.CUDADriverError as error:
+        if error.status != NO_CONTEXT:
+            raise RuntimeError(f"sscan: launching {kernel.name}: {error}") from error
+        cuda.runtime.free(0)  # brings up the current device's, which a new thread has not
+        cuda.driver.launchKernel(*call)
 
 
 def processors():

@@ -125,21 +125,21 @@ class Plan(NamedTuple):
     strides: tuple[int, ...]  # of B and C
 
 
-_plans: dict[Any, Plan] = {}
+_plans: dict[Any, Any] = {}
 
 
-def plan_of(segments, groups, inputs, along):
-    """The plan of a call with the arrays ``along`` time: made once for a signature and an alignment."""
+def plan_of(segments, groups, inputs, along, make=None):
+    """What ``make``, ``planned`` by default, finds for the arrays ``along`` time: once a signature and alignment."""
     addresses = 0
     for x in (*along, inputs.B, inputs.C):
         if x is not None:
             addresses |= _launch.address(x)
-    key = inputs.signature, addresses % 16, addresses % 8
+    key = make, inputs.signature, addresses % 16
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) > 4096:
             _plans.clear()
-        plan = _plans[key] = planned(segments, groups, inputs, along)
+        plan = _plans[key] = (make or planned)(segments, groups, inputs, along)
     return plan
 
 
@@ -169,6 +169,30 @@ def batch_stride(wave):
     return 0 if wave is None else wave.strides[0] // wave.itemsize
 
 
+class ForwardPlan(NamedTuple):
+    """How a forward call is launched."""
+
+    copies: bool  # as in Plan
+    layout: Geometry
+    ends: Kernel
+    forward: Kernel
+    blocks: int  # for each part
+    dims: tuple[int, ...]  # kernels take these, the number of parts that they scan, and ``rest``
+    rest: tuple[int, ...]
+
+
+def planned_forward(segments, groups, inputs, along):
+    """The plan of a forward call, with u, delta, z and y along time."""
+    plan = planned(segments, groups, inputs, along)
+    layout = plan.layout
+    strides = (*(batch_stride(in_rows(x)) for x in along), *plan.strides)
+    return ForwardPlan(
+        plan.copies, layout, Kernel("selective_scan", "ends", plan.variant),
+        Kernel("selective_scan", "forward", plan.variant), segments.count * layout.channel_blocks,
+        (*layout.dims, layout.parts), (layout.part_length, layout.state_blocks, *strides),
+    )  # fmt: skip
+
+
 def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
     """Fill y, last_state and checkpoints (unless None).
 
@@ -176,30 +200,26 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
     (dim, state) or (batch, groups or 1, state, length).
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
-    plan = plan_of(segments, groups, inputs, (u, delta, z, y))
+    plan = plan_of(segments, groups, inputs, (u, delta, z, y), planned_forward)
     if plan.copies:
         u, delta, z, B, C = in_rows(u), in_rows(delta), in_rows(z), as_reals(B, A.dtype), as_reals(C, A.dtype)
-    layout, count = plan.layout, segments.count
-    parts = layout.parts
+    layout, parts = plan.layout, plan.layout.parts
     carry = ends = sums = None
     if layout.state_blocks > 1 or parts > 1:
-        states = (count, parts, layout.dim, layout.padded)
+        states = (segments.count, parts, layout.dim, layout.padded)
         carry = _launch.empty(states, A.dtype) if layout.state_blocks > 1 else None
         if parts > 1:
             ends, sums = _launch.empty(states, A.dtype), _launch.empty(states[:3], A.real.dtype)
-    dims, rest = layout.dims, (layout.part_length, layout.state_blocks)
-    strides = (batch_stride(u), batch_stride(delta), batch_stride(z), batch_stride(y), *plan.strides)
-    shared = (carry, ends, sums, segments.seq_idx, segments.cu_seqlens, *dims, parts)
     if parts > 1:
         _launch.launch(
-            Kernel("selective_scan", "ends", plan.variant), count * (parts - 1) * layout.channel_blocks,
-            u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None, None, None, None, *shared, parts - 1,
-            *rest, *strides,
+            plan.ends, (parts - 1) * plan.blocks, u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None,
+            None, None, None, carry, ends, sums, segments.seq_idx, segments.cu_seqlens, *plan.dims, parts - 1,
+            *plan.rest,
         )  # fmt: skip
     _launch.launch(
-        Kernel("selective_scan", "forward", plan.variant), count * parts * layout.channel_blocks,
-        u, delta, A, B, C, D, z, delta_bias, int(delta_softplus), initial_state, y, last_state, checkpoints, *shared,
-        parts, *rest, *strides,
+        plan.forward, parts * plan.blocks, u, delta, A, B, C, D, z, delta_bias, int(delta_softplus), initial_state, y,
+        last_state, checkpoints, carry, ends, sums, segments.seq_idx, segments.cu_seqlens, *plan.dims, parts,
+        *plan.rest,
     )  # fmt: skip
 
 

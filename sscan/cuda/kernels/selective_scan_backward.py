@@ -30,9 +30,12 @@ from sscan.cuda._primitives import (
     shared_set,
     shared_writer,
     shuffle_xor,
+    stored_array,
+    stored_reader,
     synchronize,
     synchronize_warp,
     thread_index,
+    widener,
     writer,
 )
 from sscan.cuda._target import device
@@ -116,7 +119,8 @@ def backward(rows, warps, blocks, *key):
     zero, one, infinite, ln2 = f.zero, f.one, real.type(np.inf), real.type(math.log(2))
     none = number.type(0)
 
-    read_quad, write_quad = reader(storage, real, QUAD, together), writer(storage, real, QUAD, together)
+    stored, read_stored = stored_array(rows * QUAD, storage), stored_reader(storage, QUAD, together)
+    widen, write_quad = widener(storage, real, QUAD), writer(storage, real, QUAD, together)
     of_rows, of_steps, one_number = local_array(rows, real), local_array(QUAD, real), local_array(NS, number)
     rows_of_numbers, quad_of_numbers = local_array(rows * NS, number), local_array(QUAD * NS, number)
     four_numbers = local_array(4, number)
@@ -130,6 +134,7 @@ def backward(rows, warps, blocks, *key):
     memory = SharedMemory()
     steps_array, inputs_array, dy_array, slope_array = (memory.array(channels * ROW, real) for _ in range(4))
     gate_array, keep_array = memory.array(channels * ROW if gated else 1, real), memory.array(TILE, real)
+    skip_array = memory.array(channels, real)
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     own_array = memory.array(QUADS * warps * own_size, number)
     u_array, step_array, y_array = (memory.array(channels * ROW if many else 1, real) for _ in range(3))
@@ -166,7 +171,7 @@ def backward(rows, warps, blocks, *key):
         u, delta = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
         dy, z = dy + size_of * (row * dy_batch + begin), z + size_of * (row * z_batch + begin)
         along, rows_apart = (channel0 + time_row) * length + quad * QUAD, apart * length
-        at_results = row * dim * length + begin  # which are contiguous
+        results = size_of * (row * dim * length + begin)  # which are contiguous
         if varying_B:
             B = start_B(B, row * B_batch + group * B_group, B_state, begin, thread)
         if varying_C:
@@ -178,16 +183,16 @@ def backward(rows, warps, blocks, *key):
             matrix_sums += number_size * at * matrices * padded
 
         steps_tile, inputs_tile, dy_tile, slope_tile = steps_array(), inputs_array(), dy_array(), slope_array()
-        gates, keep = gate_array(), keep_array()
+        gates, keep, skips = gate_array(), keep_array(), skip_array()
         u_sums, step_sums, y_sums = u_array(), step_array(), y_array()
         B_tile, C_tile, own_states = B_array(), C_array(), own_array()
 
         rate, per_A, B_own, C_own = rows_of_numbers(), rows_of_numbers(), rows_of_numbers(), rows_of_numbers()
         g, dA, dB, dC = rows_of_numbers(), rows_of_numbers(), rows_of_numbers(), rows_of_numbers()
         numbers, more = one_number(), one_number()
-        skip, dD, dbias = of_rows(), of_rows(), of_rows()
+        bias, dD, dbias = of_rows(), of_rows(), of_rows()
         for r in unroll(rows):
-            skip[r] = parameter(D, channel + r * apart, channel_end)
+            shared_set(skips, first_row + r * apart, parameter(D, channel + r * apart, channel_end))
             dD[r] = zero
             dbias[r] = zero
 
@@ -235,6 +240,7 @@ def backward(rows, warps, blocks, *key):
                         for j in range(NS):
                             C_own[r * NS + j] = times(conj(numbers[j]), shares)
 
+        delta_read, u_read, dy_read, z_read = stored(), stored(), stored(), stored()
         B_next, C_next = B_part(), C_part()
         d, x, e, keeps = of_steps(), of_steps(), of_steps(), of_steps()
         b, c_ = one_number(), one_number()
@@ -248,20 +254,37 @@ def backward(rows, warps, blocks, *key):
         for tile in range(tiles):
             t = (tiles - 1 - tile) * TILE
             ahead = steps - t - quad * QUAD
-            # the tile to shared memory: step sizes, u, dy before the gate, slopes of softplus and of the gate
+            # all that is read of the tile, at once: whoever waits for one thing waits for all
             for r in unroll(rows):
                 valid = select(channel0 + time_row + r * apart < channel_end, ahead, 0 * thread)
                 at = along + r * rows_apart + t
-                bias = parameter(delta_bias, channel0 + time_row + r * apart, channel_end)
-                read_quad(d, delta, at, valid)
-                read_quad(x, u, at, valid)
-                read_quad(e, dy, at, valid)
+                read_stored(delta_read, r * QUAD, delta, at, valid)
+                read_stored(u_read, r * QUAD, u, at, valid)
+                read_stored(dy_read, r * QUAD, dy, at, valid)
                 if gated:
-                    read_quad(keeps, z, at, valid)
+                    read_stored(z_read, r * QUAD, z, at, valid)
+                bias[r] = parameter(delta_bias, channel0 + time_row + r * apart, channel_end)
+            if not many:
+                if varying_B:
+                    read_B(B_next, B, 0, B_state, state, t, steps - t, thread)
+                if varying_C:
+                    read_C(C_next, C, 0, C_state, state, t, steps - t, thread)
+                for r in unroll(rows):
+                    alive = select(channel + r * apart < channel_end, NS, 0 * thread)
+                    read_own(numbers, checkpoints, ((t >> 4) * dim + r * apart) * padded, alive)
+                    for j in range(NS):
+                        h[r * NS + j] = numbers[j]
+            # to shared memory: step sizes, u, dy before the gate, slopes of softplus and of the gate
+            for r in unroll(rows):
+                widen(d, delta_read, r * QUAD)
+                widen(x, u_read, r * QUAD)
+                widen(e, dy_read, r * QUAD)
+                if gated:
+                    widen(keeps, z_read, r * QUAD)
                 at = at_quad + r * apart * ROW
                 store_quad(inputs_tile, at, x)
                 for i in range(QUAD):
-                    size = d[i] + bias
+                    size = d[i] + bias[r]
                     slope = one
                     if delta_softplus != 0:
                         slope = sigmoid(size)
@@ -282,20 +305,23 @@ def backward(rows, warps, blocks, *key):
 
             for block in range(state_blocks if many else 1):
                 n = block * states_apart + lane * NS
+                if many:
+                    if varying_B:
+                        read_B(B_next, B, block * states_apart, B_state, state, t, steps - t, thread)
+                    if varying_C:
+                        read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
                 if varying_B:
-                    read_B(B_next, B, block * states_apart, B_state, state, t, steps - t, thread)
                     stage_B(B_tile, B_next, thread)
                 if varying_C:
-                    read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
                     stage_C(C_tile, C_next, thread)
-                for r in unroll(rows):
-                    c = channel + r * apart
-                    alive = select(c < channel_end, NS, 0 * thread)
-                    at = ((t >> 4) * dim + r * apart) * padded + block * states_apart
-                    read_own(numbers, checkpoints, at, alive)
-                    for j in range(NS):
-                        h[r * NS + j] = numbers[j]
-                    if many:
+                if many:
+                    for r in unroll(rows):
+                        c = channel + r * apart
+                        alive = select(c < channel_end, NS, 0 * thread)
+                        at = ((t >> 4) * dim + r * apart) * padded + block * states_apart
+                        read_own(numbers, checkpoints, at, alive)
+                        for j in range(NS):
+                            h[r * NS + j] = numbers[j]
                         valid = select(alive > 0, state - n, 0 * thread)
                         rates(numbers, more, A, c * state + n, valid)
                         for j in range(NS):
@@ -393,6 +419,7 @@ def backward(rows, warps, blocks, *key):
                                 else:
                                     dC[k] = dC[k] + times(numbers[j], e[i])
                             of_y[i] = y
+                        y_sum[r] = across(of_y, upper, odd)
                         for i_ in range(QUAD):
                             i = QUAD - 1 - i_
                             at = q * QUAD_SIZE + i * BLOCK + lane * NS
@@ -430,7 +457,6 @@ def backward(rows, warps, blocks, *key):
                                 g[k] = product(conj(decays[m]), now)
                             of_u[i] = w
                             of_step[i] = p
-                        y_sum[r] = across(of_y, upper, odd)
                         u_sum[r] = across(of_u, upper, odd)
                         step_sum[r] = across(of_step, upper, odd)
                     if varying:
@@ -450,13 +476,13 @@ def backward(rows, warps, blocks, *key):
                                 shared_set(step_sums, at, step_sum[r])
                         if not many or block == state_blocks - 1:
                             size, input_ = shared_get(steps_tile, at), shared_get(inputs_tile, at)
-                            dy_now = shared_get(dy_tile, at)
+                            dy_now, skip = shared_get(dy_tile, at), shared_get(skips, first_row + r * apart)
                             of_size = step_sum[r] if zoh else input_ * u_sum[r] + ln2 * step_sum[r]
                             of_size = of_size * shared_get(slope_tile, at)
                             shared_set(slope_tile, at, of_size)
-                            shared_set(steps_tile, at, skip[r] * dy_now + (u_sum[r] if zoh else size * u_sum[r]))
+                            shared_set(steps_tile, at, skip * dy_now + (u_sum[r] if zoh else size * u_sum[r]))
                             if gated:
-                                shared_set(gates, at, shared_get(gates, at) * (y_sum[r] + skip[r] * input_))
+                                shared_set(gates, at, shared_get(gates, at) * (y_sum[r] + skip * input_))
                             dD[r] = dD[r] + dy_now * input_
                             dbias[r] = dbias[r] + of_size
                     if varying:
@@ -505,11 +531,11 @@ def backward(rows, warps, blocks, *key):
                 load_quad(x, slope_tile, at)
                 if gated:
                     load_quad(e, gates, at)
-                at = at_results + t + along + r * rows_apart
-                write_quad(du, at, d, valid)
-                write_quad(ddelta, at, x, valid)
+                at = along + r * rows_apart + t
+                write_quad(du + results, at, d, valid)
+                write_quad(ddelta + results, at, x, valid)
                 if gated:
-                    write_quad(dz, at, e, valid)
+                    write_quad(dz + results, at, e, valid)
 
         # sums over the part, and the gradient of the state that it started from
         for block in range(state_blocks if many else 1):
@@ -633,7 +659,7 @@ def starts(warps, *key):
                 if gated:
                     read_quad(keeps, z, along + t, valid)
                 for i in range(QUAD):
-                    size = d[i] + bias
+                    size = d[i] + bias[r]
                     if delta_softplus != 0:
                         size = softplus(size)
                     d[i] = select(ahead > (0 if together else i), size, zero)
