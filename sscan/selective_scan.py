@@ -104,10 +104,8 @@ def selective_scan(
     run and for every number of threads. Memory beyond the results: a few kilobytes for each thread. Inputs may have any
     strides; one with a strided last axis is copied. No input is written.
     """
-    problem = _prepare(
-        "selective_scan", u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens,
-        discretization,
-    )  # fmt: skip
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
+    problem = _prepare("selective_scan", given, delta_softplus, discretization)
     if return_last_state:
         return problem.run(None, problem.empty_last_state())
     y, _ = problem.run(None, None)
@@ -136,10 +134,8 @@ def selective_scan_forward(
     The checkpoints are states at regular intervals, which ``selective_scan_backward`` starts from: length * state / 32
     numbers for each channel on the CPU. Their layout belongs to the backend.
     """
-    problem = _prepare(
-        "selective_scan", u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens,
-        discretization,
-    )  # fmt: skip
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
+    problem = _prepare("selective_scan", given, delta_softplus, discretization)
     checkpoints = problem.empty_checkpoints()
     return *problem.run(checkpoints, problem.empty_last_state()), checkpoints
 
@@ -180,11 +176,8 @@ def selective_scan_backward(
     The other parameters are those of ``selective_scan``. Between checkpoints the states are recomputed. Sums over
     batch, time and channels are taken in a fixed order: the results are the same bit for bit in every run.
     """
-    op = "selective_scan_backward"
-    problem = _prepare(
-        op, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens, discretization,
-        dy=dy, dlast_state=dlast_state,
-    )  # fmt: skip
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
+    problem = _prepare("selective_scan_backward", given, delta_softplus, discretization)
     if checkpoints is None:
         checkpoints = problem.empty_checkpoints()
         problem.run(checkpoints, None)
@@ -205,8 +198,8 @@ class _Arguments(NamedTuple):
     initial_state: Any
     seq_idx: Any
     cu_seqlens: Any
-    dy: Any
-    dlast_state: Any
+    dy: Any = None
+    dlast_state: Any = None
 
 
 _DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -285,28 +278,9 @@ class _Problem(NamedTuple):
         return SelectiveScanGradients(*(None if x is None else self.caller.leave(x) for x in made))
 
 
-def _prepare(
-    op: str,
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any,
-    z: Any,
-    delta_bias: Any,
-    delta_softplus: bool,
-    initial_state: Any,
-    seq_idx: Any,
-    cu_seqlens: Any,
-    discretization: str,
-    *,
-    dy: Any = None,
-    dlast_state: Any = None,
-) -> _Problem:
+def _prepare(op: str, given: _Arguments, delta_softplus: bool, discretization: str) -> _Problem:
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
-    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
     softplus, zoh = bool(delta_softplus), discretization == "zoh"
     caller, a, plan = _checked(op, given, softplus, zoh)
     backend = _backends.for_device(op, caller.device)

@@ -125,24 +125,6 @@ class Plan(NamedTuple):
     strides: tuple[int, ...]  # of B and C
 
 
-_plans: dict[Any, Any] = {}
-
-
-def plan_of(segments, groups, inputs, along, make=None):
-    """What ``make``, ``planned`` by default, finds for the arrays ``along`` time: once a signature and alignment."""
-    addresses = 0
-    for x in (*along, inputs.B, inputs.C):
-        if x is not None:
-            addresses |= _launch.address(x)
-    key = make, inputs.signature, addresses % 16
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) > 4096:
-            _plans.clear()
-        plan = _plans[key] = (make or planned)(segments, groups, inputs, along)
-    return plan
-
-
 def planned(segments, groups, inputs, along):
     """The plan, made from shapes, strides, dtypes and addresses."""
     A, B, C = inputs.A, as_reals(inputs.B, inputs.A.dtype), as_reals(inputs.C, inputs.A.dtype)
@@ -162,6 +144,24 @@ def planned(segments, groups, inputs, along):
     )  # fmt: skip
     copies = copied or B is not inputs.B or C is not inputs.C
     return Plan(layout, copies, variant, (*matrix_strides(B, groups), *matrix_strides(C, groups)))
+
+
+_plans: dict[Any, Any] = {}
+
+
+def plan_of(segments, groups, inputs, along, make=planned):
+    """The plan of a call with the arrays ``along`` time: made once for a signature and an alignment."""
+    addresses, address = 0, _launch.address
+    for x in (*along, inputs.B, inputs.C):
+        if x is not None:
+            addresses |= address(x)
+    key = make, inputs.signature, addresses % 16
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) > 4096:
+            _plans.clear()
+        plan = _plans[key] = make(segments, groups, inputs, along)
+    return plan
 
 
 def batch_stride(wave):
