@@ -1,0 +1,305 @@
+"""The cache of compiled kernels, and what a launch hands to the driver; no GPU is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sscan.cuda import _launch
+from sscan.cuda._launch import Kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+KERNEL = Kernel("_sums", "over_parts", ("float32", "float32"))
+CUBIN = bytes(range(256)) * 40
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    _launch.cache_folder.cache_clear()
+    yield tmp_path
+    _launch.cache_folder.cache_clear()
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was compiled; nothing really is."""
+    seen: list[Any] = []
+
+    def compile_ptx(kernel: Kernel) -> tuple[str, int]:
+        seen.append(kernel)
+        return "ptx", 128
+
+    monkeypatch.setattr(_launch, "compile_ptx", compile_ptx)
+    monkeypatch.setattr(_launch, "assemble", lambda ptx, capability: (CUBIN + bytes(capability), "log"))
+    return seen
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+# --- Cache ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_is_compiled_once(folder: Path, compilations: list[Any]) -> None:
+    for _ in range(2):
+        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128)
+    assert compilations == [KERNEL]
+    (file,) = files(folder)
+    assert file.parent == _launch.cache_folder()
+    assert file.suffix == ".cubin", "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability"),
+    [
+        (KERNEL, (8, 0)),
+        (KERNEL._replace(module="other"), (9, 0)),
+        (KERNEL._replace(factory="other"), (9, 0)),
+        (KERNEL._replace(key=("float32", "float16")), (9, 0)),
+        (KERNEL._replace(key=("float32", "float32", 1)), (9, 0)),
+        (KERNEL._replace(key=("float32", "float32", True)), (9, 0)),
+    ],
+    ids=str,
+)
+def test_other_kernels_have_other_files(
+    folder: Path, compilations: list[Any], kernel: Kernel, capability: tuple[int, int]
+) -> None:
+    _launch.cached(KERNEL, (9, 0))
+    assert _launch.cached(kernel, capability)[0] == CUBIN + bytes(capability)
+    assert len(compilations) == len(files(folder)) == 2
+
+
+@pytest.mark.parametrize("kept", [0, 3, 4, 20, 36, 37, -1])
+def test_a_truncated_file_is_made_again(folder: Path, compilations: list[Any], kept: int) -> None:
+    first = _launch.cached(KERNEL, (9, 0))
+    (file,) = files(folder)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+    assert _launch.cached(KERNEL, (9, 0)) == first
+    assert len(compilations) == 2
+    assert file.read_bytes() == whole
+
+
+def test_a_damaged_file_is_made_again(folder: Path, compilations: list[Any]) -> None:
+    first = _launch.cached(KERNEL, (9, 0))
+    (file,) = files(folder)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert _launch.cached(KERNEL, (9, 0)) == first
+    assert len(compilations) == 2
+
+
+def test_a_folder_that_cannot_be_written(
+    folder: Path, compilations: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a file stands where the folder should: permissions would not stop root."""
+    (folder / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder / "file"))
+    _launch.cache_folder.cache_clear()
+    for _ in range(2):
+        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128)
+    assert len(compilations) == 2
+
+
+def test_a_full_disk(folder: Path, compilations: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing half-written is left behind."""
+
+    def replace(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert _launch.cached(KERNEL, (9, 0))[1] == 128
+    assert not files(folder)
+
+
+def test_many_writers_of_one_file(folder: Path) -> None:
+    """Whoever reads sees all of what one of them wrote."""
+    path, contents, failures = folder / "file", [bytes([i]) * 10**6 for i in range(4)], []
+    _launch._write(path, contents[0])
+    reading = threading.Event()
+
+    def write(data: bytes) -> None:
+        for _ in range(20):
+            _launch._write(path, data)
+
+    def read() -> None:
+        while not reading.is_set():
+            if path.read_bytes() not in contents:
+                failures.append("a mixture")
+
+    reader, writers = threading.Thread(target=read), [threading.Thread(target=write, args=(x,)) for x in contents]
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    reading.set()
+    reader.join()
+    assert not failures
+    assert files(folder) == [path]
+
+
+def test_the_folder_is_of_the_sources_and_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def folder_now() -> Path:
+        _launch.cache_folder.cache_clear()
+        return _launch.cache_folder()
+
+    before, version = folder_now(), importlib.metadata.version
+    assert folder_now() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "0" if name == "numba-cuda" else version(name))
+        assert folder_now() != before
+    with monkeypatch.context() as patch:
+        read = Path.read_bytes
+        edited = "_primitives.py"
+        patch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == edited))
+        assert folder_now() != before
+
+
+WARM = """
+import hashlib, sys
+from sscan.cuda import _launch
+cubin, threads = _launch.cached(_launch.Kernel("_sums", "over_parts", ("float32", "float32")), (9, 0))
+loaded = {"numba", "numba_cuda", "llvmlite", "cuda", "sscan.cuda.kernels", "sscan.cuda._target"} & sys.modules.keys()
+print(threads, hashlib.sha256(cubin).hexdigest(), cubin[:4] == b"\\x7fELF", *sorted(loaded))
+"""
+
+
+def test_a_warm_process_loads_no_compiler() -> None:
+    """The first compiles, the second only reads."""
+
+    def run() -> list[str]:
+        process = subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True, cwd=ROOT)
+        return process.stdout.split()
+
+    cold, warm = run(), run()
+    assert {"numba_cuda", "llvmlite", "cuda"} <= set(cold[3:])
+    assert warm == [*cold[:3]], "the same kernel, and nothing was imported"
+    assert warm[2] == "True"
+
+
+# --- Driver -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    _launch._driver.cache_clear()
+    with pytest.raises(RuntimeError, match=r"no NVIDIA driver \(.*\) on this machine: .*cannot open"):
+        _launch._driver()
+    _launch._driver.cache_clear()
+
+
+def device_of(monkeypatch: pytest.MonkeyPatch, **capabilities: int) -> None:
+    """A driver that knows one device of a capability."""
+
+    def attribute(value: Any, number: int, device: int) -> int:
+        value._obj.value = {75: capabilities["major"], 76: capabilities["minor"]}[number]
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: 0, cuDeviceGetAttribute=attribute)
+    monkeypatch.setattr(_launch, "_driver", lambda: driver)
+    _launch.capability_of.cache_clear()
+
+
+@pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_gpus_that_are_new_enough(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    device_of(monkeypatch, major=major, minor=minor)
+    assert _launch.capability_of(0) == (major, minor)
+    _launch.capability_of.cache_clear()
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_of(monkeypatch, major=7, minor=5)
+    with pytest.raises(RuntimeError, match=r"device 0 has compute capability 7\.5; the kernels need 8\.0 \(Ampere\)"):
+        _launch.capability_of(0)
+    _launch.capability_of.cache_clear()
+
+
+class DriverError(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"CUDA error {status}")
+        self.status = status
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a launch asks of CuPy; ``calls`` are the launches, ``statuses`` the errors that they end with."""
+    double = SimpleNamespace(calls=[], statuses=[], freed=[])
+
+    def launch(*call: Any) -> None:
+        description = (ctypes.c_void_p * 5).from_address(call[-1])
+        size = ctypes.c_size_t.from_address(description[3]).value
+        values = (ctypes.c_int64 * (size // 8)).from_address(description[1])
+        assert (description[0], description[2], description[4]) == (1, 2, None)  # buffer, its size, end
+        double.calls.append((call[:-1], list(values)))
+        if double.statuses:
+            raise DriverError(double.statuses.pop(0))
+
+    double.cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDevice=lambda: 1, free=double.freed.append),
+        get_current_stream=lambda: SimpleNamespace(ptr=77),
+        driver=SimpleNamespace(launchKernel=launch, CUDADriverError=DriverError),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", double)
+    monkeypatch.setattr(_launch, "_functions", {(KERNEL, 1): _launch.Function(4242, 128)})
+    return double
+
+
+def test_what_a_launch_hands_over(cupy: Any) -> None:
+    """Function, blocks and threads, current stream; addresses, 0 for None, and integers of 64 bits."""
+    array = SimpleNamespace(data=SimpleNamespace(ptr=2**46 + 16))
+    _launch.launch(KERNEL, 2**31 - 1, array, None, 2**62, -5, 0)
+    call = (4242, 2**31 - 1, 1, 1, 128, 1, 1, 0, 77, 0)
+    assert cupy.calls == [(call, [2**46 + 16, 0, 2**62, -5, 0])]
+
+
+def test_no_blocks_no_launch(cupy: Any) -> None:
+    _launch.launch(KERNEL, 0, 1, 2)
+    assert not cupy.calls
+
+
+def test_parameters_of_each_thread(cupy: Any) -> None:
+    """Many launches at once do not mix their parameters."""
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            _launch.launch(KERNEL, number, *[number] * number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cupy.calls) == 1600
+    assert all(values == [call[1]] * call[1] for call, values in cupy.calls)
+
+
+def test_a_thread_without_a_context(cupy: Any) -> None:
+    cupy.statuses.append(_launch.NO_CONTEXT)
+    _launch.launch(KERNEL, 3, 1)
+    assert len(cupy.calls) == 2
+    assert cupy.freed == [0]
+
+
+def test_a_launch_that_fails(cupy: Any) -> None:
+    cupy.statuses.append(700)
+    with pytest.raises(RuntimeError, match="sscan: launching _sums_over_parts: CUDA error 700"):
+        _launch.launch(KERNEL, 3, 1)
