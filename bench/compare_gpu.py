@@ -114,8 +114,8 @@ def smi(fields: str) -> str:
 
 def clocks_while_busy() -> str:
     """Of the multiprocessors and the memory, while a second of copies runs."""
-    source, target = cupy.full(10**9, 1, cupy.uint8), cupy.empty(10**9, cupy.uint8)
-    for _ in range(800):  # the launch queue holds about 1000
+    source, target = cupy.full(4 * 10**9, 1, cupy.uint8), cupy.empty(4 * 10**9, cupy.uint8)
+    for _ in range(600):  # the launch queue holds about 1000
         target.data.copy_from_device_async(source.data, source.nbytes)
     clocks = smi("clocks.sm,clocks.mem,clocks.max.sm,power.draw")
     cupy.cuda.Device().synchronize()
@@ -436,7 +436,7 @@ def in_torch(arguments: dict[str, Any]) -> dict[str, Any]:
 def training(report: Report) -> None:
     from sscan.tasks.byte_training import RunOptions, TrainingRun
 
-    options = {"d_model": 256, "n_layer": 4, "length": 1024, "batch": 8, "steps": 1000}
+    options = {"d_model": 256, "n_layer": 4, "length": 1024, "batch": 8, "steps": 1000, "lr": 2e-3}
     report.add(
         "", "## Training step of the language model", "", f"Bytes, {options}; AdamW, forward, backward and update."
     )
