@@ -659,7 +659,7 @@ def starts(warps, *key):
                 if gated:
                     read_quad(keeps, z, along + t, valid)
                 for i in range(QUAD):
-                    size = d[i] + bias[r]
+                    size = d[i] + bias
                     if delta_softplus != 0:
                         size = softplus(size)
                     d[i] = select(ahead > (0 if together else i), size, zero)
