@@ -15,7 +15,7 @@ import numpy as np
 from problems import cotangent
 
 import sscan
-from sscan.selective_scan import _prepare
+from sscan.selective_scan import _Arguments, _prepare
 
 DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 Pair = tuple[Callable[[], Any], Callable[[], Any] | None]
@@ -35,11 +35,8 @@ def ours(problem: dict[str, Any], **options: Any) -> Pair:
 
 def kernels_alone(problem: dict[str, Any], **options: Any) -> Pair:
     """sscan's kernels without checks and allocation: results go to the same arrays every time, as in the prototype."""
-    checked = _prepare(
-        "bench",
-        **dict.fromkeys(("D", "z", "delta_bias", "initial_state", "seq_idx", "cu_seqlens"))
-        | {"discretization": "mamba", **problem, **options},
-    )
+    given = _Arguments(*(problem[name] for name in DIFFERENTIABLE), initial_state=None, seq_idx=None, cu_seqlens=None)
+    checked = _prepare("bench", given, problem["delta_softplus"], options.get("discretization", "mamba"))
     dy, inputs, where = cotangent(problem), checked.inputs, (checked.segments, checked.groups)
     y, last_state = np.empty_like(inputs.u), np.empty((len(inputs.u), *inputs.A.shape), inputs.A.dtype)
     checkpoints = checked.empty_checkpoints()
