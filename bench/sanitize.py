@@ -63,7 +63,6 @@ SOME: dict[str, tuple[str, ...]] = {
         "width 17", "width 1000", "strided memory",
     ),
     "ssm_kernel": ("zoh", "zoh complex", "zoh float64", "zoh length 500"),
-    "ssm_convolution": ("base", "bfloat16"),
 }  # fmt: skip
 
 
