@@ -155,7 +155,7 @@ def ends(*key):
     return scan(Variant(*key), True)
 
 
-def matrix_tile(storage, number, together, conjugated, many, tile, threads):
+def matrix_tile(storage, number, together, conjugated, many, tile, threads, step_size, quad_size):
     """B or C on its way to shared memory: of each state, every thread has a few consecutive steps of a tile.
 
     ``make()`` is where ``read`` puts them, from ``start``, and ``stage`` takes them from there to
@@ -186,12 +186,12 @@ def matrix_tile(storage, number, together, conjugated, many, tile, threads):
         values = numbers()
         widen(values, held, 0)
         t = (thread & mask) * count
-        at = (t >> 2) * QUAD_SIZE + (t & 3) * BLOCK + (thread >> shift)
+        at = (t >> 2) * quad_size + (t & 3) * step_size + (thread >> shift)
         for i in range(count):
             value = values[i]
             if conjugated:
                 value = times(conj(value), shares)
-            shared_set(tile, at + i * BLOCK, value)
+            shared_set(tile, at + i * step_size, value)
 
     return make, start, read, stage
 
@@ -227,8 +227,8 @@ def scan(v, ends_only):
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_quad, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, many, TILE, THREADS)
-    C_quad, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, THREADS)
+    B_quad, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, many, TILE, THREADS, BLOCK, QUAD_SIZE)
+    C_quad, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, THREADS, BLOCK, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     states_apart = LANES * NS
 
@@ -427,8 +427,9 @@ def scan(v, ends_only):
             if ends_only:
                 write_own(part_ends, own * padded + n, h, alive)
             elif last_state != 0 and part == parts - 1:
+                block_states = last_state + number_size * (which * dim + channel0) * state
                 valid = select(alive > 0, state - n, 0 * thread)
-                write_numbers(last_state, (which * dim + channel) * state + n, h, valid)
+                write_numbers(block_states, (thread >> 2) * state + n, h, valid)
         if ends_only:
             write_real(part_sums, own, passed, select(lane == 0, alive, 0 * thread))
 

@@ -46,7 +46,6 @@ from sscan.cuda.kernels.selective_scan import (
     CHECKPOINT,
     LANES,
     QUAD,
-    QUAD_SIZE,
     SHIPPED,
     Variant,
     across,
@@ -58,7 +57,9 @@ from sscan.cuda.kernels.selective_scan import (
 
 TILE = CHECKPOINT
 QUADS = TILE // QUAD
-ROW = TILE + 4  # reals from one channel to the next in shared memory
+# Numbers from one step and from one quad of B to the next in shared memory: threads, which stage two steps of a state
+# each, meet no other of their warp in a memory bank.
+STEP_SIZE, QUAD_SIZE = 24, 100
 WARP_CHANNELS = 32 // LANES
 SUMS = QUAD * 2 * BLOCK  # of a warp for a quad of dB and dC: [step][B or C][state]
 
@@ -132,15 +133,15 @@ def backward(rows, warps, blocks, *key):
     load_four = shared_reader(number, 4)
     own_size = rows * WARP_CHANNELS * BLOCK  # numbers of a warp at the start of a quad; at least SUMS
     memory = SharedMemory()
-    steps_array, inputs_array, dy_array, slope_array = (memory.array(channels * ROW, real) for _ in range(4))
-    gate_array, keep_array = memory.array(channels * ROW if gated else 1, real), memory.array(TILE, real)
+    steps_array, inputs_array, dy_array, slope_array = (memory.array(channels * TILE, real) for _ in range(4))
+    gate_array, keep_array = memory.array(channels * TILE if gated else 1, real), memory.array(TILE, real)
     skip_array = memory.array(channels, real)
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     own_array = memory.array(QUADS * warps * own_size, number)
-    u_array, step_array, y_array = (memory.array(channels * ROW if many else 1, real) for _ in range(3))
+    u_array, step_array, y_array = (memory.array(channels * TILE if many else 1, real) for _ in range(3))
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_part, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, many, TILE, threads)
-    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, threads)
+    B_part, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, many, TILE, threads, STEP_SIZE, QUAD_SIZE)
+    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, threads, STEP_SIZE, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     exchange = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
@@ -167,7 +168,8 @@ def backward(rows, warps, blocks, *key):
         first_row = thread >> 2  # of this lane's channels in the block, that lie ``apart``
         channel = channel0 + first_row
         quad, time_row = thread & (QUADS - 1), thread >> 2  # along time, a thread has a quad of ``rows`` channels
-        at_quad = time_row * ROW + quad * QUAD
+        order = (time_row >> 1) & (QUADS - 1)  # of the quads of this thread's channels, against bank conflicts
+        at_quad = time_row * TILE + ((quad ^ order) << 2)
         u, delta = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
         dy, z = dy + size_of * (row * dy_batch + begin), z + size_of * (row * z_batch + begin)
         along, rows_apart = (channel0 + time_row) * length + quad * QUAD, apart * length
@@ -281,7 +283,7 @@ def backward(rows, warps, blocks, *key):
                 widen(e, dy_read, r * QUAD)
                 if gated:
                     widen(keeps, z_read, r * QUAD)
-                at = at_quad + r * apart * ROW
+                at = at_quad + r * apart * TILE
                 store_quad(inputs_tile, at, x)
                 for i in range(QUAD):
                     size = d[i] + bias[r]
@@ -359,11 +361,11 @@ def backward(rows, warps, blocks, *key):
                         if resets:
                             load_quad(keeps, keep, q * QUAD)
                         for r in unroll(rows):
-                            load_quad(d, steps_tile, (first_row + r * apart) * ROW + q * QUAD)
-                            load_quad(x, inputs_tile, (first_row + r * apart) * ROW + q * QUAD)
+                            load_quad(d, steps_tile, (first_row + r * apart) * TILE + ((q ^ order) << 2))
+                            load_quad(x, inputs_tile, (first_row + r * apart) * TILE + ((q ^ order) << 2))
                             for i in range(QUAD):
                                 if varying_B:
-                                    load_numbers(b, B_tile, q * QUAD_SIZE + i * BLOCK + lane * NS)
+                                    load_numbers(b, B_tile, q * QUAD_SIZE + i * STEP_SIZE + lane * NS)
                                 for j in range(NS):
                                     k = r * NS + j
                                     into = B_own[k] if constant_B else b[j]
@@ -387,12 +389,12 @@ def backward(rows, warps, blocks, *key):
                     for r in unroll(rows):
                         at = (q * warps + warp) * own_size + (r * WARP_CHANNELS + warp_row) * BLOCK + lane * NS
                         load_numbers(numbers, own_states, at)
-                        at = (first_row + r * apart) * ROW + q * QUAD
+                        at = (first_row + r * apart) * TILE + ((q ^ order) << 2)
                         load_quad(d, steps_tile, at)
                         load_quad(x, inputs_tile, at)
                         load_quad(e, dy_tile, at)
                         for i in range(QUAD):
-                            at = q * QUAD_SIZE + i * BLOCK + lane * NS
+                            at = q * QUAD_SIZE + i * STEP_SIZE + lane * NS
                             if varying_B:
                                 load_numbers(b, B_tile, at)
                             if varying_C:
@@ -422,7 +424,7 @@ def backward(rows, warps, blocks, *key):
                         y_sum[r] = across(of_y, upper, odd)
                         for i_ in range(QUAD):
                             i = QUAD - 1 - i_
-                            at = q * QUAD_SIZE + i * BLOCK + lane * NS
+                            at = q * QUAD_SIZE + i * STEP_SIZE + lane * NS
                             if varying_B:
                                 load_numbers(b, B_tile, at)
                             if varying_C:
@@ -464,7 +466,7 @@ def backward(rows, warps, blocks, *key):
                     synchronize_warp()
                     # lane g of a channel has the sums of step g
                     for r in unroll(rows):
-                        at = (first_row + r * apart) * ROW + q * QUAD + lane
+                        at = (first_row + r * apart) * TILE + ((q ^ order) << 2) + lane
                         if many:
                             if block > 0:
                                 y_sum[r] = y_sum[r] + shared_get(y_sums, at)
@@ -526,7 +528,7 @@ def backward(rows, warps, blocks, *key):
 
             for r in unroll(rows):
                 valid = select(channel0 + time_row + r * apart < channel_end, ahead, 0 * thread)
-                at = at_quad + r * apart * ROW
+                at = at_quad + r * apart * TILE
                 load_quad(d, steps_tile, at)
                 load_quad(x, slope_tile, at)
                 if gated:
@@ -604,10 +606,10 @@ def starts(warps, *key):
     load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
     load_numbers = shared_reader(number, NS)
     memory = SharedMemory()
-    steps_array, dy_array = (memory.array(channels * ROW, real) for _ in range(2))
+    steps_array, dy_array = (memory.array(channels * TILE, real) for _ in range(2))
     keep_array, C_array = memory.array(TILE, real), memory.array(QUADS * QUAD_SIZE, number)
     stored_C = dtype_of(v.C or v.storage)
-    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, threads)
+    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, threads, STEP_SIZE, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, False, TILE)
     states_apart, size_of = LANES * NS, storage.itemsize
 
@@ -626,9 +628,10 @@ def starts(warps, *key):
         padded = states_apart * state_blocks if many else states_apart
 
         thread = thread_index()
-        lane, channel, at_channel = thread & (LANES - 1), channel0 + (thread >> 2), (thread >> 2) * ROW
+        lane, channel, at_channel = thread & (LANES - 1), channel0 + (thread >> 2), (thread >> 2) * TILE
         alive = select(channel < channel_end, NS, 0 * thread)
-        at_quad, along = at_channel + lane * QUAD, channel * length + lane * QUAD
+        order = (thread >> 3) & (QUADS - 1)
+        at_quad, along = at_channel + ((lane ^ order) << 2), channel * length + lane * QUAD
         delta, dy = delta + size_of * (row * delta_batch + begin), dy + size_of * (row * dy_batch + begin)
         z = z + size_of * (row * z_batch + begin)
         if varying_C:
@@ -675,14 +678,14 @@ def starts(warps, *key):
                 synchronize()
                 for back in unroll(QUADS):
                     q = QUADS - 1 - back
-                    load_quad(d, steps_tile, at_channel + q * QUAD)
-                    load_quad(e, dy_tile, at_channel + q * QUAD)
+                    load_quad(d, steps_tile, at_channel + ((q ^ order) << 2))
+                    load_quad(e, dy_tile, at_channel + ((q ^ order) << 2))
                     if resets:
                         load_quad(keeps, keep, q * QUAD)
                     for i_ in range(QUAD):
                         i = QUAD - 1 - i_
                         if varying_C:
-                            load_numbers(c, C_tile, q * QUAD_SIZE + i * BLOCK + lane * NS)
+                            load_numbers(c, C_tile, q * QUAD_SIZE + i * STEP_SIZE + lane * NS)
                         for j in range(NS):
                             a = decay(d[i], rate[j])
                             if resets:
