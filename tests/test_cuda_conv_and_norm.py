@@ -11,7 +11,6 @@ from emulator import emulated, patched
 
 import sscan
 from sscan.cuda import _launch
-from sscan.cuda.kernels import causal_conv1d, rms_norm
 
 NORMS = {
     **{f"size {n}": {"shape": (9, n)} for n in (2, 63, 64, 65, 129, 508, 516, 1025)},
@@ -96,11 +95,3 @@ def test_vector_accesses_are_chosen_by_alignment(monkeypatch, offset, together):
     assert kernel.key == ("float32", "", 4, 4, 4) if together else ("float32", "", 8, 8, 1)
     kernel = launched(monkeypatch, "causal_conv1d", x=x[None], weight=np.ones((4, 4), np.float32))[0]
     assert kernel.key == ("float32", 4, 4 if together else 1, False, "")
-
-
-@pytest.mark.parametrize("kernel", [*causal_conv1d.shipped(), *rms_norm.shipped()], ids=str)
-def test_shipped_kernels_compile_without_spills(kernel):
-    ptx, _ = _launch.compile_ptx(kernel)
-    for capability in ((8, 0), (9, 0), (10, 0)):
-        _, log = _launch.assemble(ptx, capability)
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
