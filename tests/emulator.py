@@ -160,6 +160,9 @@ class Emulator:
         z.real, z.imag = re, im
         return z
 
+    def anew(self, x: Any) -> Any:
+        return x
+
     def as_real(self, bits: int) -> Any:
         return np.int64(bits).view(np.float64)
 

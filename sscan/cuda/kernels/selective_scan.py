@@ -155,7 +155,7 @@ def ends(*key):
     return scan(Variant(*key), True)
 
 
-def matrix_tile(storage, number, together, conjugated, many, tile, threads, step_size, quad_size):
+def matrix_tile(storage, number, together, conjugated, keep, tile, threads, step_size, quad_size):
     """B or C on its way to shared memory: of each state, every thread has a few consecutive steps of a tile.
 
     ``make()`` is where ``read`` puts them, from ``start``, and ``stage`` takes them from there to
@@ -166,7 +166,7 @@ def matrix_tile(storage, number, together, conjugated, many, tile, threads, step
     shift, mask = (tile // count).bit_length() - 1, tile // count - 1
     f, per_number, size = number_functions(number), planes(number), storage.itemsize
     reals = count * per_number
-    make, read_stored = stored_array(reals, storage), stored_reader(storage, reals, together, not many)
+    make, read_stored = stored_array(reals, storage), stored_reader(storage, reals, together, keep)
     widen, numbers = widener(storage, number, count), local_array(count, number)
     conj, times, shares = f.conj, f.times, f.shares
 
@@ -227,8 +227,8 @@ def scan(v, ends_only):
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_quad, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, many, TILE, THREADS, BLOCK, QUAD_SIZE)
-    C_quad, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, THREADS, BLOCK, QUAD_SIZE)
+    B_quad, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, not many, TILE, THREADS, BLOCK, QUAD_SIZE)
+    C_quad, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, not many, TILE, THREADS, BLOCK, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     states_apart = LANES * NS
 

@@ -17,6 +17,7 @@ import numpy as np
 from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._math import number_functions
 from sscan.cuda._primitives import (
+    anew,
     SharedMemory,
     block_index,
     dtype_of,
@@ -140,8 +141,8 @@ def backward(rows, warps, blocks, *key):
     own_array = memory.array(QUADS * warps * own_size, number)
     u_array, step_array, y_array = (memory.array(channels * TILE if many else 1, real) for _ in range(3))
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_part, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, many, TILE, threads, STEP_SIZE, QUAD_SIZE)
-    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, threads, STEP_SIZE, QUAD_SIZE)
+    B_part, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
+    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     exchange = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
@@ -169,16 +170,8 @@ def backward(rows, warps, blocks, *key):
         channel = channel0 + first_row
         quad, time_row = thread & (QUADS - 1), thread >> 2  # along time, a thread has a quad of ``rows`` channels
         order = (time_row >> 1) & (QUADS - 1)  # of the quads of this thread's channels, against bank conflicts
-        at_quad = time_row * TILE + ((quad ^ order) << 2)
-        u, delta = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
-        dy, z = dy + size_of * (row * dy_batch + begin), z + size_of * (row * z_batch + begin)
-        along, rows_apart = (channel0 + time_row) * length + quad * QUAD, apart * length
+        rows_apart = apart * length
         results = size_of * (row * dim * length + begin)  # which are contiguous
-        if varying_B:
-            B = start_B(B, row * B_batch + group * B_group, B_state, begin, thread)
-        if varying_C:
-            C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
-        checkpoints += number_size * ((chunk * dim + channel) * padded + lane * NS)
         own = which * parts + part
         if varying:
             at = (row * channel_blocks + channel_block) * length + begin
@@ -256,24 +249,33 @@ def backward(rows, warps, blocks, *key):
         for tile in range(tiles):
             t = (tiles - 1 - tile) * TILE
             ahead = steps - t - quad * QUAD
+            now = anew(thread)
+            along = (channel0 + (now >> 2)) * length + (now & (QUADS - 1)) * QUAD
+            row_now = anew(row)
+            B_here = start_B(B, row_now * B_batch + group * B_group, B_state, begin, now)
+            C_here = start_C(C, row_now * C_batch + group * C_group, C_state, begin, now)
+            at_quad = (now >> 2) * TILE + (((now ^ (now >> 3)) & (QUADS - 1)) << 2)
+            u_row, delta_row = row_now * u_batch + begin, row_now * delta_batch + begin
+            dy_row, z_row = row_now * dy_batch + begin, row_now * z_batch + begin
+            at_checkpoint = ((chunk + (t >> 4)) * dim + channel0 + (now >> 2)) * padded + (now & (LANES - 1)) * NS
             # all that is read of the tile, at once: whoever waits for one thing waits for all
             for r in unroll(rows):
-                valid = select(channel0 + time_row + r * apart < channel_end, ahead, 0 * thread)
+                valid = select(channel0 + (now >> 2) + r * apart < channel_end, ahead, 0 * thread)
                 at = along + r * rows_apart + t
-                read_stored(delta_read, r * QUAD, delta, at, valid)
-                read_stored(u_read, r * QUAD, u, at, valid)
-                read_stored(dy_read, r * QUAD, dy, at, valid)
+                read_stored(delta_read, r * QUAD, delta, delta_row + at, valid)
+                read_stored(u_read, r * QUAD, u, u_row + at, valid)
+                read_stored(dy_read, r * QUAD, dy, dy_row + at, valid)
                 if gated:
-                    read_stored(z_read, r * QUAD, z, at, valid)
-                bias[r] = parameter(delta_bias, channel0 + time_row + r * apart, channel_end)
+                    read_stored(z_read, r * QUAD, z, z_row + at, valid)
+                bias[r] = parameter(delta_bias, channel0 + (now >> 2) + r * apart, channel_end)
             if not many:
                 if varying_B:
-                    read_B(B_next, B, 0, B_state, state, t, steps - t, thread)
+                    read_B(B_next, B_here, 0, B_state, state, t, steps - t, thread)
                 if varying_C:
-                    read_C(C_next, C, 0, C_state, state, t, steps - t, thread)
+                    read_C(C_next, C_here, 0, C_state, state, t, steps - t, thread)
                 for r in unroll(rows):
-                    alive = select(channel + r * apart < channel_end, NS, 0 * thread)
-                    read_own(numbers, checkpoints, ((t >> 4) * dim + r * apart) * padded, alive)
+                    alive = select(channel0 + (now >> 2) + r * apart < channel_end, NS, 0 * thread)
+                    read_own(numbers, checkpoints, at_checkpoint + r * apart * padded, alive)
                     for j in range(NS):
                         h[r * NS + j] = numbers[j]
             # to shared memory: step sizes, u, dy before the gate, slopes of softplus and of the gate
@@ -309,9 +311,9 @@ def backward(rows, warps, blocks, *key):
                 n = block * states_apart + lane * NS
                 if many:
                     if varying_B:
-                        read_B(B_next, B, block * states_apart, B_state, state, t, steps - t, thread)
+                        read_B(B_next, B_here, block * states_apart, B_state, state, t, steps - t, thread)
                     if varying_C:
-                        read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
+                        read_C(C_next, C_here, block * states_apart, C_state, state, t, steps - t, thread)
                 if varying_B:
                     stage_B(B_tile, B_next, thread)
                 if varying_C:
@@ -320,7 +322,7 @@ def backward(rows, warps, blocks, *key):
                     for r in unroll(rows):
                         c = channel + r * apart
                         alive = select(c < channel_end, NS, 0 * thread)
-                        at = ((t >> 4) * dim + r * apart) * padded + block * states_apart
+                        at = at_checkpoint + r * apart * padded + block * states_apart
                         read_own(numbers, checkpoints, at, alive)
                         for j in range(NS):
                             h[r * NS + j] = numbers[j]
@@ -509,8 +511,9 @@ def backward(rows, warps, blocks, *key):
                 synchronize()
                 # dB and dC of the block
                 if varying:
+                    now = anew(thread)
                     for unit0 in range(0, TILE * matrices * 4, threads):
-                        unit = (unit0 + thread) & (TILE * matrices * 4 - 1)
+                        unit = (unit0 + now) & (TILE * matrices * 4 - 1)
                         step, rest = unit >> (1 + matrices), unit & (4 * matrices - 1)
                         matrix, states4 = rest >> 2, (rest & 3) * 4
                         at = (step >> 2) * warps * own_size + ((step & 3) * matrices + matrix) * BLOCK + states4
@@ -521,13 +524,16 @@ def backward(rows, warps, blocks, *key):
                             for k in range(4):
                                 total[k] = total[k] + four[k]
                         at = ((t + step) * matrices + matrix) * padded + block * states_apart + states4
-                        valid = select((t + step < steps) & (states4 < states_apart), 4, 0 * thread)
+                        valid = select((t + step < steps) & (states4 < states_apart), 4, 0 * now)
                         write_four(matrix_sums, at, total, valid)
                 if many and block < state_blocks - 1:
                     synchronize()
 
+            now = anew(thread)
+            along = (channel0 + (now >> 2)) * length + (now & (QUADS - 1)) * QUAD
+            at_quad = (now >> 2) * TILE + (((now ^ (now >> 3)) & (QUADS - 1)) << 2)
             for r in unroll(rows):
-                valid = select(channel0 + time_row + r * apart < channel_end, ahead, 0 * thread)
+                valid = select(channel0 + (now >> 2) + r * apart < channel_end, ahead, 0 * thread)
                 at = at_quad + r * apart * TILE
                 load_quad(d, steps_tile, at)
                 load_quad(x, slope_tile, at)
@@ -540,6 +546,8 @@ def backward(rows, warps, blocks, *key):
                     write_quad(dz + results, at, e, valid)
 
         # sums over the part, and the gradient of the state that it started from
+        now = anew(thread)
+        lane, channel = now & (LANES - 1), channel0 + (now >> 2)
         for block in range(state_blocks if many else 1):
             n = block * states_apart + lane * NS
             for r in unroll(rows):
@@ -609,7 +617,7 @@ def starts(warps, *key):
     steps_array, dy_array = (memory.array(channels * TILE, real) for _ in range(2))
     keep_array, C_array = memory.array(TILE, real), memory.array(QUADS * QUAD_SIZE, number)
     stored_C = dtype_of(v.C or v.storage)
-    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, many, TILE, threads, STEP_SIZE, QUAD_SIZE)
+    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, False, TILE)
     states_apart, size_of = LANES * NS, storage.itemsize
 
