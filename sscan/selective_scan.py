@@ -206,7 +206,7 @@ _DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial
 
 
 class _Inputs(NamedTuple):
-    """What every kernel of the scan reads. B and C are (dim, state) or (batch, groups or 1, state, length).
+    """What every kernel of the scan reads. B and C have the shapes that they came in; see ``by_group``.
 
     Calls of one ``signature`` agree in all that may decide how kernels are launched, but for the addresses of arrays
     and which results are asked for: in library, device, options, which arguments there are (initial_state, dy and
@@ -225,6 +225,11 @@ class _Inputs(NamedTuple):
     zoh: bool
     signature: int
 
+    def by_group(self) -> "_Inputs":
+        """These inputs with B and C as (dim, state) or (batch, groups or 1, state, length)."""
+        three = {name: x for name, x in (("B", self.B), ("C", self.C)) if x.ndim == 3}
+        return self._replace(**{name: _checks.by_group(x) for name, x in three.items()}) if three else self
+
 
 class _Plan(NamedTuple):
     """What the checks found out about a call."""
@@ -234,8 +239,6 @@ class _Plan(NamedTuple):
     length: int
     groups: int
     sequences: int
-    B_by_group: tuple[int, ...] | None  # the shape in which the kernels take B; None if it has that
-    C_by_group: tuple[int, ...] | None
     signature: int
 
 
@@ -269,11 +272,11 @@ class _Problem(NamedTuple):
         return self.caller.leave(y), None if last_state is None else self.caller.leave(last_state)
 
     def run_backward(self, checkpoints: Any) -> SelectiveScanGradients:
-        arguments = self.arguments
+        arguments, inputs = self.arguments, self.inputs.by_group()
         made = SelectiveScanGradients(*(self._empty_like(getattr(arguments, name)) for name in _DIFFERENTIABLE))
         self.backend.selective_scan_backward(
-            self.segments, self.groups, self.inputs, checkpoints, arguments.dy, arguments.dlast_state,
-            made._replace(dB=made.dB.reshape(self.inputs.B.shape), dC=made.dC.reshape(self.inputs.C.shape)),
+            self.segments, self.groups, inputs, checkpoints, arguments.dy, arguments.dlast_state,
+            made._replace(dB=made.dB.reshape(inputs.B.shape), dC=made.dC.reshape(inputs.C.shape)),
         )  # fmt: skip
         return SelectiveScanGradients(*(None if x is None else self.caller.leave(x) for x in made))
 
@@ -287,9 +290,7 @@ def _prepare(op: str, given: _Arguments, delta_softplus: bool, discretization: s
     if plan.copies:
         a = _checks.copied(a, plan.copies)
     segments = backend.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
-    B_ = a.B if plan.B_by_group is None else a.B.reshape(plan.B_by_group)
-    C_ = a.C if plan.C_by_group is None else a.C.reshape(plan.C_by_group)
-    inputs = _Inputs(a.u, a.delta, a.A, B_, C_, a.D, a.z, a.delta_bias, softplus, zoh, plan.signature)
+    inputs = _Inputs(a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, softplus, zoh, plan.signature)
     return _Problem(caller, backend, a, inputs, plan.groups, segments, plan.sequences)
 
 
@@ -301,7 +302,7 @@ def _checked(op: str, a: _Arguments, delta_softplus: bool, zoh: bool) -> _Plan:
     groups = max(sizes.get("groups", 1), sizes.get("groups_of_c", 1))
     return _Plan(
         copies, sizes["batch"], sizes["length"], groups, sizes.get("sequences", sizes["batch"]),
-        _by_group(a.B.shape), _by_group(a.C.shape), next(_checks.signatures),
+        next(_checks.signatures),
     )  # fmt: skip
 
 
@@ -351,8 +352,3 @@ def _check_dtypes(op: str, a: _Arguments, is_complex: bool) -> dict[str, np.dtyp
     for name in ("D", "delta_bias"):
         copies[name] = _checks.parameter_copy(op, name, getattr(a, name), real)
     return _checks.needed(**copies)
-
-
-def _by_group(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape in which the kernels take B or C (batch, state, length): (batch, groups, state, length)."""
-    return (shape[0], 1, *shape[1:]) if len(shape) == 3 else None

@@ -67,10 +67,10 @@ def with_zeros(inputs):
 def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
     """Fill y, last_state and checkpoints, each if not None.
 
-    ``inputs`` is a named tuple of u, delta, A, B, C, D, z, delta_bias, delta_softplus and zoh; B and C are
-    (dim, state) or (batch, groups or 1, state, length); D, z and delta_bias may be None.
+    ``inputs`` is a named tuple of u, delta, A, B, C, D, z, delta_bias, delta_softplus and zoh; D, z and
+    delta_bias may be None.
     """
-    inputs = with_zeros(inputs)
+    inputs = with_zeros(inputs.by_group())
     if last_state is None:
         segments = np.column_stack([segments[:, :4], np.full(len(segments), -1)])
         last_state = or_none(None, inputs.A)

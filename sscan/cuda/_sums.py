@@ -7,19 +7,25 @@ from sscan.cuda import _launch
 from sscan.cuda._launch import Kernel
 
 COLUMNS, SHARES = 32, 16  # of a block: sums, and threads for each
+MOST = 5  # pairs of one launch
 
 
-def over_parts(parts, sums):
-    """sums = the sum of ``parts`` over its first axis, both contiguous; complex ones as pairs of reals."""
-    kernel, planes = _kernel(parts.dtype, sums.dtype)
-    size = planes * math.prod(parts.shape[1:])
-    _launch.launch(kernel, -(-size // COLUMNS), parts, sums, parts.shape[0], size)
+def over_parts(*pairs):
+    """Of up to ``MOST`` pairs (parts, sums): sums = the sum of parts over its first axis, all in one launch.
+
+    All arrays are contiguous, parts have one length and one real type, sums one storage; complex ones are pairs of
+    reals.
+    """
+    (parts, sums), *_ = pairs
+    kernel, tables, blocks = _kernel(parts.dtype, sums.dtype), [], 0
+    for of_parts, of_sums in pairs:
+        size = math.prod(of_parts.shape[1:]) * (2 if of_parts.dtype.kind == "c" else 1)
+        tables += [of_parts, of_sums, size, blocks]
+        blocks += -(-size // COLUMNS)
+    _launch.launch(kernel, blocks, parts.shape[0], *tables, *(None, None, 0, blocks) * (MOST - len(pairs)))
 
 
 @functools.cache
 def _kernel(of_parts, of_sums):
-    """The kernel for parts and sums of these dtypes, and how many reals it takes a number for."""
-    planes = 2 if of_parts.kind == "c" else 1
-    real = f"float{8 * of_parts.itemsize // planes}"
-    storage = real if of_sums.kind == "c" else of_sums.name
-    return Kernel("_sums", "over_parts", (real, storage)), planes
+    real = f"float{8 * of_parts.itemsize // (2 if of_parts.kind == 'c' else 1)}"
+    return Kernel("_sums", "over_parts", (real, real if of_sums.kind == "c" else of_sums.name))

@@ -115,9 +115,7 @@ def causal_conv1d_backward(
         dweights, dbiases = _small_backward(*arrays, silu, *states, tables, dbias is not None)
     else:
         dweights, dbiases = _wide_backward(*arrays, silu, *states, tables, dbias is not None)
-    over_parts(dweights, dweight)
-    if dbias is not None:
-        over_parts(dbiases, dbias)
+    over_parts((dweights, dweight), *([] if dbias is None else [(dbiases, dbias)]))
     if dinitial_state is not None and width > 1:
         ages = tables.ages if segments.seq_idx is not None else None
         _launch.launch(

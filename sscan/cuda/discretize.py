@@ -86,8 +86,8 @@ def discretize_backward(dA_bar, dB_bar, delta, A, B, method, ddelta, dA, dB):
         Kernel("discretize", "backward", key), blocks, dA_bar, dB_bar, delta, A, B, parts_delta, sums_A, parts_B,
         batch, dim, length, state, groups, dim // max(1, groups), per_block, *_strides(delta, B),
     )  # fmt: skip
-    _sums.over_parts(sums_A, dA)
+    _sums.over_parts((sums_A, dA))
     if not whole_delta:
-        _sums.over_parts(parts_delta, ddelta)
+        _sums.over_parts((parts_delta, ddelta))
     if not whole_B:
-        _sums.over_parts(parts_B, dB)
+        _sums.over_parts((parts_B, dB))

@@ -85,4 +85,4 @@ def rms_norm_backward(dy, x, weight, residual, eps, dresidual_out, dx, dweight, 
         _launch.bits(eps), _launch.bits(1 / size), rows, size, teams, -(-rows // max(1, teams)), _stride(dy),
         _stride(x), _stride(residual), _stride(dresidual_out), _stride(dx), _stride(dresidual),
     )  # fmt: skip
-    over_parts(partials, dweight)
+    over_parts((partials, dweight))

@@ -183,7 +183,7 @@ class ForwardPlan(NamedTuple):
 
 def planned_forward(segments, groups, inputs, along):
     """The plan of a forward call, with u, delta, z and y along time."""
-    plan = planned(segments, groups, inputs, along)
+    plan = planned(segments, groups, inputs.by_group(), along)
     layout = plan.layout
     strides = (*(batch_stride(in_rows(x)) for x in along), *plan.strides)
     return ForwardPlan(
@@ -196,8 +196,8 @@ def planned_forward(segments, groups, inputs, along):
 def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
     """Fill y, last_state and checkpoints (unless None).
 
-    ``inputs`` has the attributes u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh and signature; B and C are
-    (dim, state) or (batch, groups or 1, state, length).
+    ``inputs`` has the attributes u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh and signature; B and C
+    come in any of their shapes: only their addresses matter here.
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
     plan = plan_of(segments, groups, inputs, (u, delta, z, y), planned_forward)
@@ -284,25 +284,31 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
         part_length, layout.state_blocks, batch_stride(dy), batch_stride(u), batch_stride(delta),
         batch_stride(z), *plan.strides,
     )  # fmt: skip
-    of_parts = ((A_sums, gradients.dA), (D_sums, gradients.dD), (bias_sums, gradients.ddelta_bias))
-    for parts_, gradient in (*of_parts, (B_sums, gradients.dB), (C_sums, gradients.dC)):
-        if parts_ is not None:
-            over_parts(parts_, gradient)
-    for varies, gradient, offset in (
-        (varying_B, gradients.dB, 0),
-        (varying_C, gradients.dC, layout.padded if varying_B else 0),
-    ):
-        if varies:
-            sum_blocks(matrix_sums, gradient, offset, A, layout, channel_blocks, gradient is gradients.dC)
+    sums_of = (
+        (A_sums, gradients.dA), (D_sums, gradients.dD), (bias_sums, gradients.ddelta_bias), (B_sums, gradients.dB),
+        (C_sums, gradients.dC),
+    )  # fmt: skip
+    over_parts(*(pair for pair in sums_of if pair[0] is not None))
+    dB, dC = gradients.dB if varying_B else None, gradients.dC if varying_C else None
+    if dB is None or dC is None or (dB.dtype, dB.shape) == (dC.dtype, dC.shape):
+        sum_blocks(matrix_sums, dB, dC, A, layout, channel_blocks)
+    else:
+        sum_blocks(matrix_sums, dB, None, A, layout, channel_blocks)
+        sum_blocks(matrix_sums, None, dC, A, layout, channel_blocks)
 
 
-def sum_blocks(sums, gradient, offset, A, layout, channel_blocks, conjugated):
-    """dB or dC (batch, groups or 1, state, length), contiguous, from the sums of the blocks of channels."""
-    batch, groups = gradient.shape[:2]
-    storage = gradient.dtype.name if gradient.dtype.kind != "c" else A.real.dtype.name
-    tiles, state_blocks = -(-layout.length // 32), -(-layout.state // 16)
+def sum_blocks(sums, dB, dC, A, layout, channel_blocks):
+    """dB and dC (batch, groups or 1, state, length), if not None, from the sums of the blocks of channels."""
+    matrices = [x for x in (dB, dC) if x is not None]
+    if not matrices:
+        return
+    (batch, groups), dtype = matrices[0].shape[:2], matrices[0].dtype
+    tiles, state_blocks, stride = -(-layout.length // 32), -(-layout.state // 16), sums.shape[3]
+    only_C = dB is None and stride == layout.padded  # so it comes first
+    each = batch * groups * state_blocks * tiles
+    storage = dtype.name if dtype.kind != "c" else A.real.dtype.name
     _launch.launch(
-        Kernel("selective_scan_backward", "sum_matrices", (storage, A.dtype.name, conjugated)),
-        batch * groups * state_blocks * tiles, sums, gradient, offset, sums.shape[3], layout.padded, layout.length,
-        layout.state, channel_blocks // groups, channel_blocks, groups, tiles, state_blocks,
+        Kernel("selective_scan_backward", "sum_matrices", (storage, A.dtype.name, only_C and A.dtype.kind == "c")),
+        each * len(matrices), sums, dC if only_C else dB, dC, stride, layout.padded, layout.length, layout.state,
+        channel_blocks // groups, channel_blocks, groups, tiles, state_blocks, 0 if dB is None and not only_C else each,
     )  # fmt: skip

@@ -28,11 +28,23 @@ def over_parts(real, storage):
     one_number, make_shared = local_array(1, real), shared_array(SHARES * COLUMNS, real)
     zero = real.type(0)
 
-    def kernel(parts, sums, count, size):
-        """Reals throughout: ``parts`` (count, size), ``sums`` (size,)."""
+    def kernel(
+        count, parts, sums, size, first_block, parts1, sums1, size1, block1, parts2, sums2, size2, block2, parts3,
+        sums3, size3, block3, parts4, sums4, size4, block4,
+    ):  # fmt: skip
+        """Reals throughout: of each pair, parts (count, size) and sums (size,), and the first block that has it."""
+        block = block_index()
+        if block >= block1:
+            parts, sums, size, first_block = parts1, sums1, size1, block1
+        if block >= block2:
+            parts, sums, size, first_block = parts2, sums2, size2, block2
+        if block >= block3:
+            parts, sums, size, first_block = parts3, sums3, size3, block3
+        if block >= block4:
+            parts, sums, size, first_block = parts4, sums4, size4, block4
         x, shared = one_number(), make_shared()
         column, share = thread_index() & (columns - 1), thread_index() // columns
-        i = block_index() * columns + column
+        i = (block - first_block) * columns + column
         total = zero
         for first in range(0, count, shares * READS):
             for k in range(READS):  # unrolled: that many reads are under way at once

@@ -709,10 +709,11 @@ def starts(warps, *key):
     return kernel, Shape(threads, 16 // warps)
 
 
-def sum_matrices(storage, number, conjugated):
-    """dB or dC: the sum over blocks of channels, turned from [step][state] to [state][step].
+def sum_matrices(storage, number, of_C):
+    """dB and dC, or one of them: sums over blocks of channels, turned from [step][state] to [state][step].
 
-    Grid: tiles of 32 steps, blocks of 16 states, groups, batch rows. Reads every partial sum once.
+    Grid: tiles of 32 steps, blocks of 16 states, groups, batch rows, matrices. Reads every partial sum once. What is
+    called dC was staged as 2 conj(C) if it is complex; ``of_C``: the first matrix is.
     """
     storage, number = dtype_of(storage), dtype_of(number)
     f, real, steps_of_block, threads = number_functions(number), real_of(number), 32, 128
@@ -723,11 +724,15 @@ def sum_matrices(storage, number, conjugated):
     number_tile = SharedMemory().array(BLOCK * row, number)
 
     def kernel(
-        sums, gradient, offset, stride, padded, length, state, blocks, channel_blocks, groups, tiles, state_blocks
-    ):
-        """``sums`` (batch, channel_blocks, length, stride), of which a matrix is ``offset`` to offset + padded."""
-        rest = quotient(block_index(), tiles)
-        tile, group = block_index() - rest * tiles, quotient(rest, state_blocks)
+        sums, gradient, second, stride, padded, length, state, blocks, channel_blocks, groups, tiles, state_blocks,
+        first_of_second,
+    ):  # fmt: skip
+        """``sums`` (batch, channel_blocks, length, stride), of which each matrix has ``padded``."""
+        index, offset, turned = block_index(), 0, of_C
+        if index >= first_of_second:
+            index, offset, turned, gradient = index - first_of_second, padded, True, second
+        rest = quotient(index, tiles)
+        tile, group = index - rest * tiles, quotient(rest, state_blocks)
         block, batch = rest - group * state_blocks, quotient(group, groups)
         group = group - batch * groups
         thread, t0, n0 = thread_index(), tile * steps_of_block, block * BLOCK
@@ -747,7 +752,7 @@ def sum_matrices(storage, number, conjugated):
         n, t = thread >> 3, (thread & 7) * 4
         for k in range(4):
             x[k] = shared_get(shared, n * row + t + k)
-            if conjugated:
+            if turned:
                 x[k] = times(conj(x[k]), shares)
         at = ((batch * groups + group) * state + n0 + n) * length + t0 + t
         write_four(gradient, at, x, select(n0 + n < state, length - t0 - t, 0 * thread))
@@ -759,7 +764,7 @@ def shipped():
     """Kernels that stand for all: the variants of the forward, with the shapes that ``backward_shape`` gives them."""
     shapes = {"complex64": (1, 4, 3), "float64": (1, 2, 4), "complex128": (1, 2, 3)}
     cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10])
-    matrices = (("float32", "float32", False), ("bfloat16", "complex64", True), ("float64", "complex128", True))
+    matrices = (("float32", "float32", False), ("bfloat16", "complex64", True), ("float64", "complex128", False))
     few_blocks = Kernel("selective_scan_backward", "backward", (1, 4, 4, *SHIPPED[0]))
     return [
         few_blocks,
