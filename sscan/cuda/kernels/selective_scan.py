@@ -227,8 +227,12 @@ def scan(v, ends_only):
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_quad, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, not many, TILE, THREADS, BLOCK, QUAD_SIZE)
-    C_quad, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, not many, TILE, THREADS, BLOCK, QUAD_SIZE)
+    B_quad, start_B, read_B, stage_B = matrix_tile(
+        stored_B, number, together, False, not many, TILE, THREADS, BLOCK, QUAD_SIZE
+    )
+    C_quad, start_C, read_C, stage_C = matrix_tile(
+        stored_C, number, together, True, not many, TILE, THREADS, BLOCK, QUAD_SIZE
+    )
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     states_apart = LANES * NS
 

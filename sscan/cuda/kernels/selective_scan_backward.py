@@ -17,8 +17,8 @@ import numpy as np
 from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._math import number_functions
 from sscan.cuda._primitives import (
-    anew,
     SharedMemory,
+    anew,
     block_index,
     dtype_of,
     local_array,
@@ -141,8 +141,12 @@ def backward(rows, warps, blocks, *key):
     own_array = memory.array(QUADS * warps * own_size, number)
     u_array, step_array, y_array = (memory.array(channels * TILE if many else 1, real) for _ in range(3))
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_part, start_B, read_B, stage_B = matrix_tile(stored_B, number, together, False, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
-    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
+    B_part, start_B, read_B, stage_B = matrix_tile(
+        stored_B, number, together, False, False, TILE, threads, STEP_SIZE, QUAD_SIZE
+    )
+    C_part, start_C, read_C, stage_C = matrix_tile(
+        stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE
+    )
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     exchange = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
@@ -617,7 +621,9 @@ def starts(warps, *key):
     steps_array, dy_array = (memory.array(channels * TILE, real) for _ in range(2))
     keep_array, C_array = memory.array(TILE, real), memory.array(QUADS * QUAD_SIZE, number)
     stored_C = dtype_of(v.C or v.storage)
-    C_part, start_C, read_C, stage_C = matrix_tile(stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
+    C_part, start_C, read_C, stage_C = matrix_tile(
+        stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE
+    )
     parameter, write_real, rates, kept = readers(number, NS, False, TILE)
     states_apart, size_of = LANES * NS, storage.itemsize
 
