@@ -185,7 +185,10 @@ def selective_scan_backward(
 
 
 class _Arguments(NamedTuple):
-    """The arrays of a call as they came, or copied where the kernels cannot read them so."""
+    """The arrays of a call as they came, or copied where the kernels cannot read them so.
+
+    The first ones have gradients, in the order of ``SelectiveScanGradients``.
+    """
 
     u: Any
     delta: Any
@@ -200,9 +203,6 @@ class _Arguments(NamedTuple):
     cu_seqlens: Any
     dy: Any = None
     dlast_state: Any = None
-
-
-_DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
 class _Inputs(NamedTuple):
@@ -272,13 +272,14 @@ class _Problem(NamedTuple):
         return self.caller.leave(y), None if last_state is None else self.caller.leave(last_state)
 
     def run_backward(self, checkpoints: Any) -> SelectiveScanGradients:
-        arguments, inputs = self.arguments, self.inputs.by_group()
-        made = SelectiveScanGradients(*(self._empty_like(getattr(arguments, name)) for name in _DIFFERENTIABLE))
+        empty, leave, arguments = self.caller.empty, self.caller.leave, self.arguments
+        made = SelectiveScanGradients(
+            *[None if x is None else empty(x.shape, x.dtype) for x in arguments[: len(SelectiveScanGradients._fields)]]
+        )
         self.backend.selective_scan_backward(
-            self.segments, self.groups, inputs, checkpoints, arguments.dy, arguments.dlast_state,
-            made._replace(dB=made.dB.reshape(inputs.B.shape), dC=made.dC.reshape(inputs.C.shape)),
-        )  # fmt: skip
-        return SelectiveScanGradients(*(None if x is None else self.caller.leave(x) for x in made))
+            self.segments, self.groups, self.inputs, checkpoints, arguments.dy, arguments.dlast_state, made
+        )
+        return SelectiveScanGradients(*[None if x is None else leave(x) for x in made])
 
 
 def _prepare(op: str, given: _Arguments, delta_softplus: bool, discretization: str) -> _Problem:

@@ -17,7 +17,7 @@ import numpy as np
 
 import sscan
 from sscan import _backends
-from sscan.cuda import _launch, _primitives
+from sscan.cuda import _launch, _primitives, _workspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -389,18 +389,25 @@ def empty(shape: Any, dtype: Any) -> Any:
     return array
 
 
+def take(layout: Any) -> Any:
+    """``_workspace.take`` with an array for each workspace, to find what is accessed beyond its end."""
+    return None, [empty(size, np.uint8) if size else None for size in layout.sizes]
+
+
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
     """Inside, sscan's ops run the CUDA backend on NumPy arrays."""
-    keep = _launch.launch, _launch.empty, _launch.processors, _launch.address, dict(_backends._PACKAGES)
+    keep = _launch.launch, _launch.empty, _launch.processors, _launch.address, _workspace.take
+    packages = dict(_backends._PACKAGES)
     _launch.launch, _launch.empty, _launch.processors = launch, empty, lambda: 4
     _launch.address = lambda array: array.ctypes.data
+    _workspace.take = take
     _backends._PACKAGES["cpu"] = "sscan.cuda"
     try:
         yield
     finally:
-        _launch.launch, _launch.empty, _launch.processors, _launch.address = keep[:4]
-        _backends._PACKAGES.update(keep[4])
+        _launch.launch, _launch.empty, _launch.processors, _launch.address, _workspace.take = keep
+        _backends._PACKAGES.update(packages)
 
 
 class _Emulated:

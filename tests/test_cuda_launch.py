@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sscan.cuda import _launch
+from sscan.cuda import _launch, _workspace
 from sscan.cuda._launch import Kernel
 
 if TYPE_CHECKING:
@@ -303,3 +303,16 @@ def test_a_launch_that_fails(cupy: Any) -> None:
     cupy.statuses.append(700)
     with pytest.raises(RuntimeError, match="sscan: launching _sums_over_parts: CUDA error 700"):
         _launch.launch(KERNEL, 3, 1)
+
+
+def test_workspaces_of_one_allocation_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, base = (1, 0, 256, 300, 4), 2**46
+    made: list[int] = []
+    monkeypatch.setattr(_launch, "empty", lambda size, dtype: made.append(size * dtype.itemsize) or "memory")
+    monkeypatch.setattr(_launch, "address", {"memory": base}.__getitem__)
+    memory, addresses = _workspace.take(_workspace.layout(*sizes))
+    assert (memory, addresses[1]) == ("memory", None), "of no bytes: none"
+    ends = [(at, at + size) for at, size in zip(addresses, sizes, strict=True) if size]
+    assert all(at % 256 == 0 for at, _ in ends)
+    assert all(end <= after for (_, end), (after, _) in zip(ends, [*ends[1:], (base + made[0], 0)], strict=True))
+    assert len(made) == 1

@@ -95,7 +95,9 @@ def launch_forward(segments, groups, inputs, initial_state, y, last_state, check
 
 def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
     """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state, None where there is no input."""
-    inputs = with_zeros(inputs)
+    inputs = with_zeros(inputs.by_group())
+    dB, dC = gradients.dB.reshape(inputs.B.shape), gradients.dC.reshape(inputs.C.shape)
+    gradients = gradients._replace(dB=dB, dC=dC)
     A, B, C = inputs.A, inputs.B, inputs.C
     table = parts(segments, groups * blocks_of(A, groups))
     if table is not None:

@@ -2,12 +2,44 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 from sscan.cuda import _launch
 from sscan.cuda._launch import Kernel
 
 COLUMNS, SHARES = 32, 16  # of a block: sums, and threads for each
 MOST = 5  # pairs of one launch
+
+
+class Plan(NamedTuple):
+    """How up to ``MOST`` pairs are summed by one launch."""
+
+    kernel: Kernel
+    blocks: int
+    parts: int  # of each pair
+    slots: tuple[tuple[int, int], ...]  # of each pair, size in reals and first block
+
+
+@functools.lru_cache(4096)
+def planned(count, of_parts, of_sums, *sizes):
+    """The plan of sums of these sizes (0: there is no such pair) over ``count`` parts, from the two dtypes."""
+    reals = 2 if of_parts.kind == "c" else 1
+    real = f"float{8 * of_parts.itemsize // reals}"
+    slots, blocks = [], 0
+    for size in (*sizes, *(0,) * (MOST - len(sizes))):
+        slots.append((size, blocks))
+        blocks += -(-size // COLUMNS)
+    kernel = Kernel("_sums", "over_parts", (real, real if of_sums.kind == "c" else of_sums.name))
+    return Plan(kernel, blocks, count, tuple(slots))
+
+
+def launch(plan, *pairs):
+    """Of ``MOST`` pairs (parts, sums): sums = the sum of parts over its first axis; (None, None) where is no pair."""
+    tables = []
+    for pair, slot in zip(pairs, plan.slots, strict=True):
+        tables += pair
+        tables += slot
+    _launch.launch(plan.kernel, plan.blocks, plan.parts, *tables)
 
 
 def over_parts(*pairs):
@@ -17,15 +49,5 @@ def over_parts(*pairs):
     reals.
     """
     (parts, sums), *_ = pairs
-    kernel, tables, blocks = _kernel(parts.dtype, sums.dtype), [], 0
-    for of_parts, of_sums in pairs:
-        size = math.prod(of_parts.shape[1:]) * (2 if of_parts.dtype.kind == "c" else 1)
-        tables += [of_parts, of_sums, size, blocks]
-        blocks += -(-size // COLUMNS)
-    _launch.launch(kernel, blocks, parts.shape[0], *tables, *(None, None, 0, blocks) * (MOST - len(pairs)))
-
-
-@functools.cache
-def _kernel(of_parts, of_sums):
-    real = f"float{8 * of_parts.itemsize // (2 if of_parts.kind == 'c' else 1)}"
-    return Kernel("_sums", "over_parts", (real, real if of_sums.kind == "c" else of_sums.name))
+    sizes = [math.prod(x.shape[1:]) * (2 if x.dtype.kind == "c" else 1) for x, _ in pairs]
+    launch(planned(parts.shape[0], parts.dtype, sums.dtype, *sizes), *pairs, *[(None, None)] * (MOST - len(pairs)))

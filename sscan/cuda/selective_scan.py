@@ -4,9 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sscan.cuda import _launch
+from sscan.cuda import _launch, _sums, _workspace
 from sscan.cuda._launch import Kernel
-from sscan.cuda._sums import over_parts
 
 CHANNELS, LANES, CHECKPOINT, TILE = 32, 4, 16, 32  # as in kernels/selective_scan.py
 RESIDENT, RESIDENT_BACKWARD = 5, 4  # blocks that a multiprocessor runs at once, of float32
@@ -233,82 +232,118 @@ def backward_shape(A, blocks_of_channels, many):
     return (ROWS, 4, 3) if blocks_of_channels(ROWS * 4 * WARP_CHANNELS) >= 2 * _launch.processors() else (1, 4, 4)
 
 
+class BackwardPlan(NamedTuple):
+    """How a backward call is launched."""
+
+    copies: bool  # as in Plan
+    parts: int
+    workspaces: _workspace.Layout
+    starts: Kernel
+    starts_blocks: int
+    starts_numbers: tuple[int, ...]
+    backward: Kernel
+    blocks: int
+    numbers: tuple[int, ...]
+    over_parts: _sums.Plan  # for the gradients of A, D, delta_bias, B and C in this order
+    matrices: tuple[tuple[Kernel, int, tuple[int, ...]], ...]  # kernel, blocks, numbers of launches for dB and dC
+    C_first: bool  # they take dC in place of dB
+
+
+def planned_backward(segments, groups, inputs, along):
+    """The plan of a backward call, with u, delta, z, dy, du, ddelta and dz along time."""
+    inputs = inputs.by_group()
+    plan = planned(segments, groups, inputs, along)
+    layout, count, A = plan.layout, segments.count, inputs.A
+    dim, state, length, padded = layout.dim, layout.state, layout.length, layout.padded
+    varying_B, varying_C = inputs.B.ndim == 4, inputs.C.ndim == 4
+
+    def blocks_in_group(channels):
+        return -(-layout.channels_of_group // channels)
+
+    rows, warps, resident = backward_shape(
+        A, lambda channels: count * groups * blocks_in_group(channels), layout.state_blocks > 1
+    )
+    starts_blocks, blocks = blocks_in_group(warps * WARP_CHANNELS), blocks_in_group(rows * warps * WARP_CHANNELS)
+    parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD)
+    u, delta, z, dy = (batch_stride(in_rows(x)) for x in along[:4])
+    of_parts = layout.channels_of_group, parts, part_length, layout.state_blocks
+
+    all_parts, number, real = count * parts, A.itemsize, A.real.itemsize
+    stride = (varying_B + varying_C) * padded
+    constant_B, constant_C = (dim * state * (not x) for x in (varying_B, varying_C))
+    of_D, of_bias = (0 if x is None else dim for x in (inputs.D, inputs.delta_bias))
+    split, carried = parts > 1, layout.state_blocks > 1
+    workspaces = _workspace.layout(
+        split * all_parts * dim * padded * number, split * all_parts * dim * real,
+        carried * all_parts * 4 * dim * padded * number,
+        segments.batch * groups * blocks * length * stride * number, all_parts * dim * state * number,
+        all_parts * constant_B * number, all_parts * constant_C * number, all_parts * of_D * real,
+        all_parts * of_bias * real,
+    )  # fmt: skip
+    reals = number // real
+    return BackwardPlan(
+        plan.copies, parts, workspaces,
+        Kernel("selective_scan_backward", "starts", (warps, *plan.variant)),
+        count * (parts - 1) * groups * starts_blocks,
+        (dim, state, length, groups * starts_blocks, starts_blocks, *of_parts, dy, delta, z, *plan.strides[3:]),
+        Kernel("selective_scan_backward", "backward", (rows, warps, resident, *plan.variant)),
+        all_parts * groups * blocks,
+        (dim, state, length, groups * blocks, blocks, *of_parts, dy, u, delta, z, *plan.strides),
+        _sums.planned(
+            all_parts, A.dtype, A.dtype, reals * dim * state, of_D, of_bias, reals * constant_B, reals * constant_C
+        ),
+        tuple(sums_of_matrices(inputs, layout, groups * blocks, stride)), not varying_B,
+    )  # fmt: skip
+
+
+def sums_of_matrices(inputs, layout, channel_blocks, stride):
+    """(kernel, blocks, numbers) of the launches that sum dB and dC, if these vary, over the blocks of channels.
+
+    One for both, unless they differ in dtype or shape.
+    """
+    A, B, C = inputs.A, inputs.B, inputs.C
+    varying = [x for x in (B, C) if x.ndim == 4]
+    together = len(varying) == 2 and (B.dtype, B.shape) == (C.dtype, C.shape)
+    tiles, state_blocks = -(-layout.length // 32), -(-layout.state // 16)
+    for i, matrix in enumerate(varying[:1] if together else varying):
+        (batch, groups), dtype = matrix.shape[:2], matrix.dtype
+        storage = dtype.name if dtype.kind != "c" else A.real.dtype.name
+        of_C = B.ndim == 2 and A.dtype.kind == "c"
+        each = batch * groups * state_blocks * tiles
+        yield (
+            Kernel("selective_scan_backward", "sum_matrices", (storage, A.dtype.name, of_C)),
+            2 * each if together else each,
+            (
+                stride, layout.padded, layout.length, layout.state, channel_blocks // groups, channel_blocks, groups,
+                tiles, state_blocks, 0 if i else each,
+            ),
+        )  # fmt: skip
+
+
 def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
     """Fill ``gradients``, with the attributes du, ddelta, ... and dinitial_state; those of what was None are None."""
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
-    du, ddelta, dz = gradients.du, gradients.ddelta, gradients.dz
-    plan = plan_of(segments, groups, inputs, (u, delta, z, dy, du, ddelta, dz))
+    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
+    plan = plan_of(segments, groups, inputs, (u, delta, z, dy, du, ddelta, dz), planned_backward)
     if plan.copies:
         u, delta, z, dy = (in_rows(x) for x in (u, delta, z, dy))
         B, C = as_reals(B, A.dtype), as_reals(C, A.dtype)
-    layout, count, varying_B, varying_C = plan.layout, segments.count, B.ndim == 4, C.ndim == 4
-    real = A.real.dtype
-    many = layout.state_blocks > 1
-
-    def blocks_of_channels(channels):
-        return count * groups * -(-layout.channels_of_group // channels)
-
-    rows, warps, resident = backward_shape(A, blocks_of_channels, many)
-    channels = rows * warps * WARP_CHANNELS
-    blocks_of_group = -(-layout.channels_of_group // channels)
-    channel_blocks = groups * blocks_of_group
-    parts, part_length = parts_of(segments, channel_blocks, RESIDENT_BACKWARD)
-    batch, matrices = u.shape[0], varying_B + varying_C
-    starts, sums = None, None
-    if parts > 1:
-        starts = _launch.empty((count, parts, layout.dim, layout.padded), A.dtype)
-        sums = _launch.empty((count, parts, layout.dim), real)
-        start_blocks = -(-layout.channels_of_group // (warps * WARP_CHANNELS))
+    softplus, (_, _, _, seq_idx, cu_seqlens) = int(delta_softplus), segments
+    memory, addresses = _workspace.take(plan.workspaces)
+    starts, sums, carry, matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums = addresses
+    if plan.parts > 1:
         _launch.launch(
-            Kernel("selective_scan_backward", "starts", (warps, *plan.variant)),
-            count * (parts - 1) * groups * start_blocks, dy, delta, A, C, z, delta_bias,
-            int(delta_softplus), starts, sums, segments.seq_idx, segments.cu_seqlens, layout.dim, layout.state,
-            layout.length, groups * start_blocks, start_blocks, layout.channels_of_group, parts, part_length,
-            layout.state_blocks, batch_stride(dy), batch_stride(delta), batch_stride(z), *plan.strides[3:],
+            plan.starts, plan.starts_blocks, dy, delta, A, C, z, delta_bias, softplus, starts, sums, seq_idx,
+            cu_seqlens, *plan.starts_numbers,
         )  # fmt: skip
-    shape = (count * parts, layout.dim, layout.state)
-    A_sums = _launch.empty(shape, A.dtype)
-    B_sums = None if varying_B else _launch.empty(shape, A.dtype)
-    C_sums = None if varying_C else _launch.empty(shape, A.dtype)
-    D_sums = None if gradients.dD is None else _launch.empty(shape[:2], real)
-    bias_sums = None if gradients.ddelta_bias is None else _launch.empty(shape[:2], real)
-    stride = matrices * layout.padded
-    matrix_sums = _launch.empty((batch, channel_blocks, layout.length, stride), A.dtype) if matrices else None
-    carry = _launch.empty((count * parts, 4, layout.dim, layout.padded), A.dtype) if many else None
     _launch.launch(
-        Kernel("selective_scan_backward", "backward", (rows, warps, resident, *plan.variant)),
-        count * parts * channel_blocks, dy, u, delta, A, B, C, D, z, delta_bias,
-        int(delta_softplus), checkpoints, dlast_state, du, ddelta, dz, matrix_sums, A_sums, B_sums, C_sums,
-        D_sums, bias_sums, gradients.dinitial_state, carry, starts, sums, segments.seq_idx, segments.cu_seqlens,
-        layout.dim, layout.state, layout.length, channel_blocks, blocks_of_group, layout.channels_of_group, parts,
-        part_length, layout.state_blocks, batch_stride(dy), batch_stride(u), batch_stride(delta),
-        batch_stride(z), *plan.strides,
+        plan.backward, plan.blocks, dy, u, delta, A, B, C, D, z, delta_bias, softplus, checkpoints, dlast_state, du,
+        ddelta, dz, matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carry, starts, sums,
+        seq_idx, cu_seqlens, *plan.numbers,
     )  # fmt: skip
-    sums_of = (
-        (A_sums, gradients.dA), (D_sums, gradients.dD), (bias_sums, gradients.ddelta_bias), (B_sums, gradients.dB),
-        (C_sums, gradients.dC),
+    _sums.launch(
+        plan.over_parts, (A_sums, dA), (D_sums, dD), (bias_sums, ddelta_bias), (B_sums, dB), (C_sums, dC)
     )  # fmt: skip
-    over_parts(*(pair for pair in sums_of if pair[0] is not None))
-    dB, dC = gradients.dB if varying_B else None, gradients.dC if varying_C else None
-    if dB is None or dC is None or (dB.dtype, dB.shape) == (dC.dtype, dC.shape):
-        sum_blocks(matrix_sums, dB, dC, A, layout, channel_blocks)
-    else:
-        sum_blocks(matrix_sums, dB, None, A, layout, channel_blocks)
-        sum_blocks(matrix_sums, None, dC, A, layout, channel_blocks)
-
-
-def sum_blocks(sums, dB, dC, A, layout, channel_blocks):
-    """dB and dC (batch, groups or 1, state, length), if not None, from the sums of the blocks of channels."""
-    matrices = [x for x in (dB, dC) if x is not None]
-    if not matrices:
-        return
-    (batch, groups), dtype = matrices[0].shape[:2], matrices[0].dtype
-    tiles, state_blocks, stride = -(-layout.length // 32), -(-layout.state // 16), sums.shape[3]
-    only_C = dB is None and stride == layout.padded  # so it comes first
-    each = batch * groups * state_blocks * tiles
-    storage = dtype.name if dtype.kind != "c" else A.real.dtype.name
-    _launch.launch(
-        Kernel("selective_scan_backward", "sum_matrices", (storage, A.dtype.name, only_C and A.dtype.kind == "c")),
-        each * len(matrices), sums, dC if only_C else dB, dC, stride, layout.padded, layout.length, layout.state,
-        channel_blocks // groups, channel_blocks, groups, tiles, state_blocks, 0 if dB is None and not only_C else each,
-    )  # fmt: skip
+    for kernel, blocks, numbers in plan.matrices:
+        _launch.launch(kernel, blocks, matrix_sums, dC if plan.C_first else dB, dC, *numbers)
+    del memory  # held until here
