@@ -354,7 +354,9 @@ class Emulator:
         names = {name: body.__globals__[name] for name in body.__code__.co_names if name in body.__globals__}
         replaced = {name: self.rebound(x, known) for name, x in names.items()}
         cells = tuple(types.CellType(self.rebound(cell.cell_contents, known)) for cell in body.__closure__ or ())
-        function = types.FunctionType(body.__code__, {**body.__globals__, **replaced}, body.__name__, None, cells)
+        function = types.FunctionType(
+            body.__code__, {**body.__globals__, **replaced}, body.__name__, body.__defaults__, cells
+        )
         known[id(value)] = function
         return function
 

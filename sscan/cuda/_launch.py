@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -65,13 +66,22 @@ def compile_ptx(kernel):
 
 
 def assemble(ptx, capability):
-    """A cubin for a compute capability such as (9, 0), and what the assembler says of registers and spills."""
+    """A cubin for a compute capability such as (9, 0), and what the assembler says of registers and spills.
+
+    The number of blocks that a kernel wants on a multiprocessor at once limits its registers. It is lowered until they
+    suffice: older GPUs need more of them for addresses.
+    """
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
     options = LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", ptxas_options=["-v"])
-    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
-    cubin = bytes(linker.link("cubin").code)
-    return cubin, linker.get_info_log()
+    wanted = re.search(r"\.minnctapersm (\d+)", ptx)
+    for blocks in range(int(wanted[1]), 0, -1):
+        text = ptx.replace(wanted[0], f".minnctapersm {blocks}")
+        linker = Linker(ObjectCode.from_ptx(text.encode()), options=options)
+        cubin, log = bytes(linker.link("cubin").code), linker.get_info_log()
+        if " 0 bytes spill stores" in log:
+            break
+    return cubin, log
 
 
 @functools.cache

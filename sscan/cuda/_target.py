@@ -16,7 +16,7 @@ ARCHITECTURE = (8, 0)
 
 def device(function):
     """A device function: inlined, since Numba asks the driver about anything that it would have to call."""
-    return cuda.jit(device=True, inline="always")(function)
+    return cuda.jit(device=True, inline="always")(written_out(function))
 
 
 def compile_ptx(function, name, threads, blocks_per_processor):

@@ -10,7 +10,10 @@ import copy
 import inspect
 import textwrap
 
-unroll = range
+
+def unroll(count, when=True):
+    """``range(count)``, which the compiler gets written out, unless ``when`` is false."""
+    return range(count)
 
 
 def written_out(function):
@@ -39,14 +42,21 @@ class _Writer(ast.NodeTransformer):
         call = node.iter
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "unroll"):
             return self.generic_visit(node)
-        code = compile(ast.Expression(ast.fix_missing_locations(call)), "<unroll>", "eval")
+        count, when = (self._value(argument) for argument in [*call.args, ast.Constant(True)][:2])
+        if not when:
+            node.iter = ast.copy_location(ast.Call(ast.Name("range", ast.Load()), [ast.Constant(count)], []), call)
+            return self.generic_visit(node)
         statements = []
-        for value in eval(code, dict(self.known)):
+        for value in range(count):
             body = [_Constant(node.target.id, value).visit(copy.deepcopy(statement)) for statement in node.body]
             for statement in body:
                 written = self.visit(statement)
                 statements += written if isinstance(written, list) else [written]
         return statements
+
+    def _value(self, expression):
+        code = compile(ast.Expression(ast.fix_missing_locations(expression)), "<unroll>", "eval")
+        return eval(code, dict(self.known))
 
 
 class _Constant(ast.NodeTransformer):

@@ -46,7 +46,7 @@ def geometry(segments, groups, A):
     dim, state = A.shape
     channels_of_group = dim // groups
     blocks_of_group = -(-channels_of_group // CHANNELS)
-    states, block_states = states_of_lane(state)
+    states, block_states = states_of_lane(A)
     parts, part_length = parts_of(segments, groups * blocks_of_group, RESIDENT)
     return Geometry(
         dim, state, segments.length, groups * blocks_of_group, blocks_of_group, channels_of_group, states,
@@ -69,9 +69,10 @@ def parts_of(segments, channel_blocks, resident):
     return max(1, -(-segments.length // max(1, part_length))), part_length
 
 
-def states_of_lane(state):
-    """States of a lane, and of the four lanes of a channel."""
-    states = 1 if state <= LANES else 2 if state <= 2 * LANES else 4
+def states_of_lane(A):
+    """States of a lane, 16 bytes at most, and of the four lanes of a channel."""
+    state = A.shape[1]
+    states = min(16 // A.dtype.itemsize, 1 if state <= LANES else 2 if state <= 2 * LANES else 4)
     return states, LANES * states
 
 
@@ -84,7 +85,7 @@ def chunks_of(segments):
 
 def empty_checkpoints(segments, groups, A):
     """Memory for the states at the start of every 16th step of every segment."""
-    block_states = states_of_lane(A.shape[1])[1]
+    block_states = states_of_lane(A)[1]
     padded = -(-A.shape[1] // block_states) * block_states
     return _launch.empty((chunks_of(segments), A.shape[0], padded), A.dtype)
 
@@ -222,12 +223,12 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
     )  # fmt: skip
 
 
-def backward_shape(A, blocks_of_channels, many):
+def backward_shape(A, zoh, blocks_of_channels, many):
     """(rows, warps, blocks on a multiprocessor) for the backward kernel: registers and shared memory decide."""
     real = A.dtype.itemsize // (2 if A.dtype.kind == "c" else 1)
     if real == 8:
         return (1, 2, 4 if A.dtype.kind != "c" else 3)
-    if A.dtype.kind == "c" or many:
+    if A.dtype.kind == "c" or many or zoh:
         return (1, 4, 3)
     return (ROWS, 4, 3) if blocks_of_channels(ROWS * 4 * WARP_CHANNELS) >= 2 * _launch.processors() else (1, 4, 4)
 
@@ -261,7 +262,7 @@ def planned_backward(segments, groups, inputs, along):
         return -(-layout.channels_of_group // channels)
 
     rows, warps, resident = backward_shape(
-        A, lambda channels: count * groups * blocks_in_group(channels), layout.state_blocks > 1
+        A, inputs.zoh, lambda channels: count * groups * blocks_in_group(channels), layout.state_blocks > 1
     )
     starts_blocks, blocks = blocks_in_group(warps * WARP_CHANNELS), blocks_in_group(rows * warps * WARP_CHANNELS)
     parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD)

@@ -111,6 +111,8 @@ def backward(rows, warps, blocks, *key):
     f, real, NS = number_functions(number), real_of(number), v.states
     zoh, together, gated, resets, many = v.zoh, v.together, v.gated, v.resets, v.many
     varying_B, varying_C = v.B != "", v.C != ""
+    # exponentials that are polynomials: NVVM would leave even short loops as they are
+    heavy = zoh or number != np.float32
     constant_B, constant_C = not varying_B, not varying_C
     varying = varying_B or varying_C
     matrices = int(varying_B) + int(varying_C)
@@ -137,6 +139,7 @@ def backward(rows, warps, blocks, *key):
     steps_array, inputs_array, dy_array, slope_array = (memory.array(channels * TILE, real) for _ in range(4))
     gate_array, keep_array = memory.array(channels * TILE if gated else 1, real), memory.array(TILE, real)
     skip_array = memory.array(channels, real)
+    D_array, bias_array = (memory.array(2 * rows * threads, real) for _ in range(2))
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     own_array = memory.array(QUADS * warps * own_size, number)
     u_array, step_array, y_array = (memory.array(channels * TILE if many else 1, real) for _ in range(3))
@@ -150,6 +153,15 @@ def backward(rows, warps, blocks, *key):
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     exchange = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
+
+    @device
+    def accumulate(totals, at, x):
+        """Add x to a total so that rounding loses nothing over many tiles (Kahan's sum)."""
+        total = shared_get(totals, at)
+        x = x - shared_get(totals, at + threads)
+        after = total + x
+        shared_set(totals, at, after)
+        shared_set(totals, at + threads, (after - total) - x)
 
     def kernel(
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz,
@@ -183,6 +195,7 @@ def backward(rows, warps, blocks, *key):
 
         steps_tile, inputs_tile, dy_tile, slope_tile = steps_array(), inputs_array(), dy_array(), slope_array()
         gates, keep, skips = gate_array(), keep_array(), skip_array()
+        D_totals, bias_totals = D_array(), bias_array()  # of each thread, with what rounding has lost of them
         u_sums, step_sums, y_sums = u_array(), step_array(), y_array()
         B_tile, C_tile, own_states = B_array(), C_array(), own_array()
 
@@ -192,8 +205,9 @@ def backward(rows, warps, blocks, *key):
         bias, dD, dbias = of_rows(), of_rows(), of_rows()
         for r in unroll(rows):
             shared_set(skips, first_row + r * apart, parameter(D, channel + r * apart, channel_end))
-            dD[r] = zero
-            dbias[r] = zero
+            for k in range(2):
+                shared_set(D_totals, thread + (2 * r + k) * threads, zero)
+                shared_set(bias_totals, thread + (2 * r + k) * threads, zero)
 
         # the gradient that this part begins with, at its end
         for block in range(state_blocks if many else 1):
@@ -262,6 +276,9 @@ def backward(rows, warps, blocks, *key):
             u_row, delta_row = row_now * u_batch + begin, row_now * delta_batch + begin
             dy_row, z_row = row_now * dy_batch + begin, row_now * z_batch + begin
             at_checkpoint = ((chunk + (t >> 4)) * dim + channel0 + (now >> 2)) * padded + (now & (LANES - 1)) * NS
+            for r in unroll(rows):
+                dD[r] = zero
+                dbias[r] = zero
             # all that is read of the tile, at once: whoever waits for one thing waits for all
             for r in unroll(rows):
                 valid = select(channel0 + (now >> 2) + r * apart < channel_end, ahead, 0 * thread)
@@ -291,7 +308,7 @@ def backward(rows, warps, blocks, *key):
                     widen(keeps, z_read, r * QUAD)
                 at = at_quad + r * apart * TILE
                 store_quad(inputs_tile, at, x)
-                for i in range(QUAD):
+                for i in unroll(QUAD, heavy):
                     size = d[i] + bias[r]
                     slope = one
                     if delta_softplus != 0:
@@ -302,7 +319,7 @@ def backward(rows, warps, blocks, *key):
                 store_quad(steps_tile, at, d)
                 store_quad(slope_tile, at, x)
                 if gated:
-                    for i in range(QUAD):
+                    for i in unroll(QUAD, heavy):
                         gate = sigmoid(keeps[i])
                         x[i] = e[i] * (gate * (one + keeps[i] * (one - gate)))
                         e[i] = e[i] * (keeps[i] * gate)
@@ -369,7 +386,7 @@ def backward(rows, warps, blocks, *key):
                         for r in unroll(rows):
                             load_quad(d, steps_tile, (first_row + r * apart) * TILE + ((q ^ order) << 2))
                             load_quad(x, inputs_tile, (first_row + r * apart) * TILE + ((q ^ order) << 2))
-                            for i in range(QUAD):
+                            for i in unroll(QUAD, heavy):
                                 if varying_B:
                                     load_numbers(b, B_tile, q * QUAD_SIZE + i * STEP_SIZE + lane * NS)
                                 for j in range(NS):
@@ -399,7 +416,7 @@ def backward(rows, warps, blocks, *key):
                         load_quad(d, steps_tile, at)
                         load_quad(x, inputs_tile, at)
                         load_quad(e, dy_tile, at)
-                        for i in range(QUAD):
+                        for i in unroll(QUAD, heavy):
                             at = q * QUAD_SIZE + i * STEP_SIZE + lane * NS
                             if varying_B:
                                 load_numbers(b, B_tile, at)
@@ -428,7 +445,7 @@ def backward(rows, warps, blocks, *key):
                                     dC[k] = dC[k] + times(numbers[j], e[i])
                             of_y[i] = y
                         y_sum[r] = across(of_y, upper, odd)
-                        for i_ in range(QUAD):
+                        for i_ in unroll(QUAD, heavy):
                             i = QUAD - 1 - i_
                             at = q * QUAD_SIZE + i * STEP_SIZE + lane * NS
                             if varying_B:
@@ -537,6 +554,8 @@ def backward(rows, warps, blocks, *key):
             along = (channel0 + (now >> 2)) * length + (now & (QUADS - 1)) * QUAD
             at_quad = (now >> 2) * TILE + (((now ^ (now >> 3)) & (QUADS - 1)) << 2)
             for r in unroll(rows):
+                accumulate(D_totals, now + 2 * r * threads, dD[r])
+                accumulate(bias_totals, now + 2 * r * threads, dbias[r])
                 valid = select(channel0 + (now >> 2) + r * apart < channel_end, ahead, 0 * thread)
                 at = at_quad + r * apart * TILE
                 load_quad(d, steps_tile, at)
@@ -586,9 +605,13 @@ def backward(rows, warps, blocks, *key):
         for r in unroll(rows):
             c = channel + r * apart
             one_lane = select((lane == 0) & (c < channel_end), 1, 0 * thread)
-            total_D = dD[r] + shuffle_xor(dD[r], 1)
+            of_D, of_bias = (
+                shared_get(D_totals, now + 2 * r * threads),
+                shared_get(bias_totals, now + 2 * r * threads),
+            )
+            total_D = of_D + shuffle_xor(of_D, 1)
             total_D = total_D + shuffle_xor(total_D, 2)
-            total_bias = dbias[r] + shuffle_xor(dbias[r], 1)
+            total_bias = of_bias + shuffle_xor(of_bias, 1)
             total_bias = total_bias + shuffle_xor(total_bias, 2)
             if D_sums != 0:
                 write_real(D_sums, own * dim + c, total_D, one_lane)
@@ -607,7 +630,7 @@ def starts(warps, *key):
     storage, number = dtype_of(v.storage), dtype_of(v.number)
     f, real, NS = number_functions(number), real_of(number), v.states
     together, gated, resets, many, varying_C = v.together, v.gated, v.resets, v.many, v.C != ""
-    threads, channels = 32 * warps, WARP_CHANNELS * warps
+    threads, channels, heavy = 32 * warps, WARP_CHANNELS * warps, number != np.float32
     softplus, sigmoid, decay = f.softplus, f.sigmoid, f.decay
     product, times, conj, shares = f.product, f.times, f.conj, f.shares
     zero, one, infinite, none = f.zero, f.one, real.type(np.inf), number.type(0)
@@ -675,7 +698,7 @@ def starts(warps, *key):
                 read_quad(e, dy, along + t, valid)
                 if gated:
                     read_quad(keeps, z, along + t, valid)
-                for i in range(QUAD):
+                for i in unroll(QUAD, heavy):
                     size = d[i] + bias
                     if delta_softplus != 0:
                         size = softplus(size)
@@ -690,13 +713,13 @@ def starts(warps, *key):
                     read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
                     stage_C(C_tile, C_next, thread)
                 synchronize()
-                for back in unroll(QUADS):
+                for back in unroll(QUADS, not heavy):
                     q = QUADS - 1 - back
                     load_quad(d, steps_tile, at_channel + ((q ^ order) << 2))
                     load_quad(e, dy_tile, at_channel + ((q ^ order) << 2))
                     if resets:
                         load_quad(keeps, keep, q * QUAD)
-                    for i_ in range(QUAD):
+                    for i_ in unroll(QUAD, heavy):
                         i = QUAD - 1 - i_
                         if varying_C:
                             load_numbers(c, C_tile, q * QUAD_SIZE + i * STEP_SIZE + lane * NS)
@@ -776,7 +799,9 @@ def shipped():
         few_blocks,
         *(
             Kernel(
-                "selective_scan_backward", "backward", (*shapes.get(v.number, (1, 4, 3) if v.many else (2, 4, 3)), *v)
+                "selective_scan_backward",
+                "backward",
+                (*shapes.get(v.number, (1, 4, 3) if v.many or v.zoh else (2, 4, 3)), *v),
             )
             for v in SHIPPED
         ),
