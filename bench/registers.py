@@ -34,6 +34,11 @@ class Usage(NamedTuple):
     spill_stores: int
     spill_loads: int
 
+    @property
+    def local(self) -> bool:
+        """Whether a thread keeps something in memory that has no room in registers."""
+        return bool(self.stack or self.spill_stores or self.spill_loads)
+
 
 class Compiled(NamedTuple):
     """A kernel for all architectures."""
@@ -91,10 +96,19 @@ def label(kernel: Kernel) -> str:
     return f"| `{kernel.module}.{kernel.factory}` | {key} |"
 
 
+def name(capability: tuple[int, int]) -> str:
+    """As the assembler names an architecture."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
 def row(kernel: Kernel, result: Compiled) -> str:
     registers = " | ".join(f"{usage.registers}" for usage in result.usages)
-    local = max(usage.stack for usage in result.usages)
-    return f"{label(kernel)} {result.threads} | {registers} | {result.usages[0].shared} | {local} |"
+    local = ", ".join(
+        f"{usage.stack} on {name(capability)}"
+        for capability, usage in zip(CAPABILITIES, result.usages, strict=True)
+        if usage.local
+    )
+    return f"{label(kernel)} {result.threads} | {registers} | {result.usages[0].shared} | {local or 0} |"
 
 
 def page(results: dict[Kernel, Compiled]) -> str:
@@ -104,14 +118,14 @@ def page(results: dict[Kernel, Compiled]) -> str:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    architectures = " | ".join(f"sm_{major}{minor}" for major, minor in CAPABILITIES)
+    architectures = " | ".join(map(name, CAPABILITIES))
     rows = "\n".join(row(kernel, results[kernel]) for kernel in sorted(results))
     return f"""# Registers
 
 What the CUDA kernels take of a multiprocessor, which has 65,536 registers and from 100 to 228 kB of shared memory. Each
 kernel is shown in the specialisations that the tests compile, which stand for all; what the parts of a specialisation
-mean, its factory in `sscan/cuda/kernels/` says. Local memory, where a thread keeps what its registers do not hold, is
-0 in a kernel that passes the tests.
+mean, its factory in `sscan/cuda/kernels/` says. Local memory is where a thread keeps what its registers do not hold;
+which kernels need it, and why, is listed in `tests/test_cuda_ptx.py`, and no other may.
 
 Written by `python bench/registers.py` with {", ".join(versions)}.
 
@@ -127,8 +141,7 @@ def main() -> None:
         results = {}
         for kernel, future in futures.items():
             results[kernel] = future.result()
-            bad = [usage for usage in results[kernel].usages if usage.stack]
-            print(f"{kernel.name} {kernel.key}: {bad or 'in registers'}", file=sys.stderr, flush=True)
+            print(row(kernel, results[kernel]), file=sys.stderr, flush=True)
     PAGE.write_text(page(results), encoding="utf-8")
 
 

@@ -2,23 +2,75 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
 import registers
 
 from sscan.cuda import _launch, selective_scan
+from sscan.cuda._launch import Kernel
 from sscan.cuda.kernels import selective_scan_backward
+from sscan.cuda.kernels.selective_scan import Variant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
 
-    from sscan.cuda._launch import Kernel
-
 KERNELS = registers.shipped()
+
+
+class Known(NamedTuple):
+    """Kernels that do not get all they want on some architectures, named as in "sm_80 sm_90"."""
+
+    spills: str  # where something of a thread is in local memory
+    fewer: str  # where ``_launch.assemble`` gave up blocks of a multiprocessor for more registers in a thread
+    kernels: tuple[Kernel, ...]
+
+
+BACKWARD, FORWARD = (
+    partial(Kernel, *names) for names in (("selective_scan_backward", "backward"), ("selective_scan", "forward"))
+)
+# Exact: a kernel that is not here keeps everything in registers and gets its blocks, and one that no longer spills has
+# to be taken out.
+KNOWN_SPILLS = (
+    # What a state needs for zoh and its exponentials in float64, with all options, is more than the 255 registers that
+    # a thread can have. To do: one state a lane.
+    Known("sm_80 sm_90 sm_100", "", (
+        BACKWARD((1, 2, 4, "float64", "float64", "float64", "float64", True, True, True, 2, True, True)),
+    )),
+    # zoh in float32 has room if a multiprocessor has two blocks, not three. sm_80: as below.
+    Known("sm_80", "sm_80 sm_90 sm_100", (
+        BACKWARD((1, 4, 3, "float32", "float32", "float32", "float32", True, True, True, 4, False, False)),
+        BACKWARD((1, 4, 3, "bfloat16", "complex64", "bfloat16", "", True, True, True, 2, False, True)),
+    )),
+    # For sm_80, and for none of the others, ptxas calls shuffles as functions. What lives across a call takes registers
+    # that calls preserve, and there are too few. To do: make ptxas see that warps do not diverge.
+    Known("sm_80", "sm_80", (
+        BACKWARD((1, 4, 4, "float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
+        BACKWARD((2, 4, 3, "float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
+        BACKWARD((2, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, True, True, 4, False, False)),
+        BACKWARD((1, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, False, False, 4, True, True)),
+        FORWARD(("float64", "float64", "float64", "float64", False, True, True, 2, True, False)),
+        FORWARD(("float64", "float64", "", "", True, False, False, 2, False, True)),
+    )),
+    # The same, in kernels whose blocks fit with all the registers that a thread can have.
+    Known("sm_80", "", (
+        BACKWARD((1, 2, 3, "float64", "complex128", "float64", "float64", False, True, True, 1, True, False)),
+        FORWARD(("float64", "complex128", "float64", "float64", False, True, True, 1, True, False)),
+    )),
+    # The same, and fewer blocks suffice.
+    Known("", "sm_80", (
+        BACKWARD((2, 4, 3, "float32", "float32", "float32", "float32", False, False, False, 2, False, True)),
+        FORWARD(("float32", "float32", "float32", "float32", True, True, True, 4, False, False)),
+        FORWARD(("float32", "float32", "", "float32", True, True, False, 4, True, False)),
+        FORWARD(("float32", "complex64", "float32", "float32", False, True, True, 2, True, False)),
+        FORWARD(("bfloat16", "complex64", "bfloat16", "", True, True, True, 2, False, True)),
+    )),
+)  # fmt: skip
+KNOWN = {kernel: (known.spills, known.fewer) for known in KNOWN_SPILLS for kernel in known.kernels}
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +83,21 @@ def results() -> Iterator[dict[Kernel, Future[registers.Compiled]]]:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.name} {kernel.key}")
 def test_stays_in_registers(kernel: Kernel, results: dict[Kernel, Future[registers.Compiled]]) -> None:
-    """No local memory, which is a stack frame, and so no spills; no more registers than make its blocks fit."""
+    """No local memory and no more registers than make its blocks fit, but for what is known."""
     threads, usages = results[kernel].result()
     _, shape = _launch.build(kernel)
     assert threads == shape.threads
-    for capability, usage in zip(registers.CAPABILITIES, usages, strict=True):
-        assert (usage.stack, usage.spill_stores, usage.spill_loads) == (0, 0, 0), f"{capability}: {usage}"
-        assert usage.registers * threads * shape.blocks_per_processor <= 65536, f"{capability}: {usage}"
-        assert usage.shared <= 48 * 1024, f"{capability}: {usage}"  # all that a kernel has without asking for more
+    of = {registers.name(capability): usage for capability, usage in zip(registers.CAPABILITIES, usages, strict=True)}
+    fits = {name: usage.registers * threads * shape.blocks_per_processor <= 65536 for name, usage in of.items()}
+    spills, fewer = [name for name in of if of[name].local], [name for name in of if not fits[name]]
+    assert (" ".join(spills), " ".join(fewer)) == KNOWN.get(kernel, ("", "")), of
+    for name, usage in of.items():
+        assert usage.registers * threads <= 65536, name
+        assert usage.shared <= 48 * 1024, name  # all that a kernel has without asking for more
+
+
+def test_known_spills_are_of_kernels_that_are_compiled() -> None:
+    assert not KNOWN.keys() - set(KERNELS)
 
 
 def test_every_kernel_is_in_the_documentation() -> None:
@@ -61,9 +120,12 @@ def test_backward_shapes_are_those_that_are_compiled(monkeypatch: pytest.MonkeyP
     """``shipped`` repeats what ``backward_shape`` decides: for every variant, with few blocks and with many."""
     monkeypatch.setattr(_launch, "processors", lambda: 132)
     kernels = [kernel.key for kernel in selective_scan_backward.shipped() if kernel.factory == "backward"]
-    decided: set[Any] = set()
+    compiled, decided = set(), set()
     for key in kernels:
-        A, many = SimpleNamespace(dtype=np.dtype(key[4])), key[11]
+        v = Variant(*key[3:])
+        A: Any = SimpleNamespace(dtype=np.dtype(v.number))
+        compiled.add((key[:3], v.number, v.zoh, v.many))
         for blocks in (1, 10**6):
-            decided.add((selective_scan.backward_shape(A, lambda channels, n=blocks: n, many), key[4], many))
-    assert {(key[:3], key[4], key[11]) for key in kernels} == decided
+            shape = selective_scan.backward_shape(A, v.zoh, lambda channels, n=blocks: n, v.many)
+            decided.add((shape, v.number, v.zoh, v.many))
+    assert compiled == decided
