@@ -261,9 +261,20 @@ def _torch_surroundings(op: str, tensor: Any, arguments: Any) -> contextlib.Abst
 def _torch_device(op: str, device: int) -> Iterator[None]:
     """PyTorch's current stream on the device, and memory from its allocator."""
     cuda = _import_cupy(op).cuda
-    stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream
-    with cuda.Device(device), cuda.ExternalStream(stream, device), cuda.using_allocator(_torch_allocator()):
+    handle = sys.modules["torch"].cuda.current_stream(device).cuda_stream
+    stream = cuda.Stream.from_external(_Stream(handle)) if handle else cuda.Stream.null
+    with cuda.Device(device), stream, cuda.using_allocator(_torch_allocator()):
         yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """A stream by its handle, in the form that CuPy takes."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
 
 
 @functools.cache

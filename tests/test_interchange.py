@@ -351,9 +351,11 @@ class Cuda:
     def Device(self, device: int) -> Any:
         return self._set("device", device)
 
-    def ExternalStream(self, stream: int, device: int) -> Any:
-        assert device == self.now["device"]
-        return self._set("stream", stream)
+    @property
+    def Stream(self) -> Any:
+        return types.SimpleNamespace(
+            null=self._set("stream", 0), from_external=lambda stream: self._set("stream", stream.__cuda_stream__()[1])
+        )
 
     def using_allocator(self, allocator: Any) -> Any:
         return self._set("allocator", allocator)
@@ -526,7 +528,7 @@ def test_pytorch_is_followed(kernels: Kernels, cuda: Cuda, monkeypatch: pytest.M
     assert [(now["device"], now["stream"]) for _, now in kernels.calls] == [(1, 101), (1, 101)]
     assert cuda.now == {"device": 0, "stream": 0, "allocator": "CuPy's"}
     take, give_back = kernels.calls[-1][1]["allocator"]
-    with cuda.ExternalStream(101, 0):
+    with cuda._set("stream", 101):
         assert take(64, 1) == 4096
     give_back(4096, 1)
     assert memory == [(64, 1, 101), 4096]
