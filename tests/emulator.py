@@ -405,11 +405,13 @@ def patched() -> Iterator[None]:
     _launch.address = lambda array: array.ctypes.data
     _workspace.take = take
     _backends._PACKAGES["cpu"] = "sscan.cuda"
+    _backends._package.cache_clear()
     try:
         yield
     finally:
         _launch.launch, _launch.empty, _launch.processors, _launch.address, _workspace.take = keep
         _backends._PACKAGES.update(packages)
+        _backends._package.cache_clear()
 
 
 class _Emulated:

@@ -268,8 +268,16 @@ def triangle(n: int) -> Any:
 def mixed(x: Any) -> Any:
     total = 0
     for i in range(x):
-        for j in unroll(1, 6, 2):
+        for j in unroll(6):
             total += i * j
+    return total
+
+
+def left(x: Any) -> Any:
+    total = 0
+    for i in unroll(WIDTH, WIDTH > 3):
+        for j in unroll(2, WIDTH > 3):
+            total += i * j + x
     return total
 
 
@@ -277,7 +285,7 @@ def loops_of(function: Any) -> int:
     return sum(step.opname == "FOR_ITER" for step in dis.get_instructions(function))
 
 
-@pytest.mark.parametrize(("function", "loops"), [(triangle(2), 0), (triangle(0), 0), (mixed, 1)])
+@pytest.mark.parametrize(("function", "loops"), [(triangle(2), 0), (triangle(0), 0), (mixed, 1), (left, 2)])
 def test_written_out_loops_do_the_same(function: Any, loops: int) -> None:
     written = written_out(function)
     assert loops_of(function) == 2
