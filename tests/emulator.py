@@ -125,9 +125,6 @@ class Emulator:
     def reciprocal_approx(self, x: Any) -> Any:
         return np.float32(1) / x
 
-    def rsqrt_approx(self, x: Any) -> Any:
-        return (1 / np.sqrt(x.astype(np.float64))).astype(np.float32)
-
     def select(self, condition: Any, x: Any, y: Any) -> Any:
         assert np.result_type(x) == np.result_type(y), "select of two types"
         return np.where(condition, x, y)
@@ -285,13 +282,6 @@ class Emulator:
                 into[start + k] = np.where(valid > k, self._gather(data, offset, storage), otherwise)
 
         return read
-
-    def stored_copier(self, storage: Any, count: int) -> Any:
-        def copy(into: Local, stored: Local) -> None:
-            for k in range(count):
-                into[k] = stored[k]
-
-        return copy
 
     def widener(self, storage: Any, number: Any, count: int) -> Any:
         real, reals = _primitives.real_of(number), _primitives.planes(number)

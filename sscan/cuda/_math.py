@@ -20,7 +20,6 @@ from sscan.cuda._primitives import (
     power_of_two,
     real_of,
     reciprocal_approx,
-    rsqrt_approx,
     select,
 )
 from sscan.cuda._target import device
@@ -121,7 +120,7 @@ def real_functions(real):
 
 
 def _elementary(real, f):
-    """inverse, inverse_root, softplus and sigmoid."""
+    """inverse, softplus and sigmoid."""
     zero, one, two = f.zero, f.one, real.type(2)
     log2_e = real.type(math.log2(math.e))
     if real == np.float32:
@@ -140,7 +139,7 @@ def _elementary(real, f):
         def sigmoid(x):
             return reciprocal_approx(one + exp2_approx(-x * log2_e))
 
-        f.inverse, f.inverse_root = reciprocal_approx, rsqrt_approx
+        f.inverse = reciprocal_approx
     else:
         exp2_minus_one_over = polynomial(real, EXP2_MINUS_ONE_OVER[8])
         atanh_over = polynomial(real, ATANH_OVER)
@@ -165,7 +164,6 @@ def _elementary(real, f):
             return select(x < zero, e, one) / (one + e)
 
         f.inverse = device(lambda x: one / x)
-        f.inverse_root = device(lambda x: one / math.sqrt(x))
     f.softplus, f.sigmoid = softplus, sigmoid
 
 

@@ -80,7 +80,6 @@ def _unary(name, text):
 
 exp2_approx = _unary("exp2_approx", "ex2.approx.ftz.f32 $0, $1;")  # 2 ulp; exact for 0; subnormals are 0
 reciprocal_approx = _unary("reciprocal_approx", "rcp.approx.ftz.f32 $0, $1;")  # 1 ulp
-rsqrt_approx = _unary("rsqrt_approx", "rsqrt.approx.ftz.f32 $0, $1;")  # 2 ulp
 
 
 @primitive("select")
@@ -584,24 +583,6 @@ def stored_reader(storage, count, together=False, keep=False):
         return types.void(into, types.int64, types.int64, types.int64, types.int64), codegen
 
     return read
-
-
-def stored_copier(storage, count):
-    """``copy(into, stored)``: ``count`` stored reals."""
-    storage = np.dtype(storage)
-    words = _words(storage, count)[2]
-
-    @primitive("stored_copier", storage, count)
-    def copy(typingctx, into, stored):
-        def codegen(context, builder, sig, args):
-            to, source = (context.make_array(into)(context, builder, a).data for a in args)
-            for i in range(words):
-                builder.store(builder.load(_slot(builder, source, i)), _slot(builder, to, i))
-            return context.get_dummy_value()
-
-        return types.void(into, stored), codegen
-
-    return copy
 
 
 def widener(storage, number, count):
