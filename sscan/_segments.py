@@ -18,14 +18,21 @@ def segments(op: str, batch: int, length: int, seq_idx: Array | None, cu_seqlens
     seq_idx (batch, length): the state starts again from zero where it changes. cu_seqlens (sequences + 1,): borders of
     sequences packed into one batch row, each with its own initial and last state. Raises ValueError on bad values.
     """
+    check_packing(op, batch, seq_idx, cu_seqlens)
+    if cu_seqlens is not None:
+        return _packed(op, length, cu_seqlens.astype(np.int64))
+    return _whole(batch, length) if seq_idx is None or length == 0 else _cut(seq_idx)
+
+
+def check_packing(op: str, batch: int, seq_idx: Any, cu_seqlens: Any) -> None:
+    """ValueError for arguments that exclude each other, TypeError for wrong dtypes; values are not looked at."""
     if seq_idx is not None and cu_seqlens is not None:
         raise ValueError(f"{op}: give seq_idx or cu_seqlens, not both")
     for name, array in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
         if array is not None and array.dtype.kind not in "iu":
             raise TypeError(f"{op}: {name} must be integers, got {array.dtype}")
-    if cu_seqlens is not None:
-        return _packed(op, batch, length, cu_seqlens.astype(np.int64))
-    return _whole(batch, length) if seq_idx is None or length == 0 else _cut(seq_idx)
+    if cu_seqlens is not None and batch != 1:
+        raise ValueError(f"{op}: cu_seqlens needs a batch of 1, got {batch}")
 
 
 @functools.lru_cache
@@ -34,9 +41,7 @@ def _whole(batch: int, length: int) -> Array:
     return np.stack([rows, 0 * rows, np.full(batch, length), rows, rows], axis=1).astype(np.int64)
 
 
-def _packed(op: str, batch: int, length: int, borders: Array) -> Array:
-    if batch != 1:
-        raise ValueError(f"{op}: cu_seqlens needs a batch of 1, got {batch}")
+def _packed(op: str, length: int, borders: Array) -> Array:
     if len(borders) == 0 or borders[0] != 0 or borders[-1] != length or (np.diff(borders) < 0).any():
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to length = {length}, got {borders.tolist()}")
     sequences = np.arange(len(borders) - 1)

@@ -263,7 +263,7 @@ class SharedMemory:
     """The memory of a block, as one variable: all arrays in it have a base address in common, which costs registers."""
 
     def __init__(self):
-        self.size = 0
+        self.size, self._made = 0, (None, None)  # the module that is being compiled, and the variable in it
 
     def array(self, size, number):
         """``make()``: an array of it, aligned to 16 bytes, for ``shared_reader`` and ``shared_writer``."""
@@ -284,13 +284,12 @@ class SharedMemory:
         return make
 
     def _variable(self, module):
-        name = f"sscan_shared_{id(self):x}"
-        if name in module.globals:
-            return module.globals[name]
-        memory = ir.ArrayType(ir.IntType(8), self.size)
-        variable = cgutils.add_global_variable(module, memory, name, 3)
-        variable.linkage, variable.align, variable.initializer = "internal", 16, ir.Constant(memory, ir.Undefined)
-        return variable
+        if self._made[0] is not module:
+            memory = ir.ArrayType(ir.IntType(8), self.size)
+            variable = cgutils.add_global_variable(module, memory, module.get_unique_name("sscan_shared"), 3)
+            variable.linkage, variable.align, variable.initializer = "internal", 16, ir.Constant(memory, ir.Undefined)
+            self._made = module, variable
+        return self._made[1]
 
 
 def shared_array(size, number):
@@ -671,6 +670,14 @@ def shared_set(typingctx, shared, index, value):
     return types.void(shared, types.int64, shared.dtype), codegen
 
 
+def _shared_vectors(context, builder, kind, array, index, element, total, width):
+    """(first real, pointer, type) of each vector of the ``total`` reals from an index of a shared array on."""
+    data, vector = context.make_array(kind)(context, builder, array).data, ir.VectorType(element, width)
+    start = builder.bitcast(builder.gep(data, [index]), element.as_pointer(data.type.addrspace))
+    for first in range(0, total, width):
+        yield first, builder.bitcast(_slot(builder, start, first), vector.as_pointer(data.type.addrspace)), vector
+
+
 def shared_reader(number, count):
     """``read(into, shared, index)``: ``count`` numbers of a shared array of their type, 16 bytes at a time.
 
@@ -685,11 +692,7 @@ def shared_reader(number, count):
         def codegen(context, builder, sig, args):
             element = _REALS[real][1]
             out = _local_reals(context, builder, into, args[0], element)
-            data = context.make_array(shared)(context, builder, args[1]).data
-            start = builder.bitcast(builder.gep(data, [args[2]]), element.as_pointer(data.type.addrspace))
-            for first in range(0, total, width):
-                vector = ir.VectorType(element, width)
-                pointer = builder.bitcast(_slot(builder, start, first), vector.as_pointer(data.type.addrspace))
+            for first, pointer, _ in _shared_vectors(context, builder, shared, args[1], args[2], element, total, width):
                 loaded = builder.load(pointer, align=width * real.itemsize)
                 for i in range(width):
                     value = builder.extract_element(loaded, ir.Constant(_I32, i))
@@ -712,15 +715,13 @@ def shared_writer(number, count):
         def codegen(context, builder, sig, args):
             element = _REALS[real][1]
             source = _local_reals(context, builder, values, args[2], element)
-            data = context.make_array(shared)(context, builder, args[0]).data
-            start = builder.bitcast(builder.gep(data, [args[1]]), element.as_pointer(data.type.addrspace))
-            for first in range(0, total, width):
-                vector = ir.VectorType(element, width)
+            for first, pointer, vector in _shared_vectors(
+                context, builder, shared, args[0], args[1], element, total, width
+            ):
                 packed = ir.Constant(vector, ir.Undefined)
                 for i in range(width):
                     value = builder.load(_slot(builder, source, first + i))
                     packed = builder.insert_element(packed, value, ir.Constant(_I32, i))
-                pointer = builder.bitcast(_slot(builder, start, first), vector.as_pointer(data.type.addrspace))
                 builder.store(packed, pointer, align=width * real.itemsize)
             return context.get_dummy_value()
 

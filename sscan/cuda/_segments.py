@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sscan._segments import check_packing
+
 
 class Segments(NamedTuple):
     """``count`` segments of (batch, length); integer arrays are contiguous int64, or None."""
@@ -20,13 +22,7 @@ def segments(op, batch, length, seq_idx, cu_seqlens):
 
     The values of ``cu_seqlens`` cannot be checked without waiting for the GPU; kernels clip them to the row.
     """
-    if seq_idx is not None and cu_seqlens is not None:
-        raise ValueError(f"{op}: give seq_idx or cu_seqlens, not both")
-    for name, array in (("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
-        if array is not None and array.dtype.kind not in "iu":
-            raise TypeError(f"{op}: {name} must be integers, got {array.dtype}")
-    if cu_seqlens is not None and batch != 1:
-        raise ValueError(f"{op}: cu_seqlens needs a batch of 1, got {batch}")
+    check_packing(op, batch, seq_idx, cu_seqlens)
     count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return Segments(count, batch, length, _int64(seq_idx), _int64(cu_seqlens))
 

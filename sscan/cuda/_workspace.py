@@ -29,6 +29,8 @@ def layout(*sizes):
 
 def take(layout):
     """Memory, to be held until the last launch that uses it, and the addresses of the workspaces in it."""
+    if not layout.total:
+        return None, layout.starts
     memory = _launch.empty(layout.total, _BYTE)
     base = _launch.address(memory)
     return memory, [None if start is None else base + start for start in layout.starts]

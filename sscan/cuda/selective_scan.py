@@ -10,8 +10,6 @@ from sscan.cuda._launch import Kernel
 CHANNELS, LANES, CHECKPOINT, TILE = 32, 4, 16, 32  # as in kernels/selective_scan.py
 RESIDENT, RESIDENT_BACKWARD = 5, 4  # blocks that a multiprocessor runs at once, of float32
 SHORTEST = 128  # steps in a part
-
-
 WARP_CHANNELS = 8
 ROWS = 2  # channels of a lane in the backward kernel, of float32, if that leaves enough blocks
 
@@ -173,10 +171,11 @@ class ForwardPlan(NamedTuple):
     """How a forward call is launched."""
 
     copies: bool  # as in Plan
-    layout: Geometry
+    parts: int
     ends: Kernel
     forward: Kernel
     blocks: int  # for each part
+    workspaces: _workspace.Layout  # carried states; ends and sums of parts
     dims: tuple[int, ...]  # kernels take these, the number of parts that they scan, and ``rest``
     rest: tuple[int, ...]
 
@@ -186,10 +185,13 @@ def planned_forward(segments, groups, inputs, along):
     plan = planned(segments, groups, inputs.by_group(), along)
     layout = plan.layout
     strides = (*(batch_stride(in_rows(x)) for x in along), *plan.strides)
+    channels, A = segments.count * layout.parts * layout.dim, inputs.A
+    states, split, carried = channels * layout.padded * A.itemsize, layout.parts > 1, layout.state_blocks > 1
+    workspaces = _workspace.layout(carried * states, split * states, split * channels * A.real.itemsize)
     return ForwardPlan(
-        plan.copies, layout, Kernel("selective_scan", "ends", plan.variant),
+        plan.copies, layout.parts, Kernel("selective_scan", "ends", plan.variant),
         Kernel("selective_scan", "forward", plan.variant), segments.count * layout.channel_blocks,
-        (*layout.dims, layout.parts), (layout.part_length, layout.state_blocks, *strides),
+        workspaces, (*layout.dims, layout.parts), (layout.part_length, layout.state_blocks, *strides),
     )  # fmt: skip
 
 
@@ -203,13 +205,8 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
     plan = plan_of(segments, groups, inputs, (u, delta, z, y), planned_forward)
     if plan.copies:
         u, delta, z, B, C = in_rows(u), in_rows(delta), in_rows(z), as_reals(B, A.dtype), as_reals(C, A.dtype)
-    layout, parts = plan.layout, plan.layout.parts
-    carry = ends = sums = None
-    if layout.state_blocks > 1 or parts > 1:
-        states = (segments.count, parts, layout.dim, layout.padded)
-        carry = _launch.empty(states, A.dtype) if layout.state_blocks > 1 else None
-        if parts > 1:
-            ends, sums = _launch.empty(states, A.dtype), _launch.empty(states[:3], A.real.dtype)
+    parts = plan.parts
+    memory, (carry, ends, sums) = _workspace.take(plan.workspaces)
     if parts > 1:
         _launch.launch(
             plan.ends, (parts - 1) * plan.blocks, u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None,
@@ -221,6 +218,7 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
         last_state, checkpoints, carry, ends, sums, segments.seq_idx, segments.cu_seqlens, *plan.dims, parts,
         *plan.rest,
     )  # fmt: skip
+    del memory  # held until here
 
 
 def backward_shape(A, zoh, blocks_of_channels, many):

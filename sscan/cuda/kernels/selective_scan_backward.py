@@ -62,7 +62,6 @@ QUADS = TILE // QUAD
 # each, meet no other of their warp in a memory bank.
 STEP_SIZE, QUAD_SIZE = 24, 100
 WARP_CHANNELS = 32 // LANES
-SUMS = QUAD * 2 * BLOCK  # of a warp for a quad of dB and dC: [step][B or C][state]
 
 
 def across_channels(number, states, varying_B, varying_C):
@@ -134,7 +133,8 @@ def backward(rows, warps, blocks, *key):
     load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
     load_numbers, store_numbers = shared_reader(number, NS), shared_writer(number, NS)
     load_four = shared_reader(number, 4)
-    own_size = rows * WARP_CHANNELS * BLOCK  # numbers of a warp at the start of a quad; at least SUMS
+    # numbers of a warp at the start of a quad; afterwards its sums, [step][B or C][state], which are no more
+    own_size = rows * WARP_CHANNELS * BLOCK
     memory = SharedMemory()
     steps_array, inputs_array, dy_array, slope_array = (memory.array(channels * TILE, real) for _ in range(4))
     gate_array, keep_array = memory.array(channels * TILE if gated else 1, real), memory.array(TILE, real)
@@ -153,6 +153,19 @@ def backward(rows, warps, blocks, *key):
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     exchange = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
+
+    @device
+    def moved(size, u, rate, per_A, B, keep):
+        """What a step leaves of a state, and what it adds: the factor a and B_bar u."""
+        if zoh:
+            a, change = decay_and_change(size, rate)
+            into = product(product(change, per_A), times(B, u))
+        else:
+            a = decay(size, rate)
+            into = times(B, size * u)
+        if resets:
+            a = times(a, keep)
+        return a, into
 
     @device
     def accumulate(totals, at, x):
@@ -184,8 +197,8 @@ def backward(rows, warps, blocks, *key):
         warp_row = (thread >> 2) & (WARP_CHANNELS - 1)
         first_row = thread >> 2  # of this lane's channels in the block, that lie ``apart``
         channel = channel0 + first_row
-        quad, time_row = thread & (QUADS - 1), thread >> 2  # along time, a thread has a quad of ``rows`` channels
-        order = (time_row >> 1) & (QUADS - 1)  # of the quads of this thread's channels, against bank conflicts
+        quad = thread & (QUADS - 1)  # along time, a thread has a quad of the same channels
+        order = (first_row >> 1) & (QUADS - 1)  # of the quads of these channels, against bank conflicts
         rows_apart = apart * length
         results = size_of * (row * dim * length + begin)  # which are contiguous
         own = which * parts + part
@@ -392,14 +405,7 @@ def backward(rows, warps, blocks, *key):
                                 for j in range(NS):
                                     k = r * NS + j
                                     into = B_own[k] if constant_B else b[j]
-                                    if zoh:
-                                        a, change = decay_and_change(d[i], rate[k])
-                                        into = product(product(change, per_A[k]), times(into, x[i]))
-                                    else:
-                                        a = decay(d[i], rate[k])
-                                        into = times(into, d[i] * x[i])
-                                    if resets:
-                                        a = times(a, keeps[i])
+                                    a, into = moved(d[i], x[i], rate[k], per_A[k], into, keeps[i])
                                     h[k] = product(a, h[k]) + into
 
                 for back in range(QUADS):
@@ -426,14 +432,7 @@ def backward(rows, warps, blocks, *key):
                             for j in range(NS):
                                 k, m = r * NS + j, i * NS + j
                                 into = B_own[k] if constant_B else b[j]
-                                if zoh:
-                                    a, change = decay_and_change(d[i], rate[k])
-                                    into = product(product(change, per_A[k]), times(into, x[i]))
-                                else:
-                                    a = decay(d[i], rate[k])
-                                    into = times(into, d[i] * x[i])
-                                if resets:
-                                    a = times(a, keeps[i])
+                                a, into = moved(d[i], x[i], rate[k], per_A[k], into, keeps[i])
                                 decays[m] = a
                                 before[m] = numbers[j]
                                 a_h[m] = product(a, numbers[j])
@@ -455,31 +454,31 @@ def backward(rows, warps, blocks, *key):
                             w, p = zero, zero
                             for j in range(NS):
                                 k, m = r * NS + j, i * NS + j
-                                now = times(C_own[k] if constant_C else c_[j], e[i]) + g[k]
+                                g_step = times(C_own[k] if constant_C else c_[j], e[i]) + g[k]
                                 into = B_own[k] if constant_B else b[j]
-                                after = product(conj(a_h[m]), now)
+                                after = product(conj(a_h[m]), g_step)
                                 dA[k] = dA[k] + times(after, d[i])
                                 if zoh:
                                     a, change = decay_and_change(d[i], rate[k])
                                     share = product(change, per_A[k])
-                                    w = w + overlap(product(share, into), now)
+                                    w = w + overlap(product(share, into), g_step)
                                     # of the step size: A h + B u is nearly 0 in a steady state, so it comes first
                                     h_before = times(before[m], keeps[i]) if resets else before[m]
-                                    slope = product(of_rate(rate[k]), h_before) + times(into, x[i])
-                                    p = p + overlap(product(a, slope), now)
-                                    of_B = times(product(conj(share), now), x[i])
-                                    slope = psi(times(of_rate(rate[k]), d[i]), a, change)
-                                    slope = times(slope, d[i] * d[i] * x[i])
-                                    dA[k] = dA[k] + product(conj(product(slope, into)), now)
+                                    rise = product(of_rate(rate[k]), h_before) + times(into, x[i])
+                                    p = p + overlap(product(a, rise), g_step)
+                                    of_B = times(product(conj(share), g_step), x[i])
+                                    of_A = psi(times(of_rate(rate[k]), d[i]), a, change)
+                                    of_A = times(of_A, d[i] * d[i] * x[i])
+                                    dA[k] = dA[k] + product(conj(product(of_A, into)), g_step)
                                 else:
                                     p = p + overlap_with_rate(rate[k], after)
-                                    w = w + overlap(into, now)
-                                    of_B = times(now, d[i] * x[i])
+                                    w = w + overlap(into, g_step)
+                                    of_B = times(g_step, d[i] * x[i])
                                 if varying_B:
                                     dB_quad[m] = dB_quad[m] + of_B
                                 else:
                                     dB[k] = dB[k] + of_B
-                                g[k] = product(conj(decays[m]), now)
+                                g[k] = product(conj(decays[m]), g_step)
                             of_u[i] = w
                             of_step[i] = p
                         u_sum[r] = across(of_u, upper, odd)
