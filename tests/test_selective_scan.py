@@ -32,7 +32,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sscan
-from sscan import reference
+from sscan import cpu, reference
 
 OP = "selective_scan"
 COMPLEX = {"is_complex": True, "B": "shared complex", "C": "2 complex"}
@@ -100,6 +100,17 @@ def test_causality(kind: str, t: int) -> None:
     for name in ("du", "ddelta", "dz", "dB", "dC"):
         if first[name].ndim > 2:
             assert_identical(first[name][..., t:], second[name][..., t:], name)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 40, 0, 3), 2), ((1, 8, 70000, 4), 1), ((2, 6, 4097, 17), 3)])
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64, np.float64])
+def test_size_of_checkpoints_is_known_beforehand(shape: tuple[int, ...], groups: int, dtype: Any) -> None:
+    batch, dim, length, state = shape
+    A = np.zeros((dim, state), dtype)
+    segments = cpu.segments(OP, batch, length, None, None)
+    made = cpu.empty_checkpoints(segments, groups, A)
+    assert cpu.checkpoints_shape(batch, dim, length, state, groups, A.dtype, False, None) == made.shape
+    assert cpu.checkpoints_shape(batch, dim, length, state, groups, A.dtype, True, None) is None
 
 
 @SETTINGS

@@ -27,14 +27,25 @@ def blocks_of(A: np.ndarray, groups: int) -> int:
     return -(-(A.shape[0] // groups) // TILE)
 
 
+def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequences):
+    """The shape of checkpoints, of sizes that may be symbols, or None if it depends on the values of an argument.
+
+    ``seq_idx`` is whether there is one, ``sequences`` how many ``cu_seqlens`` packs, or None.
+    """
+    if seq_idx or sequences is not None:
+        return None
+    return (batch * -(-length // CHECKPOINT) * _states_of_block(dim, state, groups, number),)
+
+
 def empty_checkpoints(segments: np.ndarray, groups: int, A: np.ndarray) -> np.ndarray:
     """Memory for the states at the start of every 32nd step of every segment."""
-    blocks = groups * blocks_of(A, groups)
-    table = parts(segments, blocks)
-    chunks = int(checkpoints_of(segments if table is None else table).sum())
-    step = STATES[from_dtype(A.dtype)]
-    padded = -(-A.shape[1] // step) * step
-    return np.empty(chunks * blocks * padded * TILE, A.dtype)
+    return np.empty(int(checkpoints_of(segments).sum()) * _states_of_block(*A.shape, groups, A.dtype), A.dtype)
+
+
+def _states_of_block(dim, state, groups, number):
+    """States of all channels, in whole blocks of channels and whole vectors of states."""
+    step = STATES[from_dtype(np.dtype(number))]
+    return groups * -(-(dim // groups) // TILE) * TILE * -(-state // step) * step
 
 
 def both_forms(array: np.ndarray, A: np.ndarray, groups: int) -> tuple[View, np.ndarray]:
@@ -172,13 +183,16 @@ def parts(segments: np.ndarray, blocks: int) -> np.ndarray | None:
     """
     if not 0 < len(segments) * blocks < BLOCKS:
         return None
-    counts = np.clip(segments[:, 2] // SHORTEST, 1, -(-PARTS // (len(segments) * blocks)))
+    lengths = segments[:, 2]
+    counts = np.clip(lengths // SHORTEST, 1, -(-PARTS // (len(segments) * blocks)))
     if (counts == 1).all():
         return None
+    steps = -(-lengths // (counts * CHECKPOINT)) * CHECKPOINT  # so that cuts leave the number of checkpoints as it is
+    counts = np.maximum(-(-lengths // np.maximum(steps, 1)), 1)
     parent = np.repeat(np.arange(len(segments)), counts)
     index = np.arange(len(parent)) - np.repeat(np.cumsum(counts) - counts, counts)
     batch, start, whole = segments[parent, :3].T
-    step = -(-whole // counts[parent])
+    step = steps[parent]
     begin = np.minimum(index * step, whole)
     return np.stack([batch, start + begin, np.minimum(begin + step, whole) - begin, parent, parent], axis=1)
 

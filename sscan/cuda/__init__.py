@@ -5,7 +5,12 @@ from sscan.cuda.causal_conv1d import causal_conv1d_backward, causal_conv1d_forwa
 from sscan.cuda.discretize import discretize_backward, discretize_forward
 from sscan.cuda.linear_scan import linear_scan_backward, linear_scan_forward
 from sscan.cuda.rms_norm import rms_norm_backward, rms_norm_forward
-from sscan.cuda.selective_scan import empty_checkpoints, selective_scan_backward, selective_scan_forward
+from sscan.cuda.selective_scan import (
+    checkpoints_shape,
+    empty_checkpoints,
+    selective_scan_backward,
+    selective_scan_forward,
+)
 from sscan.cuda.selective_state_update import selective_state_update
 from sscan.cuda.ssm import ssm_convolution_backward, ssm_convolution_forward, ssm_kernel_backward, ssm_kernel_forward
 
@@ -13,6 +18,7 @@ __all__ = [
     "causal_conv1d_backward",
     "causal_conv1d_forward",
     "causal_conv1d_update",
+    "checkpoints_shape",
     "discretize_backward",
     "discretize_forward",
     "empty_checkpoints",

@@ -44,7 +44,7 @@ def geometry(segments, groups, A):
     dim, state = A.shape
     channels_of_group = dim // groups
     blocks_of_group = -(-channels_of_group // CHANNELS)
-    states, block_states = states_of_lane(A)
+    states, block_states = states_of_lane(state, A.dtype)
     parts, part_length = parts_of(segments, groups * blocks_of_group, RESIDENT)
     return Geometry(
         dim, state, segments.length, groups * blocks_of_group, blocks_of_group, channels_of_group, states,
@@ -67,25 +67,32 @@ def parts_of(segments, channel_blocks, resident):
     return max(1, -(-segments.length // max(1, part_length))), part_length
 
 
-def states_of_lane(A):
+def states_of_lane(state, number):
     """States of a lane, 16 bytes at most, and of the four lanes of a channel."""
-    state = A.shape[1]
-    states = min(16 // A.dtype.itemsize, 1 if state <= LANES else 2 if state <= 2 * LANES else 4)
+    states = min(16 // np.dtype(number).itemsize, 1 if state <= LANES else 2 if state <= 2 * LANES else 4)
     return states, LANES * states
 
 
-def chunks_of(segments):
-    """How many checkpoints a channel has."""
-    if segments.cu_seqlens is None:
-        return segments.count * -(-segments.length // CHECKPOINT)
-    return segments.length // CHECKPOINT + segments.count
+def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequences):
+    """The shape of checkpoints, of sizes that may be symbols.
+
+    ``sequences`` is how many ``cu_seqlens`` packs, or None; groups and ``seq_idx`` matter on the CPU only.
+    """
+    if sequences is None:
+        chunks = batch * -(-length // CHECKPOINT)
+    else:
+        chunks = length // CHECKPOINT + sequences
+    block_states = states_of_lane(state, number)[1]
+    return chunks, dim, -(-state // block_states) * block_states
 
 
 def empty_checkpoints(segments, groups, A):
     """Memory for the states at the start of every 16th step of every segment."""
-    block_states = states_of_lane(A)[1]
-    padded = -(-A.shape[1] // block_states) * block_states
-    return _launch.empty((chunks_of(segments), A.shape[0], padded), A.dtype)
+    sequences = None if segments.cu_seqlens is None else segments.count
+    shape = checkpoints_shape(
+        segments.batch, A.shape[0], segments.length, A.shape[1], groups, A.dtype, False, sequences
+    )
+    return _launch.empty(shape, A.dtype)
 
 
 def in_rows(wave):
