@@ -1,6 +1,6 @@
 """The selective scan. A block walks along time with 32 channels, and with them shares each tile of B and C.
 
-Four neighbouring lanes are a channel, each with up to four of its states in registers; a warp is 8 channels. The inputs
+Four lanes are a channel, each with up to four of its states in registers; a warp is 8 channels. The inputs
 along time come in tiles of 32 steps: all threads read them 16 bytes at a time, prepare step sizes once for each channel
 and step, and leave them in shared memory, from where lanes walk the steps one by one. Sums over states go through the
 lanes of a channel (``across``). More than 16 states are walked in blocks of 16, tile by tile.
@@ -84,13 +84,37 @@ def chunk_of(number, begin, length, cu_seqlens):
     return (begin >> 4) + number
 
 
+# Shared memory serves eight neighbouring threads at a time, twice as fast if they ask for two pieces of 16 bytes as if
+# for four. So the lanes of a channel are counted by the first and the fourth bit of a thread's number, not by the first
+# two: eight neighbours then read two pieces of B, and two of C.
+
+
+@device
+def lane_of(thread):
+    """Which of the lanes of its channel a thread is."""
+    return (thread & 1) | ((thread >> 2) & 2)
+
+
+@device
+def row_of(thread):
+    """Which channel of the block a thread has states of."""
+    return ((thread >> 1) & 3) | ((thread >> 2) & -4)
+
+
+@device
+def lane_total(x):
+    """The sum over the lanes of a channel, in all of them."""
+    x = x + shuffle_xor(x, 1)
+    return x + shuffle_xor(x, 8)
+
+
 @device
 def across(values, upper, odd):
     """Sum four values over the four lanes of a channel; lane g gets the sum of value g."""
     sent, kept = select(upper, values[0], values[2]), select(upper, values[2], values[0])
-    x = kept + shuffle_xor(sent, 2)
+    x = kept + shuffle_xor(sent, 8)
     sent, kept = select(upper, values[1], values[3]), select(upper, values[3], values[1])
-    y = kept + shuffle_xor(sent, 2)
+    y = kept + shuffle_xor(sent, 8)
     return select(odd, y, x) + shuffle_xor(select(odd, x, y), 1)
 
 
@@ -255,7 +279,8 @@ def scan(v, ends_only):
 
         # a lane has states of one channel, and a thread, along time, quads of several channels
         thread = thread_index()
-        lane, channel, at_channel = thread & (LANES - 1), channel0 + (thread >> 2), (thread >> 2) * ROW
+        lane, own_row = lane_of(thread), row_of(thread)
+        channel, at_channel = channel0 + own_row, own_row * ROW
         upper, odd = (lane & 2) != 0, (lane & 1) != 0
         alive = select(channel < channel_end, NS, 0 * thread)  # states that can be read and written at once
         quad, time_row = thread & (QUADS - 1), thread >> 3
@@ -435,7 +460,7 @@ def scan(v, ends_only):
             elif last_state != 0 and part == parts - 1:
                 block_states = last_state + number_size * (which * dim + channel0) * state
                 valid = select(alive > 0, state - n, 0 * thread)
-                write_numbers(block_states, (thread >> 2) * state + n, h, valid)
+                write_numbers(block_states, own_row * state + n, h, valid)
         if ends_only:
             write_real(part_sums, own, passed, select(lane == 0, alive, 0 * thread))
 

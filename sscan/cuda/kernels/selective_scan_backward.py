@@ -51,9 +51,12 @@ from sscan.cuda.kernels.selective_scan import (
     Variant,
     across,
     chunk_of,
+    lane_of,
+    lane_total,
     matrix_tile,
     place,
     readers,
+    row_of,
 )
 
 TILE = CHECKPOINT
@@ -75,25 +78,25 @@ def across_channels(number, states, varying_B, varying_C):
     halves = local_array(QUAD * states, number)
 
     @device
-    def exchange(into, of_B, of_C, lane):
+    def exchange(into, of_B, of_C, thread):
         x = halves()
-        matrix, pair, odd = (lane & 16) != 0, (lane & 8) != 0, (lane & 4) != 0
+        matrix, pair, odd = (thread & 2) != 0, (thread & 16) != 0, (thread & 4) != 0
         for k in range(QUAD * states):
             if varying_B and varying_C:
                 sent, kept = choose(matrix, of_B[k], of_C[k]), choose(matrix, of_C[k], of_B[k])
-                x[k] = kept + shuffle_xor(sent, 16)
+                x[k] = kept + shuffle_xor(sent, 2)
             elif varying_B:
                 x[k] = of_B[k]
             else:
                 x[k] = of_C[k]
         for k in range(half):
             sent, kept = choose(pair, x[k], x[k + half]), choose(pair, x[k + half], x[k])
-            x[k] = kept + shuffle_xor(sent, 8)
+            x[k] = kept + shuffle_xor(sent, 16)
         for k in range(quarter):
             sent, kept = choose(odd, x[k], x[k + quarter]), choose(odd, x[k + quarter], x[k])
             into[k] = kept + shuffle_xor(sent, 4)
             if not (varying_B and varying_C):
-                into[k] = into[k] + shuffle_xor(into[k], 16)
+                into[k] = into[k] + shuffle_xor(into[k], 2)
 
     return exchange
 
@@ -192,13 +195,12 @@ def backward(rows, warps, blocks, *key):
         padded = states_apart * state_blocks if many else states_apart
 
         thread = thread_index()
-        warp, lane = thread >> 5, thread & (LANES - 1)
+        lane, first_row = lane_of(thread), row_of(thread)  # the first of this lane's channels, that lie ``apart``
         upper, odd = (lane & 2) != 0, (lane & 1) != 0
-        warp_row = (thread >> 2) & (WARP_CHANNELS - 1)
-        first_row = thread >> 2  # of this lane's channels in the block, that lie ``apart``
         channel = channel0 + first_row
-        quad = thread & (QUADS - 1)  # along time, a thread has a quad of the same channels
-        order = (first_row >> 1) & (QUADS - 1)  # of the quads of these channels, against bank conflicts
+        quad = thread & (QUADS - 1)  # along time, a thread has a quad of channels of its warp, from thread >> 2 on
+        order = (first_row >> 1) & (QUADS - 1)  # of the quads of a channel, against bank conflicts
+        warp, own_at = thread >> 5, (thread & 31) * NS
         rows_apart = apart * length
         results = size_of * (row * dim * length + begin)  # which are contiguous
         own = which * parts + part
@@ -288,7 +290,7 @@ def backward(rows, warps, blocks, *key):
             at_quad = (now >> 2) * TILE + (((now ^ (now >> 3)) & (QUADS - 1)) << 2)
             u_row, delta_row = row_now * u_batch + begin, row_now * delta_batch + begin
             dy_row, z_row = row_now * dy_batch + begin, row_now * z_batch + begin
-            at_checkpoint = ((chunk + (t >> 4)) * dim + channel0 + (now >> 2)) * padded + (now & (LANES - 1)) * NS
+            at_checkpoint = ((chunk + (t >> 4)) * dim + channel0 + row_of(now)) * padded + lane_of(now) * NS
             for r in unroll(rows):
                 dD[r] = zero
                 dbias[r] = zero
@@ -308,7 +310,7 @@ def backward(rows, warps, blocks, *key):
                 if varying_C:
                     read_C(C_next, C_here, 0, C_state, state, t, steps - t, thread)
                 for r in unroll(rows):
-                    alive = select(channel0 + (now >> 2) + r * apart < channel_end, NS, 0 * thread)
+                    alive = select(channel0 + row_of(now) + r * apart < channel_end, NS, 0 * thread)
                     read_own(numbers, checkpoints, at_checkpoint + r * apart * padded, alive)
                     for j in range(NS):
                         h[r * NS + j] = numbers[j]
@@ -391,7 +393,7 @@ def backward(rows, warps, blocks, *key):
                     for r in unroll(rows):
                         for j in range(NS):
                             numbers[j] = h[r * NS + j]
-                        at = (q * warps + warp) * own_size + (r * WARP_CHANNELS + warp_row) * BLOCK + lane * NS
+                        at = (q * warps + warp) * own_size + r * 32 * NS + own_at
                         store_numbers(own_states, at, numbers)
                     if q < QUADS - 1:
                         if resets:
@@ -416,7 +418,7 @@ def backward(rows, warps, blocks, *key):
                         dB_quad[k] = none
                         dC_quad[k] = none
                     for r in unroll(rows):
-                        at = (q * warps + warp) * own_size + (r * WARP_CHANNELS + warp_row) * BLOCK + lane * NS
+                        at = (q * warps + warp) * own_size + r * 32 * NS + own_at
                         load_numbers(numbers, own_states, at)
                         at = (first_row + r * apart) * TILE + ((q ^ order) << 2)
                         load_quad(d, steps_tile, at)
@@ -510,7 +512,7 @@ def backward(rows, warps, blocks, *key):
                             dD[r] = dD[r] + dy_now * input_
                             dbias[r] = dbias[r] + of_size
                     if varying:
-                        step, matrix = ((thread >> 3) & 1) * 2 + ((thread >> 2) & 1), (thread >> 4) & (matrices - 1)
+                        step, matrix = ((thread >> 3) & 2) | ((thread >> 2) & 1), (thread >> 1) & (matrices - 1)
                         at = (q * warps + warp) * own_size + (step * matrices + matrix) * BLOCK + lane * NS
                         store_numbers(own_states, at, more)
                 if many:
@@ -569,7 +571,7 @@ def backward(rows, warps, blocks, *key):
 
         # sums over the part, and the gradient of the state that it started from
         now = anew(thread)
-        lane, channel = now & (LANES - 1), channel0 + (now >> 2)
+        lane, channel = lane_of(now), channel0 + row_of(now)
         for block in range(state_blocks if many else 1):
             n = block * states_apart + lane * NS
             for r in unroll(rows):
@@ -608,14 +610,10 @@ def backward(rows, warps, blocks, *key):
                 shared_get(D_totals, now + 2 * r * threads),
                 shared_get(bias_totals, now + 2 * r * threads),
             )
-            total_D = of_D + shuffle_xor(of_D, 1)
-            total_D = total_D + shuffle_xor(total_D, 2)
-            total_bias = of_bias + shuffle_xor(of_bias, 1)
-            total_bias = total_bias + shuffle_xor(total_bias, 2)
             if D_sums != 0:
-                write_real(D_sums, own * dim + c, total_D, one_lane)
+                write_real(D_sums, own * dim + c, lane_total(of_D), one_lane)
             if bias_sums != 0:
-                write_real(bias_sums, own * dim + c, total_bias, one_lane)
+                write_real(bias_sums, own * dim + c, lane_total(of_bias), one_lane)
 
     return kernel, Shape(threads, blocks)
 
@@ -664,16 +662,18 @@ def starts(warps, *key):
         padded = states_apart * state_blocks if many else states_apart
 
         thread = thread_index()
-        lane, channel, at_channel = thread & (LANES - 1), channel0 + (thread >> 2), (thread >> 2) * TILE
+        lane, own_row = lane_of(thread), row_of(thread)
+        channel, at_channel, order = channel0 + own_row, own_row * TILE, (own_row >> 1) & (QUADS - 1)
         alive = select(channel < channel_end, NS, 0 * thread)
-        order = (thread >> 3) & (QUADS - 1)
-        at_quad, along = at_channel + ((lane ^ order) << 2), channel * length + lane * QUAD
+        quad, time_channel = thread & (QUADS - 1), channel0 + (thread >> 2)
+        at_quad = (thread >> 2) * TILE + (((thread ^ (thread >> 3)) & (QUADS - 1)) << 2)
+        along = time_channel * length + quad * QUAD
         delta, dy = delta + size_of * (row * delta_batch + begin), dy + size_of * (row * dy_batch + begin)
         z = z + size_of * (row * z_batch + begin)
         if varying_C:
             C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
         own = (which * parts + part) * dim + channel
-        bias = parameter(delta_bias, channel, channel_end)
+        bias = parameter(delta_bias, time_channel, channel_end)
         steps_tile, dy_tile, keep, C_tile, C_next = steps_array(), dy_array(), keep_array(), C_array(), C_part()
         g, rate, unused, c = numbers(), numbers(), numbers(), numbers()
         d, e, keeps = of_steps(), of_steps(), of_steps()
@@ -691,8 +691,8 @@ def starts(warps, *key):
             passed = zero
             for tile in range(tiles):
                 t = (tiles - 1 - tile) * TILE
-                ahead = steps - t - lane * QUAD
-                valid = select(alive > 0, ahead, 0 * thread)
+                ahead = steps - t - quad * QUAD
+                valid = select(time_channel < channel_end, ahead, 0 * thread)
                 read_quad(d, delta, along + t, valid)
                 read_quad(e, dy, along + t, valid)
                 if gated:
