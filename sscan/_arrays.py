@@ -41,7 +41,7 @@ class Library:
     caller: Callable[[str, str, Any], Caller]  # of (op, name, array); TypeError if the array cannot be read
     view: Callable[[Any], Any]  # of an array that has a caller
     surroundings: Callable[..., contextlib.AbstractContextManager[Any] | None]  # of (op, its array, all arguments)
-    metadata: Callable[[tuple[Any, ...]], list[Any]] | None = None  # see below; None if arrays are not their own views
+    metadata: Callable[[tuple[Any, ...]], list[Any] | None] | None = None  # see below
 
 
 def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Caller, tuple[Any, ...]]:
@@ -74,6 +74,13 @@ def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Call
     return caller, tuple(views)
 
 
+def view(array: Any) -> Any:
+    """The view of an array of which ``enter`` need not know: one that an op made for another."""
+    library = _known.get(type(array)) or _find_library(array)
+    assert library is not None, "ops make arrays of libraries"
+    return library.view(array)
+
+
 def _check_updatable(op: str, name: str, array: Any, here: Caller, view: Any) -> None:
     """TypeError if what is written to the view would fail, or be lost because it had to be a copy."""
     if here.library == "JAX" or (here.device == "cpu" and not view.flags.writeable):
@@ -87,15 +94,21 @@ def _check_updatable(op: str, name: str, array: Any, here: Caller, view: Any) ->
 def metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
     """All that ``enter`` and checks may depend on, as something to look up: never values, never addresses.
 
-    Only of NumPy or CuPy arrays, or None of them; None for arrays of which views must be made first.
+    None for arrays that must be entered and checked one by one.
     """
     library = _known.get(type(arrays[0])) or _find_library(arrays[0])
     if library is None or library.metadata is None:
         return None
     try:
         return library.metadata(arrays)
-    except (AttributeError, ValueError):  # arrays of two libraries
+    except (AttributeError, ValueError, RuntimeError):  # arrays of two libraries, sparse ones
         return None
+
+
+def views(arrays: tuple[Any, ...]) -> list[Any]:
+    """What ``enter`` makes of arrays whose metadata it has seen before."""
+    view = _known[type(arrays[0])].view
+    return [None if x is None else view(x) for x in arrays]
 
 
 Parameters = ParamSpec("Parameters")
@@ -243,9 +256,19 @@ def _leave_to_torch(result: Array) -> Any:
     return torch.from_numpy(result)
 
 
+def _torch_metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
+    if sys.modules["torch"].is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays):
+        return None
+    return [
+        None if x is None else (type(x), x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % x.element_size())
+        for x in arrays
+    ]
+
+
 def _torch_view(tensor: Any) -> Any:
     torch: Any = sys.modules["torch"]
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.is_cuda:  # a bare capsule: CuPy's stream is PyTorch's, there is nothing to wait for
         return sys.modules["cupy"].from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
     if tensor.dtype is torch.bfloat16:
@@ -391,7 +414,7 @@ def _dlpack_caller(op: str, name: str, array: Any) -> Caller:
 # ----------------------------------------------------------------------------------------------------------------------
 
 NUMPY = Library(_numpy_caller, _native, _nothing, _numpy_metadata)
-TORCH = Library(_torch_caller, _torch_view, _torch_surroundings)
+TORCH = Library(_torch_caller, _torch_view, _torch_surroundings, _torch_metadata)
 JAX = Library(_jax_caller, _jax_view, _jax_surroundings)
 CUPY = Library(_cupy_caller, _itself, _cupy_surroundings, _cupy_metadata)
 DLPACK = Library(_dlpack_caller, np.from_dlpack, _nothing)

@@ -48,11 +48,11 @@ def remembered(check: Callable[..., Found]) -> Callable[..., Found]:
 def entered(check: Callable[..., Found]) -> Callable[..., tuple[_arrays.Caller, Any, Found]]:
     """``check(op, views, *options)`` of a named tuple of arrays as they came: (caller, views, what it found).
 
-    It is remembered, and so is that the arrays of a call could be entered, if they are their own views: then a known
-    call costs one look at the metadata of its arrays.
+    It is remembered, and so is that the arrays of a call could be entered: then a known call costs one look at the
+    metadata of its arrays, and their views.
     """
     recall = remembered(check)
-    known: dict[Any, tuple[_arrays.Caller, Found]] = {}
+    known: dict[Any, tuple[_arrays.Caller, bool, Found]] = {}
 
     @functools.wraps(check)
     def enter(op: str, arrays: Any, *options: Any) -> tuple[_arrays.Caller, Any, Found]:
@@ -60,13 +60,13 @@ def entered(check: Callable[..., Found]) -> Callable[..., tuple[_arrays.Caller, 
         key = None if metadata is None else (op, *options, *metadata)
         remembered_call = known.get(key)
         if remembered_call is not None:
-            caller, found = remembered_call
-            return caller, arrays, found
+            caller, are_views, found = remembered_call
+            return caller, arrays if are_views else arrays._make(_arrays.views(arrays)), found
         caller, made = _arrays.enter(op, **arrays._asdict())
         views = arrays._make(made)
         found = recall(op, views, *options)
-        if key is not None and all(map(operator.is_, views, arrays)):
-            _remember(known, key, (caller, found))
+        if key is not None:
+            _remember(known, key, (caller, all(map(operator.is_, views, arrays)), found))
         return caller, views, found
 
     return enter
