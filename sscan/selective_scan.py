@@ -137,7 +137,8 @@ def selective_scan_forward(
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
     problem = _prepare("selective_scan", given, delta_softplus, discretization)
     checkpoints = problem.empty_checkpoints()
-    return *problem.run(checkpoints, problem.empty_last_state()), checkpoints
+    y, last_state = problem.run(checkpoints, problem.empty_last_state())
+    return y, last_state, problem.caller.leave(checkpoints)
 
 
 @_arrays.follows_caller
@@ -181,6 +182,8 @@ def selective_scan_backward(
     if checkpoints is None:
         checkpoints = problem.empty_checkpoints()
         problem.run(checkpoints, None)
+    else:
+        checkpoints = _arrays.view(checkpoints)
     return problem.run_backward(checkpoints)
 
 
