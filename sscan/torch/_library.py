@@ -1,0 +1,102 @@
+"""How an op gets into torch.library: its kernel, its shapes, its gradients and what autocast makes of its inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sscan.torch._composed import pulled_back
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+_library = torch.library.Library("sscan", "DEF")
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The op ``sscan::<schema>``; ``fake`` checks tensors without data and makes results of the right shapes.
+
+    The kernel serves tensors of every device: the core says what is wrong with one that it does not know.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sscan::{name}", fake, lib=_library)
+    return getattr(torch.ops.sscan, name).default
+
+
+def differentiate(
+    op: Any,
+    save: Callable[[Any, Any], tuple[Sequence[Any], Any]],
+    backward: Callable[..., Iterable[Any]],
+    constant: int | None = None,
+) -> None:
+    """Give an op gradients: ``save(inputs, outputs)`` is a list of tensors and options to keep.
+
+    ``backward(gradients of the outputs, tensors, options)`` gives a gradient, or None, for each of the first inputs;
+    the others have none. ``constant`` is the number of an output that has no gradient.
+    """
+    number = len(op._schema.arguments)
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        if constant is not None:
+            ctx.mark_non_differentiable(output[constant])
+        tensors, ctx.options = save(inputs, output)
+        ctx.save_for_backward(*tensors)
+
+    def formula(ctx: Any, *gradients: Any) -> Any:
+        made = tuple(backward(gradients, ctx.saved_tensors, ctx.options))
+        return made + (None,) * (number - len(made))
+
+    torch.library.register_autograd(op, formula, setup_context=setup_context, lib=_library)
+
+
+def differentiate_again(backward: Any, composed: Callable[..., Any], constants: int = 0) -> None:
+    """Give a backward op gradients: those of a composition, which takes what the op takes but the ``constants``.
+
+    These are its last tensors.
+    """
+    tensors = sum("Tensor" in str(argument.type) for argument in backward._schema.arguments)
+
+    def save(inputs: Any, outputs: Any) -> Any:
+        return inputs[: tensors - constants], inputs[tensors:]
+
+    def second(gradients: Any, inputs: Any, options: Any) -> Any:
+        return pulled_back(composed, inputs, options, gradients[0])
+
+    differentiate(backward, save, second)
+
+
+def for_each(gradients: Iterable[Any], inputs: Iterable[Any]) -> list[Any]:
+    """The gradients of the inputs that there are, and None for each that is None."""
+    made = iter(gradients)
+    return [None if x is None else next(made) for x in inputs]
+
+
+def cast_under_autocast(op: Any, *names: str, axes: int) -> None:
+    """Under autocast, have these arguments in autocast's dtype, as matrix products have theirs.
+
+    Those with fewer axes are parameters, and left alone; so is, as everywhere in autocast, what is not a floating-point
+    tensor on its device, and float64.
+    """
+    named = [argument.name in names for argument in op._schema.arguments]
+    for device in ("cpu", "cuda"):
+
+        def kernel(*arguments: Any, device: str = device) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [
+                _lowered(x, device, dtype) if lowered and x is not None and x.ndim >= axes else x
+                for x, lowered in zip(arguments, named, strict=True)
+            ]
+            with torch.autocast(device, enabled=False):
+                return op(*cast)
+
+        _library.impl(op._schema.name.partition("::")[2], kernel, f"Autocast{device.upper()}")
+
+
+def _lowered(x: Any, device: str, dtype: Any) -> Any:
+    if x.device.type != device or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(dtype)
