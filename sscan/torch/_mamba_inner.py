@@ -1,0 +1,153 @@
+"""The Mamba block behind its input projection as one op, ``sscan::mamba_inner``.
+
+For its backward it keeps its inputs and nothing else: what the convolution, the projections and the scan make of them
+is made again there. PyTorch's compiler sees one op, so it cannot decide to keep more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import sscan
+from sscan.torch._composed import pulled_back
+from sscan.torch._library import cast_under_autocast, define, differentiate, for_each
+from sscan.torch.ops import causal_conv1d, selective_scan
+
+_ARGUMENTS = """
+    Tensor x, Tensor z, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight,
+    Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A, Tensor? D, Tensor? delta_bias, Tensor? conv_state,
+    Tensor? ssm_state, Tensor? seq_idx, Tensor? cu_seqlens, bool delta_softplus
+"""
+_DIFFERENTIABLE = 13  # of the arguments, the first
+
+
+def composed(
+    x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
+    out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
+    cu_seqlens: Any, delta_softplus: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The op, below, from single ops, which keep their inputs: more memory, less time, and second derivatives."""
+    u, conv_state = causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, True, seq_idx, cu_seqlens)
+    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
+    y, ssm_state = selective_scan(
+        u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, True,
+        initial_state=ssm_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return applied_back(out_proj_weight, out_proj_bias, y), conv_state, ssm_state
+
+
+def projections(u: Any, x_proj_weight: Any, dt_proj_weight: Any, A: Any) -> Any:
+    """dt (batch, dt_rank, length), and B and C (batch, state, length), as views of one product."""
+    return applied(x_proj_weight, u).split([dt_proj_weight.shape[1], A.shape[1], A.shape[1]], 1)
+
+
+# Products with the weights keep (batch, channels, length): a batched product reads an expanded or transposed operand
+# where it is, while matmul would fold batch and length and leave the kernels a strided last axis, to be copied.
+
+
+def applied(weight: Any, x: Any, bias: Any = None) -> Any:
+    """weight x + bias along the channels: (batch, in, length) to (batch, out, length)."""
+    weight = weight.expand(x.shape[0], -1, -1)
+    return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias[:, None], weight, x)
+
+
+def applied_back(weight: Any, bias: Any, y: Any) -> Any:
+    """The same with the channels last: (batch, in, length) to (batch, length, out)."""
+    weight = weight.t().expand(y.shape[0], -1, -1)
+    return torch.bmm(y.mT, weight) if bias is None else torch.baddbmm(bias, y.mT, weight)
+
+
+def _weight_gradient(dout: Any, x: Any) -> Any:
+    return torch.bmm(dout, x.mT).sum(0)
+
+
+def _kernel(
+    x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
+    out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
+    cu_seqlens: Any, delta_softplus: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    u, conv_state = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, True, seq_idx, cu_seqlens)
+    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
+    y, ssm_state = sscan.selective_scan(
+        u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, True,
+        initial_state=ssm_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return applied_back(out_proj_weight, out_proj_bias, y), conv_state, ssm_state
+
+
+def _fake(*arguments: Any) -> tuple[Any, ...]:
+    x, _, conv_weight, _, _, _, out_proj_weight, _, A, *_, cu_seqlens, _ = arguments
+    batch, d_inner, length = x.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        x.new_empty((batch, length, out_proj_weight.shape[0])),
+        x.new_empty((sequences, d_inner, conv_weight.shape[1] - 1)),
+        A.new_empty((sequences, *A.shape)),
+    )
+
+
+def _backward_kernel(
+    dout: Any, dconv_state: Any, dssm_state: Any,
+    x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
+    out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
+    cu_seqlens: Any, delta_softplus: bool,
+) -> list[Any]:  # fmt: skip
+    u = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, False, seq_idx, cu_seqlens)
+    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
+    scanned = (u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus)
+    packing = {"initial_state": ssm_state, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
+    y, _, checkpoints = sscan.selective_scan_forward(*scanned, **packing)
+    dy = applied(out_proj_weight.t(), dout.mT)
+    dout_proj_weight = _weight_gradient(dout.mT, y)
+    del y
+    scan = sscan.selective_scan_backward(dy, *scanned, dlast_state=dssm_state, checkpoints=checkpoints, **packing)
+    dx_dbl = torch.cat([applied(dt_proj_weight.t(), scan.ddelta), scan.dB, scan.dC], 1)
+    du = torch.baddbmm(scan.du, x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
+    conv = sscan.causal_conv1d_backward(
+        du, x, conv_weight, conv_bias, "silu", conv_state, seq_idx, cu_seqlens, dconv_state
+    )
+    gradients = [
+        conv.dx, scan.dz, conv.dweight, conv.dbias, _weight_gradient(dx_dbl, u), _weight_gradient(scan.ddelta, dt),
+        dout_proj_weight, None if out_proj_bias is None else dout.sum((0, 1)), scan.dA, scan.dD, scan.ddelta_bias,
+        conv.dinitial_state, scan.dinitial_state,
+    ]  # fmt: skip
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any) -> list[Any]:
+    return [like.new_empty(like.shape) for like in arguments[:_DIFFERENTIABLE] if like is not None]
+
+
+# (out, conv_state, ssm_state): what the block makes of x and z, and the states that it ends with. Shapes are those of
+# the block's parameters: x and z (batch, d_inner, length), conv_weight (d_inner, d_conv), out (batch, length, d_model).
+# The weights of the projections have the dtype of x.
+mamba_inner = define(f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _kernel, _fake)
+_backward = define(
+    f"mamba_inner_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, {_ARGUMENTS}) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+def _save(inputs: Any, outputs: Any) -> Any:
+    *tensors, delta_softplus = inputs
+    return tensors, (delta_softplus,)
+
+
+def _gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
+    inputs, packing = tensors[:_DIFFERENTIABLE], tensors[_DIFFERENTIABLE:]
+    if torch.is_grad_enabled():  # there will be second derivatives
+        return pulled_back(composed, inputs, (*packing, *options), cotangents)
+    dout, *dstates = cotangents
+    if dout is None:
+        x, out_proj_weight = inputs[0], inputs[6]
+        dout = x.new_zeros((x.shape[0], x.shape[2], out_proj_weight.shape[0]))
+    return for_each(_backward(dout, *dstates, *tensors, *options), inputs)
+
+
+differentiate(mamba_inner, _save, _gradients)
+cast_under_autocast(
+    mamba_inner, "x", "z", "x_proj_weight", "dt_proj_weight", "out_proj_weight", "out_proj_bias", axes=1
+)
