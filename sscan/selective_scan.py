@@ -260,7 +260,14 @@ class _Problem(NamedTuple):
         return None if array is None else self.caller.empty(array.shape, array.dtype)
 
     def empty_checkpoints(self) -> Any:
-        return self.backend.empty_checkpoints(self.segments, self.groups, self.inputs.A)
+        a, A = self.arguments, self.inputs.A
+        shape = self.backend.checkpoints_shape(
+            len(a.u), *A.shape[:1], a.u.shape[2], A.shape[1], self.groups, A.dtype, a.seq_idx is not None,
+            None if a.cu_seqlens is None else self.sequences,
+        )  # fmt: skip
+        if shape is None:
+            return self.backend.empty_checkpoints(self.segments, self.groups, A)
+        return self.caller.empty(shape, A.dtype)
 
     def empty_last_state(self) -> Any:
         A = self.inputs.A

@@ -1,0 +1,289 @@
+"""The ops of sscan on JAX arrays, traced or not, with their gradients."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from sscan.jax import _shapes
+from sscan.jax._call import call, varying_alike
+
+Options = tuple[tuple[str, Any], ...]
+Arrays = dict[str, Any]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """So that an op outside of jit is traced once for its shapes and options."""
+    compiled: Callable[..., Any] = jax.jit(function, static_argnums=0, inline=True)
+    return compiled
+
+
+def _differentiable(primal: Callable[..., Any], backward: Callable[..., Any], forward: Any = None) -> Any:
+    """``primal(options, arrays)`` with the gradients of ``backward``, a named tuple.
+
+    ``forward`` gives the same results and what is saved for ``backward``; None if that is the results. ``backward``
+    takes options, arrays, what was saved, and the gradients of the results.
+    """
+
+    def op_forward(options: Options, arrays: Arrays) -> Any:
+        results, saved = forward(options, arrays) if forward else (primal(options, arrays),) * 2
+        return results, (arrays, saved)
+
+    def op_backward(options: Options, saved: Any, given: Any) -> tuple[Arrays]:
+        gradients = backward(options, *saved, jax.tree.map(_conjugate, given))
+        arrays = saved[0]
+        return ({name: _like(getattr(gradients, f"d{name}", None), x) for name, x in arrays.items()},)
+
+    op = jax.custom_vjp(primal, nondiff_argnums=(0,))
+    op.defvjp(op_forward, op_backward)
+    return _compiled(lambda options, arrays: op(options, varying_alike(arrays)))
+
+
+def _conjugate(gradient: Any) -> Any:
+    """From JAX's convention for complex gradients to that of the core, PyTorch's, or back."""
+    return jnp.conj(gradient) if jnp.iscomplexobj(gradient) else gradient
+
+
+def _like(gradient: Any, x: Any) -> Any:
+    return None if gradient is None else _conjugate(gradient).astype(x.dtype)
+
+
+def _given(**arrays: Any) -> Arrays:
+    return {name: x for name, x in arrays.items() if x is not None}
+
+
+# --- selective scan ---------------------------------------------------------------------------------------------------
+
+
+def _scan(options: Options, arrays: Arrays) -> Any:
+    return call("selective_scan", arrays, **dict(options))
+
+
+def _scan_forward(options: Options, arrays: Arrays) -> Any:
+    kept, checkpoints = dict(options), None
+    both = kept.pop("return_last_state")
+    if _shapes.keeps_checkpoints(arrays):
+        y, last_state, checkpoints = call("selective_scan_forward", arrays, **kept)
+    else:
+        y, last_state = call("selective_scan", arrays, return_last_state=True, **kept)
+    return (y, last_state) if both else y, checkpoints
+
+
+def _scan_backward(options: Options, arrays: Arrays, checkpoints: Any, given: Any) -> Any:
+    kept = dict(options)
+    dy, dlast_state = given if kept.pop("return_last_state") else (given, None)
+    given = {"dy": dy, **arrays, "dlast_state": dlast_state, "checkpoints": checkpoints}
+    return call("selective_scan_backward", given, **kept)
+
+
+_selective_scan = _differentiable(_scan, _scan_backward, _scan_forward)
+
+
+def selective_scan(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Any = None,
+    seq_idx: Any = None,
+    cu_seqlens: Any = None,
+    discretization: Literal["mamba", "zoh"] = "mamba",
+) -> Any:
+    """:func:`sscan.selective_scan` in JAX: y, or (y, last_state), both differentiable.
+
+    Every array but seq_idx and cu_seqlens has a gradient. For the backward the inputs are kept and, unless seq_idx or
+    cu_seqlens are given on the CPU, the states at every 32nd step (16th on a GPU). Options are static.
+    """
+    arrays = _given(
+        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state, seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    options = (
+        ("delta_softplus", delta_softplus),
+        ("discretization", discretization),
+        ("return_last_state", return_last_state),
+    )
+    return _selective_scan(options, arrays)
+
+
+def _step(options: Options, arrays: Arrays) -> Any:
+    return call("selective_state_update", arrays, **dict(options))
+
+
+_selective_state_update = _compiled(lambda options, arrays: _step(options, varying_alike(arrays)))
+
+
+def selective_state_update(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Any = None,
+) -> tuple[Any, Any]:
+    """:func:`sscan.selective_state_update` in JAX: y and the new state.
+
+    The new state takes the memory of the old one where JAX can let it: inside of loops, and if it is donated. It has
+    no derivative.
+    """
+    arrays = _given(
+        state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_batch_indices=state_batch_indices
+    )
+    found: tuple[Any, Any] = _selective_state_update((("dt_softplus", dt_softplus),), arrays)
+    return found
+
+
+# --- linear scan ------------------------------------------------------------------------------------------------------
+
+
+def _linear(options: Options, arrays: Arrays) -> Any:
+    return call("linear_scan", arrays, **dict(options))
+
+
+def _linear_backward(options: Options, arrays: Arrays, h: Any, dh: Any) -> Any:
+    given = {"dh": dh, "a": arrays["a"], "h": h, "initial_state": arrays.get("initial_state")}
+    return call("linear_scan_backward", given, **dict(options))
+
+
+_linear_scan = _differentiable(_linear, _linear_backward)
+
+
+def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
+    """:func:`sscan.linear_scan` in JAX; a, b and initial_state have gradients."""
+    return _linear_scan((("reverse", reverse),), _given(a=a, b=b, initial_state=initial_state))
+
+
+# --- causal convolution -----------------------------------------------------------------------------------------------
+
+
+def _convolution(options: Options, arrays: Arrays) -> Any:
+    return call("causal_conv1d", arrays, **dict(options))
+
+
+def _convolution_backward(options: Options, arrays: Arrays, results: Any, given: Any) -> Any:
+    kept = dict(options)
+    dy, dfinal_state = given if kept.pop("return_final_state") else (given, None)
+    return call("causal_conv1d_backward", {"dy": dy, **arrays, "dfinal_state": dfinal_state}, **kept)
+
+
+_causal_conv1d = _differentiable(_convolution, _convolution_backward, lambda *given: (_convolution(*given), None))
+
+
+def causal_conv1d(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    activation: str | None = None,
+    initial_state: Any = None,
+    return_final_state: bool = False,
+    seq_idx: Any = None,
+    cu_seqlens: Any = None,
+) -> Any:
+    """:func:`sscan.causal_conv1d` in JAX: y, or (y, final_state), both differentiable.
+
+    x, weight, bias and initial_state have gradients.
+    """
+    arrays = _given(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+    return _causal_conv1d((("activation", activation), ("return_final_state", return_final_state)), arrays)
+
+
+def _convolution_step(options: Options, arrays: Arrays) -> Any:
+    return call("causal_conv1d_update", arrays, **dict(options))
+
+
+_causal_conv1d_update = _compiled(lambda options, arrays: _convolution_step(options, varying_alike(arrays)))
+
+
+def causal_conv1d_update(
+    x: Any, conv_state: Any, weight: Any, bias: Any = None, activation: str | None = None
+) -> tuple[Any, Any]:
+    """:func:`sscan.causal_conv1d_update` in JAX: y and the new state; see `selective_state_update`."""
+    arrays = _given(x=x, conv_state=conv_state, weight=weight, bias=bias)
+    found: tuple[Any, Any] = _causal_conv1d_update((("activation", activation),), arrays)
+    return found
+
+
+# --- RMS norm ---------------------------------------------------------------------------------------------------------
+
+
+def _norm(options: Options, arrays: Arrays) -> Any:
+    return call("rms_norm", arrays, **dict(options))
+
+
+def _norm_backward(options: Options, arrays: Arrays, results: Any, given: Any) -> Any:
+    dy, dresidual_out = given if "residual" in arrays else (given, None)
+    return call("rms_norm_backward", {"dy": dy, **arrays, "dresidual_out": dresidual_out}, **dict(options))
+
+
+_rms_norm = _differentiable(_norm, _norm_backward, lambda *given: (_norm(*given), None))
+
+
+def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> Any:
+    """:func:`sscan.rms_norm` in JAX: y, or with a residual (y, residual_out); all three arrays have gradients."""
+    return _rms_norm((("eps", eps),), _given(x=x, weight=weight, residual=residual))
+
+
+# --- time-invariant systems -------------------------------------------------------------------------------------------
+
+
+def _discretized(options: Options, arrays: Arrays) -> Any:
+    return call("discretize", arrays, **dict(options))
+
+
+def _discretized_backward(options: Options, arrays: Arrays, results: Any, given: Any) -> Any:
+    dA_bar, dB_bar = given
+    return call("discretize_backward", {"dA_bar": dA_bar, "dB_bar": dB_bar, **arrays}, **dict(options))
+
+
+_discretize = _differentiable(_discretized, _discretized_backward, lambda *given: (_discretized(*given), None))
+
+
+def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> tuple[Any, Any]:
+    """:func:`sscan.discretize` in JAX: A_bar and B_bar; delta, A and B have gradients."""
+    found: tuple[Any, Any] = _discretize((("method", method),), _given(delta=delta, A=A, B=B))
+    return found
+
+
+def _kernel(options: Options, arrays: Arrays) -> Any:
+    return call("ssm_kernel", arrays, **dict(options))
+
+
+def _kernel_backward(options: Options, arrays: Arrays, results: Any, dK: Any) -> Any:
+    return call("ssm_kernel_backward", {"dK": dK, **arrays}, **dict(options))
+
+
+_ssm_kernel = _differentiable(_kernel, _kernel_backward, lambda *given: (_kernel(*given), None))
+
+
+def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "zoh") -> Any:
+    """:func:`sscan.ssm_kernel` in JAX; delta, A, B and C have gradients."""
+    return _ssm_kernel((("length", length), ("method", method)), _given(delta=delta, A=A, B=B, C=C))
+
+
+def _fft(options: Options, arrays: Arrays) -> Any:
+    return call("ssm_convolution", arrays)
+
+
+def _fft_backward(options: Options, arrays: Arrays, results: Any, dy: Any) -> Any:
+    return call("ssm_convolution_backward", {"dy": dy, **arrays})
+
+
+_ssm_convolution = _differentiable(_fft, _fft_backward, lambda *given: (_fft(*given), None))
+
+
+def ssm_convolution(u: Any, kernel: Any) -> Any:
+    """:func:`sscan.ssm_convolution` in JAX; u and kernel have gradients."""
+    return _ssm_convolution((), _given(u=u, kernel=kernel))
