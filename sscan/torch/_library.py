@@ -47,10 +47,21 @@ def differentiate(
         ctx.save_for_backward(*tensors)
 
     def formula(ctx: Any, *gradients: Any) -> Any:
+        if not any(_defined(gradients)):
+            return (None,) * number
         made = tuple(backward(gradients, ctx.saved_tensors, ctx.options))
         return made + (None,) * (number - len(made))
 
     torch.library.register_autograd(op, formula, setup_context=setup_context, lib=_library)
+
+
+def _defined(gradients: Any) -> Iterable[bool]:
+    """Whether each gradient is one; an output that is a list has a list of them."""
+    for gradient in gradients:
+        if isinstance(gradient, list):
+            yield from _defined(gradient)
+        else:
+            yield gradient is not None
 
 
 def differentiate_again(backward: Any, composed: Callable[..., Any], constants: int = 0) -> None:
