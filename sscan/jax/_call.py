@@ -50,9 +50,8 @@ def _bind(made: Call, results: list[Any], arrays: Any) -> Any:
 
 
 def _refuse_derivative(op: str, *_: Any) -> Any:
-    if op.endswith("_backward"):
-        raise NotImplementedError(f"sscan.jax: {op.removesuffix('_backward')} has no second derivatives")
-    raise NotImplementedError(f"sscan.jax: {op} has no derivative; the op over a whole sequence has one")
+    name = op.removesuffix("_forward").removesuffix("_backward")
+    raise NotImplementedError(f"sscan.jax: {name} has no {'' if op in UPDATES else 'second '}derivative")
 
 
 def _like(x: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

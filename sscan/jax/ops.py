@@ -1,6 +1,7 @@
 """The ops of sscan on JAX arrays, traced or not, with their gradients."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -13,31 +14,40 @@ Options = tuple[tuple[str, Any], ...]
 Arrays = dict[str, Any]
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], op: str) -> Callable[..., Any]:
     """So that an op outside of jit is traced once for its shapes and options."""
-    compiled: Callable[..., Any] = jax.jit(function, static_argnums=0, inline=True)
+
+    def run(options: Options, arrays: Arrays) -> Any:
+        return function(options, varying_alike(arrays))
+
+    run.__name__ = run.__qualname__ = op  # in error messages and profiles
+    compiled: Callable[..., Any] = jax.jit(run, static_argnums=0, inline=True)
     return compiled
 
 
-def _differentiable(primal: Callable[..., Any], backward: Callable[..., Any], forward: Any = None) -> Any:
-    """``primal(options, arrays)`` with the gradients of ``backward``, a named tuple.
+def _plain(op: str, options: Options, arrays: Arrays) -> Any:
+    return call(op, arrays, **dict(options))
 
-    ``forward`` gives the same results and what is saved for ``backward``; None if that is the results. ``backward``
-    takes options, arrays, what was saved, and the gradients of the results.
+
+def _differentiable(op: str, backward: Callable[..., Any], forward: Callable[..., Any] | None = None) -> Any:
+    """The op as a function of options and arrays, with the gradients of ``backward``, a named tuple.
+
+    ``forward`` gives the results and what else is saved for ``backward``, which takes options, arrays, what was saved,
+    and the gradients of the results.
     """
 
-    def op_forward(options: Options, arrays: Arrays) -> Any:
-        results, saved = forward(options, arrays) if forward else (primal(options, arrays),) * 2
+    def save(options: Options, arrays: Arrays) -> Any:
+        results, saved = forward(options, arrays) if forward else (_plain(op, options, arrays), None)
         return results, (arrays, saved)
 
-    def op_backward(options: Options, saved: Any, given: Any) -> tuple[Arrays]:
-        gradients = backward(options, *saved, jax.tree.map(_conjugate, given))
-        arrays = saved[0]
+    def pull_back(options: Options, kept: Any, given: Any) -> tuple[Arrays]:
+        arrays, saved = kept
+        gradients = backward(options, arrays, saved, jax.tree.map(_conjugate, given))
         return ({name: _like(getattr(gradients, f"d{name}", None), x) for name, x in arrays.items()},)
 
-    op = jax.custom_vjp(primal, nondiff_argnums=(0,))
-    op.defvjp(op_forward, op_backward)
-    return _compiled(lambda options, arrays: op(options, varying_alike(arrays)))
+    differentiable = jax.custom_vjp(partial(_plain, op), nondiff_argnums=(0,))
+    differentiable.defvjp(save, pull_back)
+    return _compiled(differentiable, op)
 
 
 def _conjugate(gradient: Any) -> Any:
@@ -54,10 +64,6 @@ def _given(**arrays: Any) -> Arrays:
 
 
 # --- selective scan ---------------------------------------------------------------------------------------------------
-
-
-def _scan(options: Options, arrays: Arrays) -> Any:
-    return call("selective_scan", arrays, **dict(options))
 
 
 def _scan_forward(options: Options, arrays: Arrays) -> Any:
@@ -77,7 +83,7 @@ def _scan_backward(options: Options, arrays: Arrays, checkpoints: Any, given: An
     return call("selective_scan_backward", given, **kept)
 
 
-_selective_scan = _differentiable(_scan, _scan_backward, _scan_forward)
+_selective_scan = _differentiable("selective_scan", _scan_backward, _scan_forward)
 
 
 def selective_scan(
@@ -114,11 +120,7 @@ def selective_scan(
     return _selective_scan(options, arrays)
 
 
-def _step(options: Options, arrays: Arrays) -> Any:
-    return call("selective_state_update", arrays, **dict(options))
-
-
-_selective_state_update = _compiled(lambda options, arrays: _step(options, varying_alike(arrays)))
+_selective_state_update = _compiled(partial(_plain, "selective_state_update"), "selective_state_update")
 
 
 def selective_state_update(
@@ -149,8 +151,9 @@ def selective_state_update(
 # --- linear scan ------------------------------------------------------------------------------------------------------
 
 
-def _linear(options: Options, arrays: Arrays) -> Any:
-    return call("linear_scan", arrays, **dict(options))
+def _linear_forward(options: Options, arrays: Arrays) -> Any:
+    h = _plain("linear_scan", options, arrays)
+    return h, h
 
 
 def _linear_backward(options: Options, arrays: Arrays, h: Any, dh: Any) -> Any:
@@ -158,7 +161,7 @@ def _linear_backward(options: Options, arrays: Arrays, h: Any, dh: Any) -> Any:
     return call("linear_scan_backward", given, **dict(options))
 
 
-_linear_scan = _differentiable(_linear, _linear_backward)
+_linear_scan = _differentiable("linear_scan", _linear_backward, _linear_forward)
 
 
 def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
@@ -169,17 +172,13 @@ def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False
 # --- causal convolution -----------------------------------------------------------------------------------------------
 
 
-def _convolution(options: Options, arrays: Arrays) -> Any:
-    return call("causal_conv1d", arrays, **dict(options))
-
-
-def _convolution_backward(options: Options, arrays: Arrays, results: Any, given: Any) -> Any:
+def _convolution_backward(options: Options, arrays: Arrays, saved: None, given: Any) -> Any:
     kept = dict(options)
     dy, dfinal_state = given if kept.pop("return_final_state") else (given, None)
     return call("causal_conv1d_backward", {"dy": dy, **arrays, "dfinal_state": dfinal_state}, **kept)
 
 
-_causal_conv1d = _differentiable(_convolution, _convolution_backward, lambda *given: (_convolution(*given), None))
+_causal_conv1d = _differentiable("causal_conv1d", _convolution_backward)
 
 
 def causal_conv1d(
@@ -200,11 +199,7 @@ def causal_conv1d(
     return _causal_conv1d((("activation", activation), ("return_final_state", return_final_state)), arrays)
 
 
-def _convolution_step(options: Options, arrays: Arrays) -> Any:
-    return call("causal_conv1d_update", arrays, **dict(options))
-
-
-_causal_conv1d_update = _compiled(lambda options, arrays: _convolution_step(options, varying_alike(arrays)))
+_causal_conv1d_update = _compiled(partial(_plain, "causal_conv1d_update"), "causal_conv1d_update")
 
 
 def causal_conv1d_update(
@@ -219,16 +214,12 @@ def causal_conv1d_update(
 # --- RMS norm ---------------------------------------------------------------------------------------------------------
 
 
-def _norm(options: Options, arrays: Arrays) -> Any:
-    return call("rms_norm", arrays, **dict(options))
-
-
-def _norm_backward(options: Options, arrays: Arrays, results: Any, given: Any) -> Any:
+def _norm_backward(options: Options, arrays: Arrays, saved: None, given: Any) -> Any:
     dy, dresidual_out = given if "residual" in arrays else (given, None)
     return call("rms_norm_backward", {"dy": dy, **arrays, "dresidual_out": dresidual_out}, **dict(options))
 
 
-_rms_norm = _differentiable(_norm, _norm_backward, lambda *given: (_norm(*given), None))
+_rms_norm = _differentiable("rms_norm", _norm_backward)
 
 
 def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> Any:
@@ -239,16 +230,12 @@ def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> An
 # --- time-invariant systems -------------------------------------------------------------------------------------------
 
 
-def _discretized(options: Options, arrays: Arrays) -> Any:
-    return call("discretize", arrays, **dict(options))
-
-
-def _discretized_backward(options: Options, arrays: Arrays, results: Any, given: Any) -> Any:
+def _discretize_backward(options: Options, arrays: Arrays, saved: None, given: Any) -> Any:
     dA_bar, dB_bar = given
     return call("discretize_backward", {"dA_bar": dA_bar, "dB_bar": dB_bar, **arrays}, **dict(options))
 
 
-_discretize = _differentiable(_discretized, _discretized_backward, lambda *given: (_discretized(*given), None))
+_discretize = _differentiable("discretize", _discretize_backward)
 
 
 def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> tuple[Any, Any]:
@@ -257,15 +244,11 @@ def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> tuple[Any, An
     return found
 
 
-def _kernel(options: Options, arrays: Arrays) -> Any:
-    return call("ssm_kernel", arrays, **dict(options))
-
-
-def _kernel_backward(options: Options, arrays: Arrays, results: Any, dK: Any) -> Any:
+def _kernel_backward(options: Options, arrays: Arrays, saved: None, dK: Any) -> Any:
     return call("ssm_kernel_backward", {"dK": dK, **arrays}, **dict(options))
 
 
-_ssm_kernel = _differentiable(_kernel, _kernel_backward, lambda *given: (_kernel(*given), None))
+_ssm_kernel = _differentiable("ssm_kernel", _kernel_backward)
 
 
 def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "zoh") -> Any:
@@ -273,15 +256,11 @@ def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "z
     return _ssm_kernel((("length", length), ("method", method)), _given(delta=delta, A=A, B=B, C=C))
 
 
-def _fft(options: Options, arrays: Arrays) -> Any:
-    return call("ssm_convolution", arrays)
-
-
-def _fft_backward(options: Options, arrays: Arrays, results: Any, dy: Any) -> Any:
+def _fft_backward(options: Options, arrays: Arrays, saved: None, dy: Any) -> Any:
     return call("ssm_convolution_backward", {"dy": dy, **arrays})
 
 
-_ssm_convolution = _differentiable(_fft, _fft_backward, lambda *given: (_fft(*given), None))
+_ssm_convolution = _differentiable("ssm_convolution", _fft_backward)
 
 
 def ssm_convolution(u: Any, kernel: Any) -> Any:
