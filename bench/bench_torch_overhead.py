@@ -1,13 +1,12 @@
 """What torch.library costs: sscan.torch.selective_scan beside a bare autograd.Function on the same kernels.
 
-Host time per call at a size where the kernels' work does not count, in microseconds: `python bench/bench_torch_overhead.py`
-on the CPU, and on the GPU if there is one (`--device cuda`).
+Host time per call, in microseconds, at a size where the kernels' work does not count. On the CPU, or with
+`--device cuda` on a GPU: `python bench/bench_torch_overhead.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ class Bare(torch.autograd.Function):
 
 
 def microseconds(*functions: Callable[[], Any], synchronize: Callable[[], Any]) -> list[float]:
-    """The median over rounds of each function's time per call; they take turns."""
+    """The least over rounds of each function's time per call; they take turns."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(ROUNDS):
         for function, found in zip(functions, times, strict=True):
