@@ -1,0 +1,317 @@
+"""``sscan.torch.Mamba``: against the same block in plain PyTorch, float64, and against itself in every other way."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_within, eps_of
+
+import sscan.nn
+from sscan.compat.mamba_ssm import mamba_inner_ref
+from sscan.torch._mamba_inner import mamba_inner
+from sscan.torch.mamba import Mamba
+
+BATCH, LENGTH, D_MODEL = 2, 19, 10
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "bias": {"bias": True},
+    "without conv_bias": {"conv_bias": False},
+    "narrow": {"d_conv": 1, "expand": 1, "dt_rank": 3, "d_state": 1},
+    "wide": {"d_conv": 6, "d_state": 17},
+    "every op by itself": {"use_fast_path": False, "bias": True},
+}
+
+
+def block(seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> Mamba:
+    torch.manual_seed(seed)
+    made = Mamba(D_MODEL, **{"d_state": 4, **options}, dtype=dtype)
+    with torch.no_grad():  # D and the steps of a new block are too regular to tell mistakes
+        for parameter in (made.D, made.dt_proj.bias, made.A_log):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return made
+
+
+def hidden(dtype: torch.dtype = torch.float64, batch: int = BATCH, length: int = LENGTH, seed: int = 1) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, D_MODEL, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def states_of(made: Mamba, rows: int = BATCH, seed: int = 2) -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (rows, made.d_inner, made.d_conv - 1), (rows, made.d_inner, made.d_state)
+    dtypes = made.conv1d.weight.dtype, made.A_log.dtype
+    conv_state, ssm_state = (
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    return conv_state, ssm_state
+
+
+def plain(made: Mamba, x: Any) -> Any:
+    """The block in plain PyTorch."""
+    return mamba_inner_ref(
+        made.in_proj(x).mT, made.conv1d.weight, made.conv1d.bias, made.x_proj.weight, made.dt_proj.weight,
+        made.out_proj.weight, made.out_proj.bias, -torch.exp(made.A_log), None, None, made.D, made.dt_proj.bias,
+    )  # fmt: skip
+
+
+def with_gradients(out: Any, inputs: Any, seed: int = 3) -> list[Any]:
+    outputs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(seed)
+    total = sum((y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)).sum() for y in outputs)
+    return [*outputs, *torch.autograd.grad(total, inputs)]
+
+
+def numbers(x: Any) -> np.ndarray[Any, Any]:
+    return x.detach().double().numpy()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_is_the_block_in_plain_torch(options: dict[str, Any]) -> None:
+    made, x = block(**options), hidden()
+    inputs = [x, *made.parameters()]
+    found, expected = with_gradients(made(x), inputs), with_gradients(plain(made, x), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errs_no_more_than_plain_torch(dtype: torch.dtype) -> None:
+    """Outputs and gradients in float32, and with everything but A_log and D in bfloat16."""
+    made = block(dtype=dtype, bias=True)
+    exact = Mamba(D_MODEL, d_state=4, bias=True, dtype=torch.float64)
+    exact.load_state_dict(made.state_dict())
+    x = hidden(dtype)
+    wide = x.detach().double().requires_grad_()
+    found = with_gradients(made(x), [x, *made.parameters()])
+    same = with_gradients(plain(made, x), [x, *made.parameters()])
+    true = with_gradients(plain(exact, wide), [wide, *exact.parameters()])
+    for name, ours, theirs, right in zip(["y", "dx", *dict(made.named_parameters())], found, same, true, strict=True):
+        eps = eps_of(np.float32) if ours.dtype is torch.float32 else 2.0**-7
+        assert_within(numbers(ours), numbers(theirs), numbers(right), eps, name)
+
+
+def test_is_the_block_of_sscan_nn() -> None:
+    made, x = block(dtype=torch.float32), hidden(torch.float32)
+    other = sscan.nn.Mamba(D_MODEL, d_state=4)
+    other.load_state_dict({name: numbers(value).astype(np.float32) for name, value in made.state_dict().items()})
+    expected = other(x.detach().numpy()).data
+    np.testing.assert_allclose(numbers(made(x)), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_gradients_are_difference_quotients() -> None:
+    """First and second ones, for every tensor that the op takes."""
+    torch.manual_seed(0)
+    made = Mamba(2, d_state=2, d_conv=2, expand=1, bias=True, dtype=torch.float64)
+    x, z = (torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    conv_state, ssm_state = (torch.randn(1, 2, n, dtype=torch.float64, requires_grad=True) for n in (1, 2))
+    parameters = (
+        made.conv1d.weight.squeeze(1), made.conv1d.bias, made.x_proj.weight, made.dt_proj.weight, made.out_proj.weight,
+        made.out_proj.bias, made._A(), made.D, made.dt_proj.bias,
+    )  # fmt: skip
+    leaves = [p.detach().clone().requires_grad_() for p in parameters]
+    inputs = (x, z, *leaves, conv_state, ssm_state)
+
+    def op(*given: Any) -> Any:
+        return mamba_inner(*given, None, None, True)
+
+    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs)
+
+
+def test_op_keeps_the_rules_of_torch() -> None:
+    made, (conv_state, ssm_state) = block(), states_of(block())
+    x, z = made._project_in(hidden())
+    weights = [
+        made.conv1d.weight.squeeze(1), None, made.x_proj.weight, made.dt_proj.weight, made.out_proj.weight, None,
+        made._A(), made.D, made.dt_proj.bias,
+    ]  # fmt: skip
+    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, z, *weights)]
+    torch.library.opcheck(mamba_inner, (*leaves, conv_state, ssm_state, None, None, True))
+
+
+def test_step_by_step() -> None:
+    made, x = block(bias=True), hidden()
+    out, final_states = made(x, return_final_states=True)
+    states = made.allocate_inference_cache(BATCH, LENGTH)
+    stepped = torch.cat([made.step(x[:, t : t + 1], *states)[0] for t in range(LENGTH)], 1)
+    torch.testing.assert_close(stepped, out.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(states[0][..., 1:], final_states[0].detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(states[1], final_states[1].detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, LENGTH - 1, LENGTH])
+def test_a_sequence_in_two_parts(cut: int) -> None:
+    """States carry over the cut, and gradients through them."""
+    made, x = block(), hidden()
+    start = states_of(made)
+    inputs = [x, *start, *made.parameters()]
+    whole = made(x, initial_states=start, return_final_states=True)
+    first, states = made(x[:, :cut], initial_states=start, return_final_states=True)
+    second, final_states = made(x[:, cut:], initial_states=states, return_final_states=True)
+    found = with_gradients((torch.cat([first, second], 1), *final_states), inputs)
+    for ours, expected in zip(found, with_gradients((whole[0], *whole[1]), inputs), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_packed_is_separate() -> None:
+    made, x = block(), hidden(batch=1)
+    borders = (0, 4, 5, 13, LENGTH)
+    start = states_of(made, len(borders) - 1)
+    inputs = [x, *start, *made.parameters()]
+    parts = [
+        made(
+            x[:, begin:end], initial_states=tuple(state[k : k + 1] for state in start), return_final_states=True
+        )
+        for k, (begin, end) in enumerate(zip(borders, borders[1:], strict=False))
+    ]  # fmt: skip
+    separate = [torch.cat([out for out, _ in parts], 1), *(torch.cat([s[k] for _, s in parts]) for k in (0, 1))]
+    out, states = made(x, initial_states=start, return_final_states=True, cu_seqlens=torch.tensor(borders))
+    expected = with_gradients(tuple(separate), inputs)
+    for ours, theirs in zip(with_gradients((out, *states), inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+    lengths = torch.tensor(borders).diff()
+    seq_idx = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None]
+    fresh = torch.cat([made(x[:, begin:end]) for begin, end in zip(borders, borders[1:], strict=False)], 1)
+    torch.testing.assert_close(made(x, seq_idx=seq_idx), fresh, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_keeps_the_output_of_the_input_projection_only(autocast: bool) -> None:
+    """What is saved along time: the input and x and z, in the dtype of the products; and parameters."""
+    made, x = block(dtype=torch.float32, bias=True), hidden(torch.float32, length=64)
+    parameters = sum(p.numel() * p.element_size() for p in made.parameters())
+    kept: dict[tuple[Any, ...], int] = {}
+
+    def keep(tensor: Any) -> Any:
+        if tensor.numel() * tensor.element_size() and tensor.numel() >= BATCH * 64:
+            kept[tensor.data_ptr(), tuple(sorted(tensor.shape))] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        out = made(x)
+    element = 2 if autocast else 4
+    along_time = {key: size for key, size in kept.items() if 64 in key[1]}
+    assert sorted(along_time.values()) == sorted(BATCH * 64 * n * element for n in (D_MODEL, 20, 20))
+    assert sum(kept.values()) - sum(along_time.values()) <= 2 * parameters
+    out.sum().backward()
+
+
+def test_autocast() -> None:
+    made, x = block(dtype=torch.float32, bias=True), hidden(torch.float32)
+    expected = with_gradients(made(x), [x, *made.parameters()])
+    with torch.autocast("cpu", torch.bfloat16):
+        out, (conv_state, ssm_state) = made(x, return_final_states=True)
+    assert (out.dtype, conv_state.dtype, ssm_state.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    found = with_gradients(out, [x, *made.parameters()])
+    assert {g.dtype for g in found[1:]} == {torch.float32}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.float() - theirs).norm() < 0.03 * theirs.norm()  # eight bits in each of five products in a row
+
+
+def test_compiles_without_a_break() -> None:
+    """Forward and backward, for lengths that change, with and without states."""
+    made = block(dtype=torch.float32)
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=True)
+    start = states_of(made)
+    for length in (LENGTH, 33):
+        x = hidden(torch.float32, length=length)
+        inputs = [x, *start, *made.parameters()]
+        given = {"initial_states": start, "return_final_states": True}
+        (out, states), (expected, expected_states) = compiled(x, **given), made(x, **given)
+        theirs = with_gradients((expected, *expected_states), inputs)
+        for found, right in zip(with_gradients((out, *states), inputs), theirs, strict=True):
+            torch.testing.assert_close(found, right)
+
+
+def test_exports() -> None:
+    made, x = block(dtype=torch.float32), hidden(torch.float32).detach()
+    program = torch.export.export(made, (x,))
+    torch.testing.assert_close(program.module()(x), made(x))
+    assert any("mamba_inner" in str(node.target) for node in program.graph.nodes)
+
+
+def test_parameters_are_those_of_mamba_ssm() -> None:
+    made = Mamba(48, bias=True)
+    assert {name: tuple(p.shape) for name, p in made.state_dict().items()} == {
+        "in_proj.weight": (192, 48), "in_proj.bias": (192,), "conv1d.weight": (96, 1, 4), "conv1d.bias": (96,),
+        "x_proj.weight": (35, 96), "dt_proj.weight": (96, 3), "dt_proj.bias": (96,), "A_log": (96, 16), "D": (96,),
+        "out_proj.weight": (48, 96), "out_proj.bias": (48,),
+    }  # fmt: skip
+    half = Mamba(48, dtype=torch.bfloat16)
+    assert {name for name, p in half.named_parameters() if p.dtype is torch.float32} == {"A_log", "D"}
+    other = Mamba(48, bias=True)
+    other.load_state_dict(made.state_dict())
+    x = torch.randn(1, 7, 48)
+    assert torch.equal(other(x), made(x))
+    on_meta = Mamba(48, bias=True, device="meta")
+    on_meta.load_state_dict(made.state_dict(), assign=True)
+    assert torch.equal(on_meta(x), made(x))
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    made = Mamba(512, dt_min=0.01, dt_max=0.2, dt_init_floor=0.02)
+    step = torch.nn.functional.softplus(made.dt_proj.bias)
+    assert 0.02 - 1e-6 <= step.min() <= step.max() <= 0.2 + 1e-6
+    logs = (step[step > 0.0201].log() - math.log(0.0201)) / (math.log(0.2) - math.log(0.0201))
+    assert abs(logs.mean() - 0.5) < 0.05
+    assert abs(logs.std() - 12**-0.5) < 0.03  # of a uniform distribution
+    assert abs((step < 0.0201).float().mean() - math.log(2) / math.log(20)) < 0.05
+    bound = 32**-0.5
+    assert 0.95 * bound < made.dt_proj.weight.abs().max() <= bound
+    torch.testing.assert_close(torch.exp(made.A_log), torch.arange(1.0, 17).expand(1024, 16))
+    assert torch.equal(made.D, torch.ones(1024))
+    assert made.A_log._no_weight_decay
+    assert made.D._no_weight_decay
+    assert made.dt_proj.bias._no_reinit
+    constant = Mamba(64, dt_init="constant", dt_scale=2.0)
+    assert torch.equal(constant.dt_proj.weight, torch.full((128, 4), 1.0))
+
+
+def test_inference_params() -> None:
+    """Prefill, several tokens at once, then one at a time: the states live in mamba_ssm's dictionary."""
+    made, x = block(layer_idx=3), hidden().detach()
+    expected = made(x).detach()
+    params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    outs = []
+    for begin, end in ((0, 2), (2, 9), (9, 10), (10, LENGTH)):
+        params.seqlen_offset = begin
+        outs.append(made(x[:, begin:end], inference_params=params).detach())
+    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-10, atol=1e-12)
+    assert [tuple(state.shape) for state in params.key_value_memory_dict[3]] == [(BATCH, 20, 4), (BATCH, 20, 4)]
+
+
+def test_cache_keeps_states_wide() -> None:
+    states = Mamba(16, dtype=torch.bfloat16).allocate_inference_cache(3, 100)
+    assert [(tuple(s.shape), s.dtype) for s in states] == [
+        ((3, 32, 4), torch.bfloat16), ((3, 32, 16), torch.float32),
+    ]  # fmt: skip
+    assert {s.dtype for s in Mamba(16).allocate_inference_cache(3, 100, torch.float16)} == {torch.float16}
+
+
+def test_bad_input() -> None:
+    made, x = block(), hidden().detach()
+    with pytest.raises(ValueError, match="dt_init must be 'random' or 'constant', got 'normal'"):
+        Mamba(8, dt_init="normal")
+    with pytest.raises(ValueError, match=r"step: hidden_states must have shape \(batch, 1, d_model\), got \(2, 19"):
+        made.step(x, *made.allocate_inference_cache(BATCH, 1))
+    params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    with pytest.raises(ValueError, match="layer_idx"):
+        made(x, inference_params=params)
+    with pytest.raises(ValueError, match="inference_params bring states"):
+        made(x, inference_params=params, return_final_states=True)
+    with pytest.raises(ValueError, match="initial_state must have shape"):
+        made(x, initial_states=states_of(made, 3))
+    with pytest.raises(TypeError, match="seq_idx"):
+        made(x, seq_idx=torch.zeros(BATCH, LENGTH))
