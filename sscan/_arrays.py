@@ -246,7 +246,7 @@ def _torch_caller(op: str, name: str, tensor: Any) -> Caller:
 def _torch_on(kind: str, device: int | None) -> Caller:
     if kind == "cpu":
         return Caller("PyTorch", "cpu", np.empty, _leave_to_torch)
-    return Caller("PyTorch", f"cuda:{device}", _empty_on_gpu, sys.modules["torch"].from_dlpack)
+    return Caller("PyTorch", f"cuda:{device}", _empty_on_gpu, _leave_to_torch_on_gpu)
 
 
 def _leave_to_torch(result: Array) -> Any:
@@ -254,6 +254,11 @@ def _leave_to_torch(result: Array) -> Any:
     if result.dtype == ml_dtypes.bfloat16:  # which torch.from_numpy does not know
         return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(result)
+
+
+def _leave_to_torch_on_gpu(result: Any) -> Any:
+    torch: Any = sys.modules["torch"]
+    return torch.utils.dlpack.from_dlpack(result.__dlpack__(stream=-1))  # a bare capsule: CuPy's stream is PyTorch's
 
 
 def _torch_metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
@@ -285,9 +290,15 @@ def _torch_device(op: str, device: int) -> Iterator[None]:
     """PyTorch's current stream on the device, and memory from its allocator."""
     cuda = _import_cupy(op).cuda
     handle = sys.modules["torch"].cuda.current_stream(device).cuda_stream
-    stream = cuda.Stream.from_external(_Stream(handle)) if handle else cuda.Stream.null
-    with cuda.Device(device), stream, cuda.using_allocator(_torch_allocator()):
+    with cuda.Device(device), external_stream(handle), cuda.using_allocator(_torch_allocator()):
         yield
+
+
+@functools.lru_cache
+def external_stream(handle: int) -> Any:
+    """A stream of another library, by its handle, as CuPy's."""
+    stream = sys.modules["cupy"].cuda.Stream
+    return stream.from_external(_Stream(handle)) if handle else stream.null
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class ndarray:
     def __array_namespace__(self, **_: Any) -> Any:
         return sys.modules[__name__]
 
-    def __dlpack__(self, **options: Any) -> Any:
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
         return self.host.__dlpack__(**options)
 
     def __dlpack_device__(self) -> Any:

@@ -65,6 +65,7 @@ KNOWN_SPILLS = (
     # The same, and fewer blocks suffice.
     Known("", "sm_80", (
         BACKWARD((2, 4, 3, "float32", "float32", "float32", "float32", False, False, False, 2, False, True)),
+        FORWARD(("float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
         FORWARD(("float32", "float32", "float32", "float32", True, True, True, 4, False, False)),
         FORWARD(("float32", "float32", "", "float32", True, True, False, 4, True, False)),
         FORWARD(("float32", "complex64", "float32", "float32", False, True, True, 2, True, False)),

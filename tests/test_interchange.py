@@ -340,13 +340,8 @@ class Cuda:
             getDevice=lambda: self.now["device"], getDeviceCount=lambda: 2, CUDARuntimeError=ZeroDivisionError
         )
 
-    @contextlib.contextmanager
-    def _set(self, name: str, value: Any) -> Iterator[None]:
-        before, self.now[name] = self.now[name], value
-        try:
-            yield
-        finally:
-            self.now[name] = before
+    def _set(self, name: str, value: Any) -> Any:
+        return _Current(self.now, name, value)
 
     def Device(self, device: int) -> Any:
         return self._set("device", device)
@@ -365,6 +360,20 @@ class Cuda:
 
     def PythonFunctionAllocator(self, take: Any, give_back: Any) -> Any:
         return types.SimpleNamespace(malloc=(take, give_back))
+
+
+class _Current:
+    """What is made current again and again, as CuPy's streams are."""
+
+    def __init__(self, now: dict[str, Any], name: str, value: Any) -> None:
+        self.now, self.name, self.value, self.before = now, name, value, list[Any]()
+
+    def __enter__(self) -> None:
+        self.before.append(self.now[self.name])
+        self.now[self.name] = self.value
+
+    def __exit__(self, *_: object) -> None:
+        self.now[self.name] = self.before.pop()
 
 
 class Kernels:
@@ -396,6 +405,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(device_double.ndarray, "data", place, raising=False)
     monkeypatch.setattr(_arrays, "_known", {})
     _arrays._torch_allocator.cache_clear()
+    _arrays.external_stream.cache_clear()
     return cuda
 
 

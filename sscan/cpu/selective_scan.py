@@ -39,7 +39,8 @@ def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequen
 
 def empty_checkpoints(segments: np.ndarray, groups: int, A: np.ndarray) -> np.ndarray:
     """Memory for the states at the start of every 32nd step of every segment."""
-    return np.empty(int(checkpoints_of(segments).sum()) * _states_of_block(*A.shape, groups, A.dtype), A.dtype)
+    dim, state = A.shape
+    return np.empty(int(checkpoints_of(segments).sum()) * _states_of_block(dim, state, groups, A.dtype), A.dtype)
 
 
 def _states_of_block(dim, state, groups, number):
