@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import (
@@ -14,10 +17,12 @@ from cases import (
     _OUTPUTS,
     _UPDATED,
     CASES,
+    DIFFERENTIABLE,
     Arguments,
     Array,
     Case,
     backward,
+    case_of,
     conv_problem,
     conv_update_problem,
     convolution_problem,
@@ -34,6 +39,7 @@ from cases import (
 
 import sscan
 import sscan.jax
+from sscan.jax import _handler, _shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,26 +164,28 @@ def test_vmap(name: str) -> None:
     def values(arrays: Any) -> Any:
         return outputs_of(case, arrays, options)
 
+    def values_and_gradients(function: Any, arrays: Any, given: Any) -> Any:
+        floating = {n: x for n, x in arrays.items() if x.dtype.kind != "i"}
+        found, pull_back = jax.vjp(lambda x: function({**arrays, **x}), floating)
+        return found, {f"d{n}": x for n, x in pull_back(given)[0].items()}
+
     with double_precision(True):
-        found = jax.jit(jax.vmap(values, (axes,)))(stacked)
-        assert_close(found, {n: np.stack([x[n] for x in expected]) for n in expected[0]})
+        several = jax.vmap(values, (axes,))
+        together = {n: np.stack([x[n] for x in expected]) for n in expected[0]}
         if op in _UPDATED:
+            assert_close(jax.jit(several)(stacked), together)
             return
         given = [cotangents(x, seed) for seed, x in enumerate(expected)]
         in_jax = {n[1:]: np.stack([conjugated(x)[n] for x in given]) for n in given[0]}
         gradients = [conjugated(backward(sscan, op, {**x, **options}, g)) for x, g in zip(single, given, strict=True)]
         each = {n: np.stack([g[n] for g in gradients]) for n in gradients[0]}
-
-        def pulled_back(function: Any, arrays: Any, given: Any) -> Any:
-            floating = {n: x for n, x in arrays.items() if x.dtype.kind != "i"}
-            return jax.vjp(lambda x: function({**arrays, **x}), floating)[1](given)[0]
-
-        found = jax.jit(jax.vmap(partial(pulled_back, values), (axes, 0)))(stacked, in_jax)
-        assert_close({f"d{n}": x for n, x in found.items()}, each)
-        found = jax.jit(partial(pulled_back, jax.vmap(values, (axes,))))(stacked, in_jax)
-        assert_close(
-            {f"d{n}": x for n, x in found.items()}, {n: g if n[1:] in names else g.sum(0) for n, g in each.items()}
-        )
+        summed = {n: g if n[1:] in names else g.sum(0) for n, g in each.items()}
+        found, found_gradients = jax.jit(jax.vmap(partial(values_and_gradients, values), (axes, 0)))(stacked, in_jax)
+        assert_close(found, together)
+        assert_close(found_gradients, each)
+        found, found_gradients = jax.jit(partial(values_and_gradients, several))(stacked, in_jax)
+        assert_close(found, together)
+        assert_close(found_gradients, summed)
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Array]) -> None:
@@ -185,3 +193,203 @@ def assert_close(found: dict[str, Any], expected: dict[str, Array]) -> None:
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         assert error_of(np.asarray(found[name]), x) < 1e-13, name
+
+
+# --- other transformations --------------------------------------------------------------------------------------------
+
+
+def scan_case(**changes: Any) -> tuple[dict[str, Array], dict[str, Any]]:
+    return split(Case("transformed", "selective_scan", partial(scan_problem, **changes)).arguments())
+
+
+def loss_of(function: Any) -> Any:
+    """The sum of squares of all results, as a function of the arrays."""
+    return lambda *arrays: sum(jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(function(*arrays)))
+
+
+def test_value_and_grad_and_checkpoint() -> None:
+    arrays, options = scan_case(initial_state=True)
+    loss = loss_of(partial(scanned, options))
+    value, gradients = jax.value_and_grad(loss)(arrays)  # not compiled as a whole
+    again, recomputed = jax.jit(jax.value_and_grad(jax.checkpoint(loss)))(arrays)
+    assert float(value) == pytest.approx(float(again), rel=1e-6)
+    assert_same(recomputed, {name: np.asarray(x) for name, x in gradients.items()})
+
+
+def scanned(options: dict[str, Any], arrays: dict[str, Any]) -> Any:
+    return sscan.jax.selective_scan(**arrays, **options, return_last_state=True)
+
+
+def test_chunks_in_lax_scan() -> None:
+    """The state carried through a loop, values and gradients."""
+    arrays, options = scan_case(dtype="float64", length=60, initial_state=True)
+    waves = ("u", "delta", "z", "B", "C")
+
+    def in_chunks(arrays: Any) -> Any:
+        parameters = {name: x for name, x in arrays.items() if name not in (*waves, "initial_state")}
+        chunks = {name: jnp.stack(jnp.split(arrays[name], 3, -1)) for name in waves}
+
+        def step(state: Any, chunk: Any) -> Any:
+            y, state = scanned(options, {**parameters, **chunk, "initial_state": state})
+            return state, y
+
+        state, y = jax.lax.scan(step, arrays["initial_state"], chunks)
+        return jnp.concatenate(list(y), -1), state
+
+    with double_precision(True):
+        expected = jax.jit(jax.value_and_grad(loss_of(partial(scanned, options))))(arrays)
+        found = jax.jit(jax.value_and_grad(loss_of(in_chunks)))(arrays)
+        assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-13)
+        assert_close(found[1], {name: np.asarray(x) for name, x in expected[1].items()})
+
+
+def test_decoding_in_lax_scan() -> None:
+    """One step after the other is the scan; the state is updated where it lies."""
+    arrays, options = scan_case(dtype="float64", length=10, initial_state=True)
+
+    def decode(arrays: Any) -> Any:
+        def step(state: Any, t: Any) -> Any:
+            y, state = sscan.jax.selective_state_update(
+                state, t["u"], t["delta"], arrays["A"], t["B"], t["C"], arrays["D"], t["z"], arrays["delta_bias"], True
+            )
+            return state, y
+
+        steps = {name: jnp.moveaxis(arrays[name], -1, 0) for name in ("u", "delta", "z", "B", "C")}
+        state, y = jax.lax.scan(step, arrays["initial_state"], steps)
+        return {"y": jnp.moveaxis(y, 0, -1), "last_state": state}
+
+    with double_precision(True):
+        assert_close(jax.jit(decode)(arrays), forward(sscan, "selective_scan", {**arrays, **options}))
+
+
+def test_only_custom_calls_and_no_copies() -> None:
+    """At the natural layout nothing is done to the arrays before, between and after the calls."""
+    arrays, options = scan_case()
+
+    def results_and_gradients(arrays: Any, given: Any) -> Any:
+        y, pull_back = jax.vjp(lambda x: sscan.jax.selective_scan(**x, **options), arrays)
+        return y, pull_back(given)
+
+    for function, given, calls in (
+        (lambda arrays: sscan.jax.selective_scan(**arrays, **options), (arrays,), 1),
+        (results_and_gradients, (arrays, arrays["u"]), 2),
+    ):
+        text = jax.jit(function).lower(*given).compile().as_text()
+        made = re.findall(r"^ +(?:ROOT )?%\S+ = .*? ([a-z-]+)\(", text, re.MULTILINE)
+        assert made.count("custom-call") == calls
+        assert set(made) <= {"parameter", "custom-call", "get-tuple-element", "tuple"}
+
+
+def test_state_is_updated_in_donated_memory() -> None:
+    arguments = case_of("selective_state_update", "base").arguments()
+    state, arrays, options = jnp.asarray(arguments["state"]), *split(arguments)
+    del arrays["state"]
+    step = jax.jit(lambda state, arrays: sscan.jax.selective_state_update(state, **arrays, **options), donate_argnums=0)
+    address = state.unsafe_buffer_pointer()
+    _, updated = step(state, arrays)
+    assert updated.unsafe_buffer_pointer() == address
+    assert_same({"state": updated}, {"state": forward(sscan, "selective_state_update", arguments)["state"]})
+
+
+@pytest.mark.parametrize("op", [op for op in DIFFERENTIABLE if op != "ssm_kernel"])  # has workspaces as its gradients
+def test_results_are_made_in_the_memory_of_xla(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels write there themselves: nothing is copied."""
+    addresses = []
+
+    def watched(array: Array) -> int:
+        addresses.append(_address(array))
+        return addresses[-1]
+
+    _address = _handler._address
+    monkeypatch.setattr(_handler, "_address", watched)
+    arrays, options = split(next(case for case in CASES if case.op == op).arguments())
+    call = partial(getattr(sscan.jax, op), **options, **_ALSO.get(op, {}))
+    jax.block_until_ready(jax.grad(loss_of(lambda x: call(**x)))(arrays))
+    assert len(addresses) > 4
+    assert addresses[::2] == addresses[1::2]  # of a result, and of where XLA wants it
+
+
+def test_threads_share_a_compiled_function() -> None:
+    arrays, options = scan_case(length=200)
+    compiled = jax.jit(partial(scanned, options))
+    expected = [np.asarray(x) for x in compiled(arrays)]
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: compiled(arrays), range(40)):
+            assert all(map(np.array_equal, found, expected))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"delta": np.zeros((2, 20, 69), np.float32)}, ValueError, r"^selective_scan: delta must have shape .*, got"),
+        ({"u": np.zeros((2, 20, 70), np.int32)}, TypeError, r"^selective_scan: u must have dtype .* got int32"),
+        ({"z": np.zeros((2, 20, 70), np.float16)}, TypeError, r"^selective_scan: z must have the dtype of u"),
+        ({"discretization": "euler"}, ValueError, r'^selective_scan: discretization must be "mamba" or "zoh"'),
+        ({"seq_idx": np.zeros((2, 70), np.float32)}, TypeError, r"^selective_scan: seq_idx must be integers"),
+        ({"A": "a"}, TypeError, r"'A'"),
+    ],
+)
+def test_bad_input_fails_while_it_is_traced(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arrays, options = scan_case()
+    with pytest.raises(error, match=message):
+        sscan.jax.selective_scan(**arrays | options | change)
+    if "A" not in change:
+        arrays, options = split(arrays | options | change)
+        with pytest.raises(error, match=message):
+            jax.jit(partial(scanned, options)).trace(arrays)
+
+
+def test_bad_values_are_an_error_of_jax() -> None:
+    arrays, options = scan_case(batch=1, cu_seqlens=(0, 30, 69))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="selective_scan: cu_seqlens must rise from 0 to length = 70"):
+        jax.block_until_ready(jax.jit(partial(scanned, options))(arrays))
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), KeyboardInterrupt()])
+def test_any_exception_is_an_error_of_jax(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    arrays, options = scan_case(dim=3)
+    compiled = jax.jit(partial(scanned, options)).lower(arrays).compile()
+    monkeypatch.setattr(sscan, "selective_scan", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=type(error).__name__):
+        jax.block_until_ready(compiled(arrays))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "rocm"])
+def test_other_platforms_are_refused(platform: str) -> None:
+    arrays, options = scan_case()
+    traced = jax.jit(partial(scanned, options)).trace(arrays)
+    with pytest.raises(NotImplementedError, match=f"selective_scan runs on the platforms cpu and cuda, got {platform}"):
+        traced.lower(lowering_platforms=(platform,))
+    text = traced.lower(lowering_platforms=("cpu", "cuda")).as_text()
+    assert text.count("@sscan.selective_scan") == 1
+
+
+def test_second_derivatives_are_refused() -> None:
+    arrays, options = scan_case()
+    loss = loss_of(partial(scanned, options))
+    with pytest.raises(NotImplementedError, match="selective_scan has no second derivative"):
+        jax.grad(loss_of(jax.grad(loss)))(arrays)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss, (arrays,), (arrays,))
+    step, options = split(case_of("selective_state_update", "base").arguments())
+    with pytest.raises(NotImplementedError, match="selective_state_update has no derivative"):
+        jax.grad(loss_of(lambda x: sscan.jax.selective_state_update(**x, **options)))(step)
+
+
+def test_checkpoints_of_other_kernels_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was traced on a machine with a GPU runs on its CPU too."""
+    arrays, options = scan_case(dim=19)
+    expected = forward(sscan, "selective_scan", {**arrays, **options})
+    given = cotangents(expected)
+    monkeypatch.setattr(_shapes, "platform", lambda: "cuda")
+    compiled = jax.jit(lambda *x: jax.vjp(partial(scanned, options), x[0])[1](x[1])[0])
+    traced = compiled.lower(arrays, tuple(given.values())).compile()
+    assert "f32[10,19,8]" in traced.as_text()  # what the GPU's kernels save
+    found = traced(arrays, tuple(given.values()))
+    assert_same({f"d{n}": x for n, x in found.items()}, backward(sscan, "selective_scan", {**arrays, **options}, given))
