@@ -114,7 +114,7 @@ def selective_scan_backward(dy: Any, dlast_state: Any, *arguments: Any) -> list[
 
 def selective_state_update(*arguments: Any) -> Any:
     op, x = "selective_state_update", arguments[1]
-    tensors = (*arguments[:9], arguments[10])
+    tensors = arguments[:-1]
     inspect.unwrap(_checked_scan_step)(op, _ScanStep(*described(op, *tensors, names=_ScanStep._fields)))
     return x.new_empty(x.shape)
 

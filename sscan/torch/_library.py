@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -26,16 +26,19 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(torch.ops.sscan, name).default
 
 
-def differentiate(
-    op: Any,
-    save: Callable[[Any, Any], tuple[Sequence[Any], Any]],
-    backward: Callable[..., Iterable[Any]],
-    constant: int | None = None,
-) -> None:
-    """Give an op gradients: ``save(inputs, outputs)`` is a list of tensors and options to keep.
+class Saved(NamedTuple):
+    """Tensors and options that a backward starts from, and the outputs that have no gradients."""
+
+    tensors: Sequence[Any]
+    options: Sequence[Any]
+    constants: Sequence[Any] = ()
+
+
+def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable[..., Iterable[Any]]) -> None:
+    """Give an op gradients: ``save(inputs, outputs)`` says what to keep for them.
 
     ``backward(gradients of the outputs, tensors, options)`` gives a gradient, or None, for each of the first inputs;
-    the others have none. ``constant`` is the number of an output that has no gradient.
+    the others have none.
     """
     number = len(op._schema.arguments)
     listed = "List" in str(op._schema.returns[0].type)
@@ -45,10 +48,9 @@ def differentiate(
         @staticmethod
         def forward(ctx: Any, keys: Any, *inputs: Any) -> Any:
             outputs = run(keys, inputs)
+            tensors, ctx.options, constants = save(inputs, outputs)
             ctx.set_materialize_grads(False)
-            if constant is not None:
-                ctx.mark_non_differentiable(outputs[constant])
-            tensors, ctx.options = save(inputs, outputs)
+            ctx.mark_non_differentiable(*constants)
             ctx.save_for_backward(*tensors)
             return tuple(outputs) if listed else outputs
 
@@ -84,8 +86,8 @@ def differentiate_again(backward: Any, composed: Callable[..., Any], constants: 
     """
     tensors = sum("Tensor" in str(argument.type) for argument in backward._schema.arguments)
 
-    def save(inputs: Any, outputs: Any) -> Any:
-        return inputs[: tensors - constants], inputs[tensors:]
+    def save(inputs: Any, outputs: Any) -> Saved:
+        return Saved(inputs[: tensors - constants], inputs[tensors:])
 
     def second(gradients: Any, inputs: Any, options: Any) -> Any:
         return pulled_back(composed, inputs, options, gradients)

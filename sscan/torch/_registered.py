@@ -13,7 +13,7 @@ import torch
 
 import sscan
 from sscan.torch import _composed, _fakes
-from sscan.torch._library import cast_under_autocast, define, differentiate, differentiate_again, for_each
+from sscan.torch._library import Saved, cast_under_autocast, define, differentiate, differentiate_again, for_each
 
 
 def _present(gradients: Any) -> list[Any]:
@@ -80,11 +80,16 @@ def _has_checkpoints(u: Any, A: Any, B: Any, C: Any, seq_idx: Any, cu_seqlens: A
     return _fakes.checkpoints_shape(u, A, B, C, seq_idx, cu_seqlens) is not None
 
 
-def _scan_saved(inputs: Any, outputs: Any) -> Any:
-    *tensors, delta_softplus, discretization, _, keep_checkpoints = inputs
+def _scan_saved(inputs: Any, outputs: Any) -> Saved:
+    *tensors, delta_softplus, discretization, return_last_state, keep_checkpoints = inputs
+    _, last_state, checkpoints = outputs
     u, _, A, B, C, *_, seq_idx, cu_seqlens = tensors
     kept = keep_checkpoints and _has_checkpoints(u, A, B, C, seq_idx, cu_seqlens)
-    return (*tensors, outputs[2] if kept else None), (delta_softplus, discretization)
+    return Saved(
+        (*tensors, checkpoints if kept else None),
+        (delta_softplus, discretization),
+        (checkpoints,) if return_last_state or keep_checkpoints else (last_state, checkpoints),
+    )
 
 
 def _scan_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
@@ -98,7 +103,7 @@ def _composed_scan_backward(dy: Any, dlast_state: Any, *arguments: Any) -> Any:
     return _composed.gradients(_composed.selective_scan, (dy, dlast_state), arguments[:9], *arguments[9:])
 
 
-differentiate(selective_scan, _scan_saved, _scan_gradients, constant=2)
+differentiate(selective_scan, _scan_saved, _scan_gradients)
 differentiate_again(selective_scan_backward, _composed_scan_backward, constants=1)
 
 
@@ -156,9 +161,9 @@ causal_conv1d_backward = define(
 cast_under_autocast(causal_conv1d, "x", axes=3)
 
 
-def _convolution_saved(inputs: Any, outputs: Any) -> Any:
-    *tensors, activation, _ = inputs
-    return tensors, (activation,)
+def _convolution_saved(inputs: Any, outputs: Any) -> Saved:
+    *tensors, activation, return_final_state = inputs
+    return Saved(tensors, (activation,), () if return_final_state else outputs[1:])
 
 
 def _convolution_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
@@ -214,9 +219,9 @@ rms_norm_backward = define(
 )
 
 
-def _norm_saved(inputs: Any, outputs: Any) -> Any:
+def _norm_saved(inputs: Any, outputs: Any) -> Saved:
     *tensors, eps = inputs
-    return tensors, (eps,)
+    return Saved(tensors, (eps,), outputs[1:] if tensors[2] is None else ())
 
 
 def _norm_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
@@ -252,9 +257,9 @@ linear_scan_backward = define(
 )
 
 
-def _linear_scan_saved(inputs: Any, outputs: Any) -> Any:
+def _linear_scan_saved(inputs: Any, outputs: Any) -> Saved:
     a, _, initial_state, reverse = inputs
-    return (a, outputs, initial_state), (reverse,)
+    return Saved((a, outputs, initial_state), (reverse,))
 
 
 def _linear_scan_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
@@ -283,8 +288,8 @@ discretize_backward = define(
 )
 
 
-def _last_is_option(inputs: Any, outputs: Any) -> Any:
-    return inputs[:-1], inputs[-1:]
+def _discretize_saved(inputs: Any, outputs: Any) -> Saved:
+    return Saved(inputs[:-1], inputs[-1:])
 
 
 def _discretize_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
@@ -297,7 +302,7 @@ def _composed_discretize_backward(dA_bar: Any, dB_bar: Any, delta: Any, A: Any, 
     return _composed.gradients(_composed.discretize, (dA_bar, dB_bar), (delta, A, B), method)
 
 
-differentiate(discretize, _last_is_option, _discretize_gradients)
+differentiate(discretize, _discretize_saved, _discretize_gradients)
 differentiate_again(discretize_backward, _composed_discretize_backward)
 
 
@@ -317,8 +322,8 @@ ssm_kernel_backward = define(
 )
 
 
-def _kernel_saved(inputs: Any, outputs: Any) -> Any:
-    return inputs[:4], inputs[4:]
+def _kernel_saved(inputs: Any, outputs: Any) -> Saved:
+    return Saved(inputs[:4], inputs[4:])
 
 
 def _kernel_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
@@ -347,8 +352,8 @@ ssm_convolution_backward = define(
 )
 
 
-def _ssm_convolution_saved(inputs: Any, outputs: Any) -> Any:
-    return inputs, ()
+def _ssm_convolution_saved(inputs: Any, outputs: Any) -> Saved:
+    return Saved(inputs, ())
 
 
 def _ssm_convolution_gradients(gradients: Any, tensors: Any, options: Any) -> Any:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def _needs_gradient(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def _refuse_gradient(op: str, **tensors: Any) -> None:
     """TypeError for tensors that require grad, if gradients are recorded: an update in place carries none."""
     if torch.is_grad_enabled():
         for name, x in tensors.items():
-            if x is not None and x.requires_grad:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
                 raise TypeError(f"{op}: {name} requires grad, which an update in place would lose; use torch.no_grad()")
 
 
