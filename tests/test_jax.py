@@ -294,19 +294,19 @@ def test_state_is_updated_in_donated_memory() -> None:
 @pytest.mark.parametrize("op", [op for op in DIFFERENTIABLE if op != "ssm_kernel"])  # has workspaces as its gradients
 def test_results_are_made_in_the_memory_of_xla(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels write there themselves: nothing is copied."""
-    addresses = []
+    found = []
 
-    def watched(array: Array) -> int:
-        addresses.append(_address(array))
-        return addresses[-1]
+    def watched(*arrays: Any) -> bool:
+        found.append(_is_at(*arrays))
+        return found[-1]
 
-    _address = _handler._address
-    monkeypatch.setattr(_handler, "_address", watched)
+    _is_at = _handler._is_at
+    monkeypatch.setattr(_handler, "_is_at", watched)
     arrays, options = split(next(case for case in CASES if case.op == op).arguments())
     call = partial(getattr(sscan.jax, op), **options, **_ALSO.get(op, {}))
     jax.block_until_ready(jax.grad(loss_of(lambda x: call(**x)))(arrays))
-    assert len(addresses) > 4
-    assert addresses[::2] == addresses[1::2]  # of a result, and of where XLA wants it
+    assert len(found) > 2
+    assert all(found)
 
 
 def test_threads_share_a_compiled_function() -> None:

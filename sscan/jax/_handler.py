@@ -3,12 +3,13 @@
 XLA runs it on threads of its own, several at once, and on a GPU ahead of what is computed there: nothing here waits.
 """
 
-import contextlib
 import ctypes
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,6 @@ import numpy as np
 
 import sscan
 from sscan import _arrays
-from sscan._arrays import Array
 from sscan.jax import _frame
 from sscan.jax._frame import Region
 
@@ -49,92 +49,111 @@ def _call(text: bytes, kind: str) -> Call:
     return Call(op, names, options)
 
 
+# --- XLA's memory as arrays of a library, for `_arrays` ---------------------------------------------------------------
+
+
 class Memory(NamedTuple):
-    """An argument as the ops take it: a view, and what makes results where XLA wants them."""
+    """An argument or a result."""
 
-    view: Any
-    caller: _arrays.Caller
+    region: Region
+    device: str
 
-
-_arrays._known[Memory] = _arrays.Library(
-    lambda op, name, memory: memory.caller, lambda memory: memory.view, lambda op, memory, arguments: None
-)
-
-
-def _run(call: Call, arguments: list[Any], results: list[Any], device: str, empty: Callable[..., Any]) -> None:
-    """The op on these views, its results in those."""
-    free = list(results)
-
-    def result_or_workspace(shape: tuple[int, ...], dtype: Any) -> Any:
-        size = math.prod(shape)
-        for number, array in enumerate(free):
-            if array.size == size and array.dtype == dtype:
-                return free.pop(number).reshape(shape)
-        return empty(shape, dtype)
-
-    caller = _arrays.Caller("XLA", device, result_or_workspace, lambda result: result)
-    given = {name: Memory(view, caller) for name, view in zip(call.names, arguments, strict=True) if name}
-    if call.op in UPDATES:  # XLA has put what is updated where it wants the result
-        given[UPDATES[call.op]] = Memory(free.pop(), caller)
-    made = getattr(sscan, call.op)(**given, **dict(call.options))
-    made = [x for x in (made if isinstance(made, tuple) else (made,)) if x is not None]
-    # Results of which the dtype had to be changed, or that took the place of another one, are copied.
-    elsewhere = [(x.copy(), place) for x, place in zip(made, results, strict=False) if _address(x) != _address(place)]
-    for x, place in elsewhere:
-        place[...] = x
-
-
-def _address(array: Any) -> int:
-    if array.size == 0:
-        return 0
-    address: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-    return address
-
-
-# --- memory as arrays -------------------------------------------------------------------------------------------------
 
 _memory_view = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_view.argtypes, _memory_view.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
 _WRITEABLE = 0x200
 
 
-def _on_cpu(region: Region) -> Array:
-    address, dtype, shape = region
+def _view(memory: Memory) -> Any:
+    (address, dtype, shape), device = memory
     size = math.prod(shape) * dtype.itemsize
-    return np.ndarray(shape, dtype, _memory_view(address, size, _WRITEABLE)) if size else np.empty(shape, dtype)
+    if device == "cpu":
+        return np.ndarray(shape, dtype, _memory_view(address, size, _WRITEABLE)) if size else np.empty(shape, dtype)
+    cupy = sys.modules["cupy"]  # XLA holds the memory until its stream is done with it
+    unowned = cupy.cuda.UnownedMemory(address, size, None, int(device.removeprefix("cuda:")))
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(unowned, 0))
+
+
+class _Results(threading.local):
+    """Results that the op of this thread has not asked for yet."""
+
+    left: tuple[Any, ...] = ()
+
+
+_results = _Results()
+
+
+def _empty(device: str, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Memory for a result: XLA's for one of this size and dtype, else, and for workspaces, from the usual allocator."""
+    size = math.prod(shape)
+    for number, array in enumerate(_results.left):
+        if array.size == size and array.dtype == dtype:
+            _results.left = _results.left[:number] + _results.left[number + 1 :]
+            return array if array.shape == shape else array.reshape(shape)
+    return np.empty(shape, dtype) if device == "cpu" else sys.modules["cupy"].empty(shape, dtype)
+
+
+@functools.cache
+def _caller(device: str) -> _arrays.Caller:
+    return _arrays.Caller("XLA", device, functools.partial(_empty, device), lambda result: result)
+
+
+def _metadata(arrays: tuple[Any, ...]) -> list[Any]:
+    return [None if x is None else (x.device, x.region[1:]) for x in arrays]
+
+
+_arrays._known[Memory] = _arrays.Library(
+    lambda op, name, memory: _caller(memory.device), _view, lambda op, memory, arguments: None, _metadata
+)
+
+
+# --- the call ---------------------------------------------------------------------------------------------------------
+
+
+def _run(call: Call, arguments: list[Memory], results: list[Memory]) -> None:
+    """The op on these arguments, its results in that memory."""
+    given = {name: memory for name, memory in zip(call.names, arguments, strict=True) if name}
+    if call.op in UPDATES:  # XLA has put what is updated where it wants the result
+        given[UPDATES[call.op]] = results.pop()
+    places = tuple(map(_view, results))
+    _results.left = places
+    made = getattr(sscan, call.op)(**given, **dict(call.options))
+    made = [x for x in (made if isinstance(made, tuple) else (made,)) if x is not None]
+    # Results of which the dtype had to be changed, or that took the place of another one, are copied.
+    elsewhere = [(x.copy(), place) for x, place in zip(made, places, strict=False) if not _is_at(x, place)]
+    for x, place in elsewhere:
+        place[...] = x
+
+
+def _is_at(array: Any, place: Any) -> bool:
+    return array is place or array.size == 0 or _address(array) == _address(place)
+
+
+def _address(array: Any) -> int:
+    address: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return address
+
+
+def _memory(regions: list[Region], device: str) -> list[Memory]:
+    return [Memory(region, device) for region in regions]
 
 
 def _execute_on_cpu(frame: Any) -> None:
     call = _call(_frame.text(frame), "cpu")
-    arguments, results = (list(map(_on_cpu, _frame.regions(x))) for x in (frame.arguments, frame.results))
-    _run(call, arguments, results, "cpu", np.empty)
-
-
-def _on_gpu(cupy: Any, device: int, region: Region) -> Any:
-    address, dtype, shape = region
-    size = math.prod(shape) * dtype.itemsize
-    memory = cupy.cuda.UnownedMemory(address, size, None, device)  # XLA holds it until its stream is done with it
-    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
-
-
-@contextlib.contextmanager
-def _surroundings(cuda: Any, device: int, handle: int) -> Iterator[None]:
-    stream = cuda.Stream.from_external(_arrays._Stream(handle)) if handle else cuda.Stream.null
-    with cuda.Device(device), stream:
-        yield
+    _run(call, _memory(_frame.regions(frame.arguments), "cpu"), _memory(_frame.regions(frame.results), "cpu"))
 
 
 def _execute_on_gpu(frame: Any) -> None:
     call = _call(_frame.text(frame), "cuda")
-    cupy = _arrays._import_cupy(call.op)
+    cuda = _arrays._import_cupy(call.op).cuda
     arguments, results = _frame.regions(frame.arguments), _frame.regions(frame.results)
     # XLA numbers its devices by itself: memory knows best which one it is on.
     address = next((region.address for region in (*arguments, *results) if region.address), 0)
-    runtime = cupy.cuda.runtime
-    device = runtime.pointerGetAttributes(address).device if address else runtime.getDevice()
-    with _surroundings(cupy.cuda, device, _frame.stream(frame)):
-        inputs, outputs = ([_on_gpu(cupy, device, region) for region in x] for x in (arguments, results))
-        _run(call, inputs, outputs, f"cuda:{device}", cupy.empty)
+    device = cuda.runtime.pointerGetAttributes(address).device if address else cuda.runtime.getDevice()
+    handle = _frame.stream(frame)
+    stream = cuda.Stream.from_external(_arrays._Stream(handle)) if handle else cuda.Stream.null
+    with cuda.Device(device), stream:
+        _run(call, _memory(arguments, f"cuda:{device}"), _memory(results, f"cuda:{device}"))
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
