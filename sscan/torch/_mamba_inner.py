@@ -12,7 +12,7 @@ import torch
 
 import sscan
 from sscan.torch._composed import pulled_back
-from sscan.torch._library import cast_under_autocast, define, differentiate, for_each
+from sscan.torch._library import Saved, cast_under_autocast, define, differentiate, for_each
 from sscan.torch.ops import causal_conv1d, selective_scan
 
 _ARGUMENTS = """
@@ -104,7 +104,7 @@ def _backward_kernel(
     del y
     scan = sscan.selective_scan_backward(dy, *scanned, dlast_state=dssm_state, checkpoints=checkpoints, **packing)
     dx_dbl = torch.cat([applied(dt_proj_weight.t(), scan.ddelta), scan.dB, scan.dC], 1)
-    du = torch.baddbmm(scan.du, x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
+    du = scan.du.baddbmm_(x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
     conv = sscan.causal_conv1d_backward(
         du, x, conv_weight, conv_bias, "silu", conv_state, seq_idx, cu_seqlens, dconv_state
     )
@@ -131,9 +131,9 @@ _backward = define(
 )
 
 
-def _save(inputs: Any, outputs: Any) -> Any:
+def _saved(inputs: Any, outputs: Any) -> Saved:
     *tensors, delta_softplus = inputs
-    return tensors, (delta_softplus,)
+    return Saved(tensors, (delta_softplus,))
 
 
 def _gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
@@ -147,7 +147,7 @@ def _gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
     return for_each(_backward(dout, *dstates, *tensors, *options), inputs)
 
 
-differentiate(mamba_inner, _save, _gradients)
+differentiate(mamba_inner, _saved, _gradients)
 cast_under_autocast(
     mamba_inner, "x", "z", "x_proj_weight", "dt_proj_weight", "out_proj_weight", "out_proj_bias", axes=1
 )
