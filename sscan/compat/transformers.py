@@ -27,13 +27,13 @@ class Mixer(Mamba):
         seq_idx = None if attention_mask is None else attention_mask[:, -length:].int()
         if cache_params is None:
             return super().forward(hidden_states, seq_idx=seq_idx)
-        states = (cache_params.get_conv_state(self.layer_idx), cache_params.get_recurrent_state(self.layer_idx))
-        if states[0] is not None and length == 1:
+        cache = cache_params.layers[self.layer_idx]
+        states = (cache.conv_states[0], cache.recurrent_states[0]) if cache.has_previous_state[0] else None
+        if states is not None and length == 1:
             return self.step(hidden_states, *states)[0]
         out, (conv_state, ssm_state) = super().forward(
-            hidden_states, initial_states=None if states[0] is None else states, return_final_states=True,
-            seq_idx=seq_idx,
-        )  # fmt: skip
+            hidden_states, initial_states=states, return_final_states=True, seq_idx=seq_idx
+        )
         cache_params.update_conv_state(  # which keeps d_conv columns, one more than matter
             functional.pad(conv_state, (1, 0)), self.layer_idx, conv_kernel_size=self.d_conv
         )
