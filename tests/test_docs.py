@@ -40,7 +40,7 @@ def test_readme_has_one_line_for_each_job(heading: str) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    navigation = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    navigation = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert navigation == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
