@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -316,6 +319,14 @@ def test_threads_share_a_compiled_function() -> None:
     with ThreadPoolExecutor(8) as pool:
         for found in pool.map(lambda _: compiled(arrays), range(40)):
             assert all(map(np.array_equal, found, expected))
+
+
+def test_on_four_devices() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", Path(__file__).with_name("jax_devices.py")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 import sscan
 from sscan.jax import _handler, _shapes
@@ -55,13 +56,17 @@ def _refuse_derivative(op: str, *_: Any) -> Any:
 
 
 def _like(x: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A result that varies over the same axes of a mesh as x (``check_vma`` of shard_map)."""
-    kind = jax.typeof(x) if hasattr(jax, "typeof") else None  # before JAX 0.6 such axes are not part of a type
-    name = next((name for name in ("manual_axis_type", "vma") if hasattr(kind, name)), None)
-    return jax.ShapeDtypeStruct(shape, dtype, **({name: getattr(kind, name)} if name else {}))
+    """A result that varies over the same axes of a mesh as x does."""
+    options: dict[str, Any] = {}
+    if _varying_axes(x):
+        kind = jax.typeof(x)
+        name = "manual_axis_type" if hasattr(kind, "manual_axis_type") else "vma"  # up to JAX 0.9
+        options = {name: getattr(kind, name), "sharding": NamedSharding(kind.sharding.mesh, PartitionSpec())}
+    return jax.ShapeDtypeStruct(shape, dtype, **options)
 
 
 def _varying_axes(x: Any) -> frozenset[str]:
+    """The axes of a mesh over which x varies, as far as JAX keeps track (``check_vma`` of shard_map)."""
     kind = jax.typeof(x) if hasattr(jax, "typeof") else None
     kind = getattr(kind, "manual_axis_type", kind)
     return getattr(kind, "varying", None) or getattr(kind, "vma", None) or frozenset()
