@@ -52,15 +52,15 @@ def models(config: MambaConfig, device: str, dtype: torch.dtype) -> dict[str, An
 
 
 def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median; the first call, which compiles, is not counted."""
+    """Median. What compiles did so when the logits were compared."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         start = time.perf_counter()
         call()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def main() -> int:
