@@ -484,6 +484,17 @@ def test_transformers_generates_the_same(models: Any) -> None:
     assert calls["selective_state_update"] - before == 2 * 8 * 3  # for all but the first token of each
 
 
+def test_transformers_compiles_on_its_fast_path(models: Any) -> None:
+    fast = models[1]
+    compiled = torch.compile(fast.train(), fullgraph=True, backend="aot_eager")
+    try:
+        found, expected = (model(ids(), use_cache=False).logits for model in (compiled, fast))
+        torch.testing.assert_close(found, expected)
+        found.sum().backward()
+    finally:
+        fast.eval()
+
+
 def test_transformers_is_faster(models: Any) -> None:
     """By far: the slow path takes a step of Python for every token."""
     slow, fast, *_ = models
