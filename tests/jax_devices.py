@@ -20,6 +20,15 @@ from jax.sharding import PartitionSpec as P
 import sscan.jax
 from sscan.jax import distributed
 
+if hasattr(jax, "shard_map"):
+    shard_map, CHECKS = jax.shard_map, (True, False)
+else:  # before JAX 0.6.1; it has checks too, but they know no foreign functions
+    from jax.experimental.shard_map import shard_map as shard_map_without_types
+
+    def shard_map(function: Any, *, check_vma: bool = False, **options: Any) -> Any:
+        return shard_map_without_types(function, check_rep=check_vma, **options)
+
+    CHECKS = (False,)
 jax.config.update("jax_enable_x64", True)
 MESH = Mesh(np.array(jax.devices()), ("devices",))
 SIZES = {"dim": 6, "state": 3, "dtype": "float64"}
@@ -43,14 +52,14 @@ def split(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def assert_equal_to_one_device(one: Any, several: Any, arrays: Any, places: Any, results: Any, **options: Any) -> None:
     expected = results_and_gradients(one)(arrays)
-    shared = jax.shard_map(several, mesh=MESH, in_specs=(places,), out_specs=results, **options)
+    shared = shard_map(several, mesh=MESH, in_specs=(places,), out_specs=results, **options)
     found = results_and_gradients(shared)(arrays)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert error_of(np.asarray(x), np.asarray(y)) < 1e-13
 
 
 # Whether JAX keeps track of what varies over devices.
-checks = pytest.mark.parametrize("check_vma", [True, False])
+checks = pytest.mark.parametrize("check_vma", CHECKS)
 
 
 @checks
@@ -112,7 +121,7 @@ def test_half_precision_over_devices() -> None:
     arrays, options = split(scan_problem(np.random.default_rng(0), dim=6, length=400, dtype="bfloat16", z=False))
     places = {n: TIME if x.ndim == 3 else P() for n, x in arrays.items()}
     scan = partial(distributed.selective_scan, axis_name="devices", **options)
-    found = jax.jit(jax.shard_map(lambda x: scan(**x), mesh=MESH, in_specs=(places,), out_specs=TIME))(arrays)
+    found = jax.jit(shard_map(lambda x: scan(**x), mesh=MESH, in_specs=(places,), out_specs=TIME))(arrays)
     expected = sscan.selective_scan(**arrays, **options)
     assert found.dtype == DTYPES["bfloat16"]
     assert error_of(np.asarray(found), expected.astype(np.float64)) < 2**-8  # a unit in the last place here and there
@@ -123,4 +132,4 @@ def test_parts_shorter_than_the_window() -> None:
     convolve = partial(distributed.causal_conv1d, axis_name="devices", **options)
     places = {name: TIME if name == "x" else P() for name in arrays}
     with pytest.raises(ValueError, match="causal_conv1d: parts must have at least width - 1 = 3 steps, got 2"):
-        jax.shard_map(lambda x: convolve(**x), mesh=MESH, in_specs=(places,), out_specs=TIME)(arrays)
+        shard_map(lambda x: convolve(**x), mesh=MESH, in_specs=(places,), out_specs=TIME)(arrays)

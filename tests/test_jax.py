@@ -285,7 +285,7 @@ def test_only_custom_calls_and_no_copies() -> None:
 
 def test_state_is_updated_in_donated_memory() -> None:
     arguments = case_of("selective_state_update", "base").arguments()
-    state, arrays, options = jnp.asarray(arguments["state"]), *split(arguments)
+    state, arrays, options = jnp.array(arguments["state"]), *split(arguments)
     del arrays["state"]
     step = jax.jit(lambda state, arrays: sscan.jax.selective_state_update(state, **arrays, **options), donate_argnums=0)
     address = state.unsafe_buffer_pointer()

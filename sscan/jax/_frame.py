@@ -147,9 +147,10 @@ def answer_metadata(frame: Any) -> bool:
     extension = Extension.from_address(frame.extension_start)
     if extension.type != METADATA:
         return False
-    running = frame.api.contents.api_version
     metadata = extension.metadata.contents
-    # The structs above are those of every minor version, so the handler is of the running one.
-    metadata.api_version = Version(ctypes.sizeof(Version), None, MAJOR, running.minor)
+    # The structs above are those of every minor version, so the handler is of the running one. JAX 0.5 does not say
+    # which that is; it is the first.
+    minor = frame.api.contents.api_version.minor if frame.api else 1
+    metadata.api_version = Version(ctypes.sizeof(Version), None, MAJOR, minor)
     metadata.traits = 0
     return True
