@@ -149,7 +149,8 @@ def _by_channel(matrix: Any, A: Any) -> Any:
     matrix = matrix.to(A.dtype)
     if matrix.ndim == 3:
         return matrix[:, None]
-    return matrix.repeat_interleave(A.shape[0] // matrix.shape[1], 1)
+    of_group = A.shape[0] // matrix.shape[1]
+    return matrix[:, :, None].expand(-1, -1, of_group, -1, -1).flatten(1, 2)
 
 
 def _states(decay: Any, entering: Any, initial_state: Any, seq_idx: Any) -> tuple[Any, Any]:
