@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 import sscan
-from sscan.torch import selective_scan
+from sscan.torch import Mamba, selective_scan
 from sscan.torch._mamba_inner import applied, applied_back
-from sscan.torch.mamba import Mamba
 
 REPEATS, IN_A_ROW = 9, 10
 HALF = torch.bfloat16

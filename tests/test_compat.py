@@ -60,9 +60,9 @@ def test_names_resolve() -> None:
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update as step
     from selective_scan_cuda import bwd
 
-    import sscan.torch.mamba
+    import sscan.torch
 
-    assert Mamba is Simple is sscan.torch.mamba.Mamba
+    assert Mamba is Simple is sscan.torch.Mamba
     assert (conv, update, scan, step) == (
         causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update,
     )  # fmt: skip

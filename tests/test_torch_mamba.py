@@ -13,8 +13,8 @@ from cases import assert_within, eps_of
 
 import sscan.nn
 from sscan.compat.mamba_ssm import mamba_inner_ref
+from sscan.torch import Mamba
 from sscan.torch._mamba_inner import mamba_inner
-from sscan.torch.mamba import Mamba
 
 BATCH, LENGTH, D_MODEL = 2, 19, 10
 

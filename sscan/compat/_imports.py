@@ -26,11 +26,11 @@ _CONVOLUTION = ("causal_conv1d_fn", "causal_conv1d_update")
 # Of each module: the module of ours that it takes names from, and the names.
 _MODULES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "mamba_ssm": (
-        ("sscan.torch.mamba", ("Mamba",)),
+        ("sscan.torch", ("Mamba",)),
         ("sscan.compat.mamba_ssm", ("selective_scan_fn", "mamba_inner_fn")),
     ),
     "mamba_ssm.modules": (),
-    "mamba_ssm.modules.mamba_simple": (("sscan.torch.mamba", ("Mamba",)),),
+    "mamba_ssm.modules.mamba_simple": (("sscan.torch", ("Mamba",)),),
     "mamba_ssm.ops": (),
     "mamba_ssm.ops.selective_scan_interface": (("sscan.compat.mamba_ssm", _SCAN),),
     "mamba_ssm.ops.triton": (),

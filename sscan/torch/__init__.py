@@ -1,5 +1,6 @@
 """The ops of sscan inside PyTorch: under autograd, torch.compile, torch.export and autocast."""
 
+from sscan.torch.mamba import Mamba
 from sscan.torch.ops import (
     causal_conv1d,
     causal_conv1d_update,
@@ -13,6 +14,7 @@ from sscan.torch.ops import (
 )
 
 __all__ = [
+    "Mamba",
     "causal_conv1d",
     "causal_conv1d_update",
     "discretize",

@@ -15,7 +15,7 @@ from test_torch_mamba import block, hidden, numbers, plain, states_of, with_grad
 import sscan.compat
 from sscan.compat.mamba_ssm import selective_scan_fn
 from sscan.compat.transformers import replace_mixers
-from sscan.torch.mamba import Mamba
+from sscan.torch import Mamba
 
 
 def on_gpu(x: Any) -> Any:
