@@ -1,7 +1,8 @@
 """The Mamba block behind its input projection as one op, ``sscan::mamba_inner``.
 
 For its backward it keeps its inputs and nothing else: what the convolution, the projections and the scan make of them
-is made again there. PyTorch's compiler sees one op, so it cannot decide to keep more.
+is made again there, the checkpoints of the scan included, which in float32 are as large as x and z in half precision.
+PyTorch's compiler sees one op, so it cannot decide to keep more.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def _backward_kernel(
     dout_proj_weight = _weight_gradient(dout.mT, y)
     del y
     scan = sscan.selective_scan_backward(dy, *scanned, dlast_state=dssm_state, checkpoints=checkpoints, **packing)
+    del dy, checkpoints
     dx_dbl = torch.cat([applied(dt_proj_weight.t(), scan.ddelta), scan.dB, scan.dC], 1)
     du = scan.du.baddbmm_(x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
     conv = sscan.causal_conv1d_backward(
