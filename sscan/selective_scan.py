@@ -1,5 +1,6 @@
 """The selective scan (Algorithm 2 of Mamba, arXiv 2312.00752): S6, forward and backward."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,17 @@ class SelectiveScanGradients(NamedTuple):
     dz: Any
     ddelta_bias: Any
     dinitial_state: Any
+
+
+class SelectiveScanSummary(NamedTuple):
+    """What stretches of time, one after the other, do to a state or gradient that enters them from outside.
+
+    A stretch leaves exp(A delta_sum) of it (the conjugate of that of a gradient) and adds what it ends in by itself.
+    """
+
+    delta_sums: Any  # (batch, stretches, dim)
+    states: Any  # (batch, stretches, dim, state): what each ends in when nothing enters it
+    parts: Any  # for the call that follows, or None; its layout belongs to the backend
 
 
 @_arrays.follows_caller
@@ -128,17 +140,50 @@ def selective_scan_forward(
     seq_idx: Any = None,
     cu_seqlens: Any = None,
     discretization: Discretization = "mamba",
+    keep_checkpoints: bool = True,
+    parts: Any = None,
 ) -> tuple[Any, Any, Any]:
     """``selective_scan`` for autodiff layers: ``(y, last_state, checkpoints)``.
 
     The checkpoints are states at regular intervals, which ``selective_scan_backward`` starts from: length * state / 32
-    numbers for each channel on the CPU. Their layout belongs to the backend.
+    numbers for each channel on the CPU. Their layout belongs to the backend. Without ``keep_checkpoints`` they are
+    None. ``parts`` are those that ``selective_scan_summary`` gave for the same inputs, which then need not be found
+    again.
     """
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
     problem = _prepare("selective_scan", given, delta_softplus, discretization)
-    checkpoints = problem.empty_checkpoints()
-    y, last_state = problem.run(checkpoints, problem.empty_last_state())
-    return y, last_state, problem.caller.leave(checkpoints)
+    checkpoints = problem.empty_checkpoints() if keep_checkpoints else None
+    y, last_state = problem.run(checkpoints, problem.empty_last_state(), parts)
+    return y, last_state, None if checkpoints is None else problem.caller.leave(checkpoints)
+
+
+@_arrays.follows_caller
+def selective_scan_summary(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    *,
+    discretization: Discretization = "mamba",
+) -> SelectiveScanSummary:
+    """What a sequence does to any state that it starts from, without its outputs.
+
+    For sequences whose parts are on several devices: from the summaries of the parts before follows the state that a
+    part starts from, and with it and the summary's ``parts``, ``selective_scan_forward`` of the part.
+
+    Notes
+    -----
+    The parameters are those of ``selective_scan``. Stretches are in order of time. They are as many as the backend cuts
+    the sequence into anyway; where it cuts none, the summary costs up to two thirds of a forward.
+    """
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, None, None, None)
+    problem = _prepare("selective_scan_summary", given, delta_softplus, discretization)
+    return problem.summarised(problem.backend.selective_scan_summary)
 
 
 @_arrays.follows_caller
@@ -160,6 +205,7 @@ def selective_scan_backward(
     cu_seqlens: Any = None,
     discretization: Discretization = "mamba",
     checkpoints: Any = None,
+    parts: Any = None,
 ) -> SelectiveScanGradients:
     """Gradients of ``selective_scan`` from those of its results, by hand (docs/maths.md).
 
@@ -171,6 +217,8 @@ def selective_scan_backward(
         Gradient with respect to the last state, in A's dtype; None is zero.
     checkpoints
         What ``selective_scan_forward`` returned for the same inputs; without it the forward is run again.
+    parts
+        What ``selective_scan_backward_summary`` gave for the same dy and inputs, if it was called.
 
     Notes
     -----
@@ -184,7 +232,32 @@ def selective_scan_backward(
         problem.run(checkpoints, None)
     else:
         checkpoints = _arrays.view(checkpoints)
-    return problem.run_backward(checkpoints)
+    return problem.run_backward(checkpoints, parts)
+
+
+@_arrays.follows_caller
+def selective_scan_backward_summary(
+    dy: Any,
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    *,
+    discretization: Discretization = "mamba",
+) -> SelectiveScanSummary:
+    """What a sequence does to any gradient of its last state on the way to its initial state, without its gradients.
+
+    ``selective_scan_summary`` for the way back: stretches are still in order of time, but what enters one enters at its
+    end, and ``states`` are the gradients at the starts of stretches when none enters them.
+    """
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, None, None, None, dy)
+    problem = _prepare("selective_scan_backward_summary", given, delta_softplus, discretization)
+    return problem.summarised(problem.backend.selective_scan_backward_summary, problem.arguments.dy)
 
 
 class _Arguments(NamedTuple):
@@ -273,21 +346,27 @@ class _Problem(NamedTuple):
         A = self.inputs.A
         return self.caller.empty((self.sequences, *A.shape), A.dtype)
 
-    def run(self, checkpoints: Any, last_state: Any) -> tuple[Any, Any]:
+    def run(self, checkpoints: Any, last_state: Any, parts: Any = None) -> tuple[Any, Any]:
         """y and the last state in the caller's library; the last state is left out if there is no memory for it."""
         y = self._empty_like(self.inputs.u)
         self.backend.selective_scan_forward(
-            self.segments, self.groups, self.inputs, self.arguments.initial_state, y, last_state, checkpoints
+            self.segments, self.groups, self.inputs, self.arguments.initial_state, y, last_state, checkpoints, parts
         )
         return self.caller.leave(y), None if last_state is None else self.caller.leave(last_state)
 
-    def run_backward(self, checkpoints: Any) -> SelectiveScanGradients:
+    def summarised(self, summary: Callable[..., Any], *cotangents: Any) -> SelectiveScanSummary:
+        """A backend's summary, in the caller's library and without states that only kernels know of."""
+        delta_sums, states, parts = summary(self.segments, self.groups, self.inputs, *cotangents)
+        leave, state = self.caller.leave, self.inputs.A.shape[1]
+        return SelectiveScanSummary(leave(delta_sums), leave(states[..., :state]), parts)
+
+    def run_backward(self, checkpoints: Any, parts: Any) -> SelectiveScanGradients:
         empty, leave, arguments = self.caller.empty, self.caller.leave, self.arguments
         made = SelectiveScanGradients(
             *[None if x is None else empty(x.shape, x.dtype) for x in arguments[: len(SelectiveScanGradients._fields)]]
         )
         self.backend.selective_scan_backward(
-            self.segments, self.groups, self.inputs, checkpoints, arguments.dy, arguments.dlast_state, made
+            self.segments, self.groups, self.inputs, checkpoints, arguments.dy, arguments.dlast_state, made, parts
         )
         return SelectiveScanGradients(*[None if x is None else leave(x) for x in made])
 

@@ -76,11 +76,11 @@ def with_zeros(inputs):
     return inputs._replace(**absent) if absent else inputs
 
 
-def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
+def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints, known_parts):
     """Fill y, last_state and checkpoints, each if not None.
 
     ``inputs`` is a named tuple of u, delta, A, B, C, D, z, delta_bias, delta_softplus and zoh; D, z and
-    delta_bias may be None.
+    delta_bias may be None. Summaries of this backend know no parts.
     """
     inputs = with_zeros(inputs.by_group())
     if last_state is None:
@@ -105,7 +105,21 @@ def launch_forward(segments, groups, inputs, initial_state, y, last_state, check
     )  # fmt: skip
 
 
-def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
+def selective_scan_summary(segments, groups, inputs):
+    """Sums of the step sizes and end states from zero, each segment one stretch; and no parts."""
+    inputs = with_zeros(inputs.by_group())
+    sums, ends = ends_of(segments, groups, inputs)
+    return sums[:, None], ends[:, None], None
+
+
+def selective_scan_backward_summary(segments, groups, inputs, dy):
+    """Sums of the step sizes and gradients at the start if none enters at the end, each segment one stretch."""
+    inputs = with_zeros(inputs.by_group())
+    sums, starts = starts_of(segments, groups, inputs, dy)
+    return sums[:, None], starts[:, None], None
+
+
+def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients, known_parts):
     """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state, None where there is no input."""
     inputs = with_zeros(inputs.by_group())
     dB, dC = gradients.dB.reshape(inputs.B.shape), gradients.dC.reshape(inputs.C.shape)
@@ -203,16 +217,21 @@ def forward_parts(table, segments, groups, inputs, initial_state):
     parent, first, last = relatives(table)
     states = first_rows(first, segments[parent, 3], initial_state, inputs.A)
     carrying = np.flatnonzero(~last)
-    decays, steps = felt(table[carrying], groups, inputs, True)
-    tails = table[carrying]
-    tails = np.column_stack(
-        [tails[:, 0], tails[:, 1] + tails[:, 2] - steps, steps, 0 * steps - 1, np.arange(len(tails))]
-    )
-    ends = np.empty((len(carrying), *inputs.A.shape), inputs.A.dtype)
-    launch_forward(tails, groups, inputs, None, None, ends, None)
-    for part, decay, end in zip(carrying, decays, ends, strict=True):
+    sums, ends = ends_of(table[carrying], groups, inputs)
+    for part, decay, end in zip(carrying, decays_of(sums, inputs.A), ends, strict=True):
         states[part + 1] = decay * states[part] + end
     return np.column_stack([table[:, :3], np.arange(len(table)), np.where(last, segments[parent, 4], -1)]), states
+
+
+def ends_of(table, groups, inputs):
+    """The sums of the step sizes over stretches, and the states that these end in when they start from zero."""
+    sums, steps = felt(table, groups, inputs, True)
+    tails = np.column_stack(
+        [table[:, 0], table[:, 1] + table[:, 2] - steps, steps, 0 * steps - 1, np.arange(len(table))]
+    )
+    ends = np.empty((len(table), *inputs.A.shape), inputs.A.dtype)
+    launch_forward(tails, groups, inputs, None, None, ends, None)
+    return sums, ends
 
 
 def backward_parts(table, segments, groups, inputs, dy, dlast_state):
@@ -220,17 +239,23 @@ def backward_parts(table, segments, groups, inputs, dy, dlast_state):
     parent, first, last = relatives(table)
     gradients = first_rows(last, segments[parent, 4], dlast_state, inputs.A)
     carrying = np.flatnonzero(~first)
-    decays, steps = felt(table[carrying], groups, inputs, False)
-    heads = np.column_stack([table[carrying, :2], steps])
-    starts = np.empty((len(carrying), *inputs.A.shape), inputs.A.dtype)
+    sums, starts = starts_of(table[carrying], groups, inputs, dy)
+    for part, decay, start in reversed(list(zip(carrying, decays_of(sums, inputs.A), starts, strict=True))):
+        gradients[part - 1] = decay.conj() * gradients[part] + start
+    return np.column_stack([table[:, :3], np.where(first, segments[parent, 3], -1), np.arange(len(table))]), gradients
+
+
+def starts_of(table, groups, inputs, dy):
+    """The sums of the step sizes over stretches, and the gradients at their starts when none enters at their ends."""
+    sums, steps = felt(table, groups, inputs, False)
+    heads = np.column_stack([table[:, :2], steps])
+    starts = np.empty((len(table), *inputs.A.shape), inputs.A.dtype)
     C_view, C_constant = both_forms(inputs.C, inputs.A, groups)
     run(
         carry_kernel(inputs.C.ndim == 4), len(heads) * groups * blocks_of(inputs.A, groups), groups, heads,
         waves_of(inputs, groups), C_view, view(dy, groups), inputs.A, C_constant, starts,
     )  # fmt: skip
-    for part, decay, start in reversed(list(zip(carrying, decays, starts, strict=True))):
-        gradients[part - 1] = decay.conj() * gradients[part] + start
-    return np.column_stack([table[:, :3], np.where(first, segments[parent, 3], -1), np.arange(len(table))]), gradients
+    return sums, starts
 
 
 def relatives(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -250,13 +275,21 @@ def first_rows(at: np.ndarray, rows: np.ndarray, states: np.ndarray | None, A: n
 
 
 def felt(table, groups, inputs, from_end):
-    """The decay over each part, and how many steps at its end (or start) the state beyond that end still feels."""
+    """The sum of step sizes over each part, and how many steps at its end (or start) are felt beyond that end.
+
+    Where not all of them are, the sum is any that leaves nothing of a state.
+    """
     A, dtype = inputs.A, inputs.delta_bias.dtype
     blocks = groups * blocks_of(A, groups)
     sums, walked = np.empty((len(table), A.shape[0]), dtype), np.empty((len(table), blocks), np.int64)
-    waves = waves_of(inputs, groups)
-    run(reach, len(table) * blocks, groups, table, waves, A, GONE[dtype.itemsize], from_end, sums, walked)
-    gone = np.isinf(sums)[..., None]
+    waves, gone = waves_of(inputs, groups), GONE[dtype.itemsize]
+    run(reach, len(table) * blocks, groups, table, waves, A, gone, from_end, sums, walked)
+    part, channel = np.nonzero(np.isinf(sums))
+    sums[part, channel] = gone / -A.real.max(1)[channel]
+    return sums, walked.max(axis=1)
+
+
+def decays_of(sums, A):
+    """What parts leave of a state, from the sums of their step sizes."""
     with np.errstate(over="ignore"):
-        decays = np.where(gone, 0, np.exp(np.where(gone, 0, sums[..., None]) * A))
-    return decays.astype(A.dtype), walked.max(axis=1)
+        return np.exp(sums[..., None] * A).astype(A.dtype)

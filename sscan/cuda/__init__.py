@@ -9,7 +9,9 @@ from sscan.cuda.selective_scan import (
     checkpoints_shape,
     empty_checkpoints,
     selective_scan_backward,
+    selective_scan_backward_summary,
     selective_scan_forward,
+    selective_scan_summary,
 )
 from sscan.cuda.selective_state_update import selective_state_update
 from sscan.cuda.ssm import ssm_convolution_backward, ssm_convolution_forward, ssm_kernel_backward, ssm_kernel_forward
@@ -28,7 +30,9 @@ __all__ = [
     "rms_norm_forward",
     "segments",
     "selective_scan_backward",
+    "selective_scan_backward_summary",
     "selective_scan_forward",
+    "selective_scan_summary",
     "selective_state_update",
     "ssm_convolution_backward",
     "ssm_convolution_forward",

@@ -202,11 +202,12 @@ def planned_forward(segments, groups, inputs, along):
     )  # fmt: skip
 
 
-def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
+def selective_scan_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints, known_parts):
     """Fill y, last_state and checkpoints (unless None).
 
     ``inputs`` has the attributes u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh and signature; B and C
-    come in any of their shapes: only their addresses matter here.
+    come in any of their shapes: only their addresses matter here. ``known_parts`` are the sums and ends of parts, if
+    there was a summary.
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
     plan = plan_of(segments, groups, inputs, (u, delta, z, y), planned_forward)
@@ -214,7 +215,9 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
         u, delta, z, B, C = in_rows(u), in_rows(delta), in_rows(z), as_reals(B, A.dtype), as_reals(C, A.dtype)
     parts = plan.parts
     memory, (carry, ends, sums) = _workspace.take(plan.workspaces)
-    if parts > 1:
+    if known_parts is not None:
+        sums, ends = known_parts
+    elif parts > 1:
         _launch.launch(
             plan.ends, (parts - 1) * plan.blocks, u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None,
             None, None, None, carry, ends, sums, segments.seq_idx, segments.cu_seqlens, *plan.dims, parts - 1,
@@ -226,6 +229,42 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
         *plan.rest,
     )  # fmt: skip
     del memory  # held until here
+
+
+class SummaryPlan(NamedTuple):
+    """How the ends of all parts are found."""
+
+    forward: ForwardPlan
+    carry: _workspace.Layout
+    sums: tuple[tuple[int, ...], Any]  # shape and dtype
+    ends: tuple[tuple[int, ...], Any]
+
+
+def planned_summary(segments, groups, inputs, along):
+    """The plan of a summary, with u, delta and z along time."""
+    A, layout = inputs.A, geometry(segments, groups, inputs.A)
+    plan, sums = planned_forward(segments, groups, inputs, (*along, None)), (segments.count, layout.parts, layout.dim)
+    carry = _workspace.layout(plan.workspaces.sizes[0])
+    return SummaryPlan(plan, carry, (sums, A.real.dtype), ((*sums, layout.padded), A.dtype))
+
+
+def selective_scan_summary(segments, groups, inputs):
+    """Sums of the step sizes and end states, from zero, of the parts of the forward; and these as its ``known_parts``.
+
+    All parts are walked here, the last one too.
+    """
+    u, delta, A, B, C, _, z, delta_bias, delta_softplus, _, _ = inputs
+    plan, carry_layout, *made = plan_of(segments, groups, inputs, (u, delta, z), planned_summary)
+    if plan.copies:
+        u, delta, z, B, C = in_rows(u), in_rows(delta), in_rows(z), as_reals(B, A.dtype), as_reals(C, A.dtype)
+    memory, (carry,) = _workspace.take(carry_layout)
+    sums, ends = (_launch.empty(shape, dtype) for shape, dtype in made)
+    _launch.launch(
+        plan.ends, plan.parts * plan.blocks, u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None, None,
+        None, None, carry, ends, sums, None, None, *plan.dims, plan.parts, *plan.rest,
+    )  # fmt: skip
+    del memory  # held until here
+    return sums, ends, (sums, ends) if plan.parts > 1 else None
 
 
 def backward_shape(A, zoh, blocks_of_channels, many):
@@ -326,8 +365,11 @@ def sums_of_matrices(inputs, layout, channel_blocks, stride):
         )  # fmt: skip
 
 
-def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
-    """Fill ``gradients``, with the attributes du, ddelta, ... and dinitial_state; those of what was None are None."""
+def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients, known_parts):
+    """Fill ``gradients``, with the attributes du, ddelta, ... and dinitial_state; those of what was None are None.
+
+    ``known_parts`` are the sums and starts of parts, if there was a summary.
+    """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
     plan = plan_of(segments, groups, inputs, (u, delta, z, dy, du, ddelta, dz), planned_backward)
@@ -337,7 +379,9 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
     softplus, (_, _, _, seq_idx, cu_seqlens) = int(delta_softplus), segments
     memory, addresses = _workspace.take(plan.workspaces)
     starts, sums, carry, matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums = addresses
-    if plan.parts > 1:
+    if known_parts is not None:
+        sums, starts = known_parts
+    elif plan.parts > 1:
         _launch.launch(
             plan.starts, plan.starts_blocks, dy, delta, A, C, z, delta_bias, softplus, starts, sums, seq_idx,
             cu_seqlens, *plan.starts_numbers,
@@ -353,3 +397,86 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
     for kernel, blocks, numbers in plan.matrices:
         _launch.launch(kernel, blocks, matrix_sums, dC if plan.C_first else dB, dC, *numbers)
     del memory  # held until here
+
+
+# The kernel ``starts`` leaves out the first part, of which a backward of its own needs nothing. A summary does: it has
+# the kernel walk a copy of the first part, the head, that is cut in its turn and lies behind a part that is left out.
+
+HEAD_PARTS = 16  # at most: with parts so short, the head takes little time beside the others
+UNCUT_PARTS = 8  # of a backward that is not cut: so that the head is not all of it
+
+
+class BackwardSummaryPlan(NamedTuple):
+    """How the starts of all parts are found."""
+
+    starts: Kernel
+    blocks: int  # for each part
+    parts: int
+    numbers: tuple[int, ...]
+    known_parts: bool  # whether they are those of the backward
+    head: int  # its steps
+    head_parts: int
+    head_part: int  # steps of each of them
+    head_numbers: tuple[int, ...]
+
+
+def planned_backward_summary(segments, groups, inputs, along):
+    """The plan of a backward summary, with u, delta, z and dy along time."""
+    plan = planned_backward(segments, groups, inputs, along)
+    dim, state, length, *blocks, parts, part_length, state_blocks = plan.starts_numbers[:9]
+    if plan.parts == 1:
+        part_length = -(-length // (UNCUT_PARTS * TILE)) * TILE
+        parts = max(1, -(-length // max(1, part_length)))
+    head = min(part_length, length)
+    head_part = -(-head // (HEAD_PARTS * TILE)) * TILE
+    head_parts = max(1, -(-head // max(1, head_part)))
+    # strides of dy, delta and z, and of C
+    waves = [0 if x is None else dim * (head_part + head) for x in (along[3], along[1], along[2])]
+    C = in_head(as_reals(inputs.by_group().C, inputs.A.dtype), length, head, head_part)
+    return BackwardSummaryPlan(
+        plan.starts, segments.count * blocks[0], parts,
+        (dim, state, length, *blocks, parts, part_length, state_blocks, *plan.starts_numbers[9:]), plan.parts > 1,
+        head, head_parts, head_part,
+        (
+            dim, state, head_part + head, *blocks, 1 + head_parts, head_part, state_blocks, *waves,
+            *matrix_strides(C, groups),
+        ),
+    )  # fmt: skip
+
+
+def in_head(x, length, head, before):
+    """The first ``head`` steps of an array along time, behind ``before`` that are never read; others as they are."""
+    if x is None or x.ndim == 2:
+        return x
+    reals = x.shape[-1] // max(1, length)  # of a step
+    copy = _launch.empty((*x.shape[:-1], reals * (before + head)), x.dtype)
+    copy[..., reals * before :] = x[..., : reals * head]
+    return copy
+
+
+def selective_scan_backward_summary(segments, groups, inputs, dy):
+    """Sums of the step sizes and gradients at the starts, from zero, of parts; and the backward's ``known_parts``."""
+    u, delta, A, _, C, _, z, delta_bias, delta_softplus, _, _ = inputs.by_group()
+    plan = plan_of(segments, groups, inputs, (u, delta, z, dy), planned_backward_summary)
+    C, softplus, count, length = as_reals(C, A.dtype), int(delta_softplus), segments.count, segments.length
+    padded = geometry(segments, groups, A).padded
+
+    def found(parts, blocks, numbers, dy, delta, z, C):
+        sums = _launch.empty((count, parts, len(A)), A.real.dtype)
+        starts = _launch.empty((count, parts, len(A), padded), A.dtype)
+        _launch.launch(
+            plan.starts, blocks, dy, delta, A, C, z, delta_bias, softplus, starts, sums, None, None, *numbers
+        )  # fmt: skip
+        return sums, starts
+
+    def after(first, rest):
+        joined = _launch.empty((count, first.shape[1] + rest.shape[1] - 2, *first.shape[2:]), first.dtype)
+        joined[:, : first.shape[1] - 1] = first[:, 1:]
+        joined[:, first.shape[1] - 1 :] = rest[:, 1:]
+        return joined
+
+    heads = [in_head(x, length, plan.head, plan.head_part) for x in (dy, delta, z, C)]
+    of_head = found(1 + plan.head_parts, plan.head_parts * plan.blocks, plan.head_numbers, *heads)
+    waves = [in_rows(x) for x in (dy, delta, z)]
+    of_parts = found(plan.parts, (plan.parts - 1) * plan.blocks, plan.numbers, *waves, C)
+    return *map(after, of_head, of_parts), of_parts if plan.known_parts else None
