@@ -18,6 +18,12 @@ from sscan.compat.transformers import replace_mixers
 from sscan.torch import Mamba
 
 
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own convolution would have eleven bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def on_gpu(x: Any) -> Any:
     return x.detach().cuda().requires_grad_(x.requires_grad)
 
