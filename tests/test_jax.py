@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,7 +43,8 @@ from cases import (
 
 import sscan
 import sscan.jax
-from sscan.jax import _handler, _shapes
+from sscan import _backends
+from sscan.jax import _frame, _handler, _shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -327,6 +329,66 @@ def test_on_four_devices() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
+
+
+# --- the handler for GPUs, without one --------------------------------------------------------------------------------
+
+
+class Current:
+    """A device or stream that counts how often it is the current one."""
+
+    def __init__(self, name: Any, entered: list[Any]) -> None:
+        self.name, self.entered = name, entered
+
+    def __enter__(self) -> None:
+        self.entered.append(self.name)
+
+    def __exit__(self, *_: Any) -> None:
+        self.entered.remove(self.name)
+
+
+def test_gpu_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's device and stream are the current ones, its memory is not copied; the kernels are those of the CPU here."""
+    entered: list[Any] = []
+    during: list[Any] = []
+    cuda = SimpleNamespace(
+        runtime=SimpleNamespace(
+            getDeviceCount=lambda: 2, getDevice=lambda: 0, pointerGetAttributes=lambda _: SimpleNamespace(device=1)
+        ),
+        Device=lambda number: Current(number, entered),
+        Stream=SimpleNamespace(from_external=lambda stream: Current(stream.__cuda_stream__()[1], entered)),
+        UnownedMemory=lambda address, size, owner, device: (address, size, device),
+        MemoryPointer=lambda memory, offset: memory,
+    )
+
+    def ndarray(shape: Any, dtype: Any, memory: Any) -> Array:
+        address, _, device = memory
+        assert device == 1
+        return _handler._view(_handler.Memory(_frame.Region(address, np.dtype(dtype), shape), "cpu"))
+
+    def kernels(op: str, device: str) -> Any:
+        during.append((op, device, list(entered)))
+        return _backends._package("cpu")
+
+    arrays, options = scan_case(dim=13)
+    compiled = jax.jit(partial(scanned, options)).lower(arrays).compile()
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, ndarray=ndarray, empty=np.empty))
+    monkeypatch.setattr(_frame, "stream", lambda frame: 77)
+    monkeypatch.setattr(_backends, "for_device", kernels)
+    monkeypatch.setitem(_handler.EXECUTE, "cpu", _handler.EXECUTE["CUDA"])
+    found = dict(zip(("y", "last_state"), compiled(arrays), strict=True))
+    assert_same(found, forward(sscan, "selective_scan", {**arrays, **options}))
+    assert during[0] == ("selective_scan", "cuda:1", [1, 77])
+    assert entered == []
+
+
+def test_a_request_that_xla_refuses_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no CUDA stream on the CPU."""
+    arrays, options = scan_case(dim=13)
+    compiled = jax.jit(partial(scanned, options)).lower(arrays).compile()
+    monkeypatch.setitem(_handler.EXECUTE, "cpu", _frame.stream)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(compiled(arrays))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

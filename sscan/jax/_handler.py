@@ -159,14 +159,17 @@ def _execute_on_gpu(frame: Any) -> None:
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _handler(execute: Callable[[Any], None]) -> Any:
+EXECUTE: dict[str, Callable[[Any], None]] = {"cpu": _execute_on_cpu, "CUDA": _execute_on_gpu}  # by XLA's platform
+
+
+def _handler(platform: str) -> Any:
     """A function for XLA, to which every exception is an error that JAX raises again."""
 
     def handle(pointer: Any) -> Any:
         frame = pointer.contents
         try:
             if not _frame.answer_metadata(frame):
-                execute(frame)
+                EXECUTE[platform](frame)
         except _frame.XLAError as failure:
             return failure.pointer
         except (TypeError, ValueError) as failure:
@@ -178,7 +181,7 @@ def _handler(execute: Callable[[Any], None]) -> Any:
     return _frame.HANDLER(handle)
 
 
-_HANDLERS = {"cpu": _handler(_execute_on_cpu), "CUDA": _handler(_execute_on_gpu)}  # held as long as the process runs
+_HANDLERS = {platform: _handler(platform) for platform in EXECUTE}  # held as long as the process runs
 
 
 def target(op: str) -> str:
