@@ -213,6 +213,15 @@ def test_scan_of_mixed_dtypes(dtype: torch.dtype) -> None:
     assert [g.dtype for g in gradients] == [x.dtype for x in leaves.values()]
 
 
+def test_autocast_changes_neither_scan_nor_convolution() -> None:
+    inputs = scan_inputs(torch.float32, torch.float32)
+    x, weight = inputs["u"], inputs["A"]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, conv = selective_scan_fn(**inputs, delta_softplus=True), causal_conv1d_fn(x, weight)
+    assert torch.equal(y, selective_scan_fn(**inputs, delta_softplus=True))
+    assert torch.equal(conv, causal_conv1d_fn(x, weight))
+
+
 def inner_inputs(dtype: torch.dtype = torch.float64, states: int = 3) -> dict[str, Any]:
     shapes = {
         "xz": (2, 12, 17), "conv1d_weight": (6, 1, 4), "conv1d_bias": (6,), "x_proj_weight": (2 + 2 * states, 6),

@@ -23,9 +23,11 @@ def causal_conv1d_fn(
     """Causal depthwise convolution, x (batch, dim, length), weight (dim, width).
 
     As causal_conv1d's, and on the CPU, for any width, strides and combination of the arguments: seq_idx with states is
-    :func:`sscan.causal_conv1d`'s. Differentiable. ``final_states_out`` is written to, outside of autograd.
+    :func:`sscan.causal_conv1d`'s. Differentiable, and the same under autocast. ``final_states_out`` is written to,
+    outside of autograd.
     """
-    made = causal_conv1d(x, weight, bias, _activation(activation), initial_states, return_final_states, seq_idx)
+    with torch.autocast(x.device.type, enabled=False):
+        made = causal_conv1d(x, weight, bias, _activation(activation), initial_states, return_final_states, seq_idx)
     if not return_final_states or final_states_out is None:
         return made
     with torch.no_grad():

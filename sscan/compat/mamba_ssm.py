@@ -29,7 +29,8 @@ def selective_scan_fn(
     """The selective scan: :func:`sscan.torch.selective_scan`, with inputs of several dtypes.
 
     u, delta, z (batch, dim, length) and varying B and C are taken in the widest dtype among them, the others in that of
-    the arithmetic; y has u's dtype. Differentiable for every input, and through the last state too.
+    the arithmetic; y has u's dtype. Differentiable for every input, and through the last state too. Autocast does not
+    change it, as it does not change the original.
     """
     waves = [x for x in (u, delta, z, B, C) if x is not None and x.ndim > 2 and not x.is_complex()]
     wide = _widest(waves)
@@ -38,7 +39,8 @@ def selective_scan_fn(
     B, C = (x.to(number if x.ndim == 2 or x.is_complex() else wide) for x in (B, C))
     u_, delta, z = (None if x is None else x.to(wide) for x in (u, delta, z))
     D, delta_bias = (None if x is None else x.to(real) for x in (D, delta_bias))
-    made = selective_scan(u_, delta, A.to(number), B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    with torch.autocast(u.device.type, enabled=False):
+        made = selective_scan(u_, delta, A.to(number), B, C, D, z, delta_bias, delta_softplus, return_last_state)
     y, *last_state = made if return_last_state else (made,)
     return (y.to(u.dtype), *last_state) if return_last_state else y.to(u.dtype)
 
