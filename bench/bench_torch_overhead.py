@@ -18,7 +18,7 @@ import sscan.torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CALLS, ROUNDS = 200, 15
+CALLS, ROUNDS = 50, 100
 
 
 class Bare(torch.autograd.Function):
