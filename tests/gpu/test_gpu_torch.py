@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from cases import CASES, DIFFERENTIABLE, Case
+from test_interchange import GPU_CASES
 from test_torch_ops import (
     DERIVATIVES,
     UPDATED,
@@ -30,15 +30,13 @@ import sscan.torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cases import Case
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.op in DIFFERENTIABLE], ids=lambda c: f"{c.op}: {c}")
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: f"{c.op}: {c}")
 def test_is_the_core(case: Case) -> None:
-    check_is_the_core(case, "cuda")
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.op in UPDATED], ids=lambda c: f"{c.op}: {c}")
-def test_updates_like_the_core(case: Case) -> None:
-    check_updates_like_the_core(case, "cuda")
+    check = check_updates_like_the_core if case.op in UPDATED else check_is_the_core
+    check(case, "cuda")
 
 
 @pytest.mark.parametrize(("op", "options"), DERIVATIVES)
