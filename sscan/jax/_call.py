@@ -72,14 +72,24 @@ def _varying_axes(x: Any) -> frozenset[str]:
     return getattr(kind, "varying", None) or getattr(kind, "vma", None) or frozenset()
 
 
-def varying_alike(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The arrays, all varying over the same axes of a mesh, as results vary that depend on all of them.
+def alike(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays as a call takes them: on all devices of a mesh alike, or varying over the same axes of it.
 
-    Inside of shard_map a parameter that is the same on all devices so gets the sum of its gradients over them.
+    Each has its own way back for gradients. Inside of shard_map, that of a parameter which all devices share is the sum
+    over them.
     """
+    arrays = {name: _gathered(x) for name, x in arrays.items()}
     axes = {name: _varying_axes(x) for name, x in arrays.items()}
     every = frozenset().union(*axes.values())
     return {name: _varying(x, tuple(sorted(every - axes[name]))) for name, x in arrays.items()}
+
+
+def _gathered(x: Any) -> Any:
+    """An array whose type says how it is sharded ("explicit" axes of a mesh), whole on every device."""
+    sharding = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    if sharding is None or not any(sharding.spec):
+        return x
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def _varying(x: Any, axes: tuple[str, ...]) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sscan.jax import _shapes
-from sscan.jax._call import call, varying_alike
+from sscan.jax._call import alike, call
 
 Options = tuple[tuple[str, Any], ...]
 Arrays = dict[str, Any]
@@ -18,7 +18,7 @@ def _compiled(function: Callable[..., Any], op: str) -> Callable[..., Any]:
     """So that an op outside of jit is traced once for its shapes and options."""
 
     def run(options: Options, arrays: Arrays) -> Any:
-        return function(options, varying_alike(arrays))
+        return function(options, alike(arrays))
 
     run.__name__ = run.__qualname__ = op  # in error messages and profiles
     compiled: Callable[..., Any] = jax.jit(run, static_argnums=0, inline=True)
