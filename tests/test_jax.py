@@ -43,7 +43,7 @@ from cases import (
 
 import sscan
 import sscan.jax
-from sscan import _backends
+from sscan import _arrays, _backends
 from sscan.jax import _frame, _handler, _shapes
 
 if TYPE_CHECKING:
@@ -356,7 +356,6 @@ def test_gpu_handler(monkeypatch: pytest.MonkeyPatch) -> None:
             getDeviceCount=lambda: 2, getDevice=lambda: 0, pointerGetAttributes=lambda _: SimpleNamespace(device=1)
         ),
         Device=lambda number: Current(number, entered),
-        Stream=SimpleNamespace(from_external=lambda stream: Current(stream.__cuda_stream__()[1], entered)),
         UnownedMemory=lambda address, size, owner, device: (address, size, device),
         MemoryPointer=lambda memory, offset: memory,
     )
@@ -374,6 +373,7 @@ def test_gpu_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = jax.jit(partial(scanned, options)).lower(arrays).compile()
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, ndarray=ndarray, empty=np.empty))
     monkeypatch.setattr(_frame, "stream", lambda frame: 77)
+    monkeypatch.setattr(_arrays, "external_stream", lambda handle: Current(handle, entered))
     monkeypatch.setattr(_backends, "for_device", kernels)
     monkeypatch.setitem(_handler.EXECUTE, "cpu", _handler.EXECUTE["CUDA"])
     found = dict(zip(("y", "last_state"), compiled(arrays), strict=True))

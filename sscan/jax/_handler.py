@@ -117,7 +117,10 @@ def _run(call: Call, arguments: list[Memory], results: list[Memory]) -> None:
         given[UPDATES[call.op]] = results.pop()
     places = tuple(map(_view, results))
     _results.left = places
-    made = getattr(sscan, call.op)(**given, **dict(call.options))
+    try:
+        made = getattr(sscan, call.op)(**given, **dict(call.options))
+    finally:
+        _results.left = ()
     made = [x for x in (made if isinstance(made, tuple) else (made,)) if x is not None]
     # Results of which the dtype had to be changed, or that took the place of another one, are copied.
     elsewhere = [(x.copy(), place) for x, place in zip(made, places, strict=False) if not _is_at(x, place)]
@@ -150,9 +153,7 @@ def _execute_on_gpu(frame: Any) -> None:
     # XLA numbers its devices by itself: memory knows best which one it is on.
     address = next((region.address for region in (*arguments, *results) if region.address), 0)
     device = cuda.runtime.pointerGetAttributes(address).device if address else cuda.runtime.getDevice()
-    handle = _frame.stream(frame)
-    stream = cuda.Stream.from_external(_arrays._Stream(handle)) if handle else cuda.Stream.null
-    with cuda.Device(device), stream:
+    with cuda.Device(device), _arrays.external_stream(_frame.stream(frame)):
         _run(call, _memory(arguments, f"cuda:{device}"), _memory(results, f"cuda:{device}"))
 
 
