@@ -225,6 +225,12 @@ def scanned(options: dict[str, Any], arrays: dict[str, Any]) -> Any:
     return sscan.jax.selective_scan(**arrays, **options, return_last_state=True)
 
 
+def test_options_of_numpy() -> None:
+    arrays, options = split(case_of("ssm_kernel", "zoh").arguments())
+    found = sscan.jax.ssm_kernel(**arrays, **options | {"length": np.int64(options["length"])})
+    assert np.array_equal(found, sscan.ssm_kernel(**arrays, **options))
+
+
 def test_chunks_in_lax_scan() -> None:
     """The state carried through a loop, values and gradients."""
     arrays, options = scan_case(dtype="float64", length=60, initial_state=True)

@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
     @property
     def text(self) -> str:
-        return json.dumps(self)
+        return json.dumps(self, default=lambda number: number.item())  # options may be NumPy's numbers
 
 
 @functools.lru_cache(4096)
