@@ -246,7 +246,8 @@ def _torch_caller(op: str, name: str, tensor: Any) -> Caller:
 def _torch_on(kind: str, device: int | None) -> Caller:
     if kind == "cpu":
         return Caller("PyTorch", "cpu", np.empty, _leave_to_torch)
-    return Caller("PyTorch", f"cuda:{device}", _empty_on_gpu, _leave_to_torch_on_gpu)
+    empty = functools.partial(_empty_tensor, sys.modules["torch"].device(kind, device))
+    return Caller("PyTorch", f"cuda:{device}", empty, _leave_tensor)
 
 
 def _leave_to_torch(result: Array) -> Any:
@@ -256,9 +257,36 @@ def _leave_to_torch(result: Array) -> Any:
     return torch.from_numpy(result)
 
 
-def _leave_to_torch_on_gpu(result: Any) -> Any:
+def _empty_tensor(device: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A view of a new tensor, whose memory keeps the tensor."""
+    torch, cupy = sys.modules["torch"], sys.modules["cupy"]
+    tensor = torch.empty(shape, dtype=_torch_dtype(dtype), device=device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(_tensor_memory()(tensor), 0))
+
+
+def _leave_tensor(result: Any) -> Any:
+    tensor = getattr(result.data.mem, "tensor", None)
+    if tensor is not None and tensor.shape == result.shape and result.flags.c_contiguous:
+        return tensor
     torch: Any = sys.modules["torch"]
     return torch.utils.dlpack.from_dlpack(result.__dlpack__(stream=-1))  # a bare capsule: CuPy's stream is PyTorch's
+
+
+@functools.cache
+def _tensor_memory() -> Any:
+    class TensorMemory(sys.modules["cupy"].cuda.UnownedMemory):  # type: ignore[misc]
+        """Memory of a tensor on a GPU."""
+
+        def __init__(self, tensor: Any) -> None:
+            super().__init__(tensor.data_ptr(), tensor.nbytes, tensor, tensor.device.index)
+            self.tensor = tensor
+
+    return TensorMemory
+
+
+@functools.cache
+def _torch_dtype(dtype: Any) -> Any:
+    return getattr(sys.modules["torch"], np.dtype(dtype).name)
 
 
 def _torch_metadata(arrays: tuple[Any, ...]) -> list[Any] | None:

@@ -21,8 +21,10 @@ class ndarray:
 
     __array_ufunc__ = None
 
-    def __init__(self, array: Any) -> None:
-        self.host = np.asarray(array)
+    def __init__(self, array: Any, dtype: Any = None, memory: Any = None) -> None:
+        """Of an array; or, as CuPy's, of a shape in memory of which ``memory.mem`` is told."""
+        self.host = np.asarray(array) if memory is None else memory.mem.host
+        self.memory = None if memory is None else memory.mem
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("a device array does not become a NumPy array by itself")

@@ -352,6 +352,17 @@ class Cuda:
             null=self._set("stream", 0), from_external=lambda stream: self._set("stream", stream.__cuda_stream__()[1])
         )
 
+    class UnownedMemory:
+        """The memory of a tensor."""
+
+        def __init__(self, address: int, size: int, owner: torch.Tensor, device: int) -> None:
+            assert (address, size) == (owner.data_ptr(), owner.nbytes)
+            self.host, self.device = owner.as_subclass(torch.Tensor).numpy(), device
+
+    def MemoryPointer(self, memory: Any, offset: int) -> Any:
+        assert offset == 0
+        return types.SimpleNamespace(mem=memory)
+
     def using_allocator(self, allocator: Any) -> Any:
         return self._set("allocator", allocator)
 
@@ -399,13 +410,13 @@ class Kernels:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     """The stand-in for CuPy with two GPUs."""
     cuda = Cuda()
-    place = property(lambda self: types.SimpleNamespace(device_id=vars(self).get("device", 0)))
+    place = property(lambda self: types.SimpleNamespace(device_id=vars(self).get("device", 0), mem=self.memory))
     monkeypatch.setitem(sys.modules, "cupy", device_double)
     monkeypatch.setattr(device_double, "cuda", cuda, raising=False)
     monkeypatch.setattr(device_double.ndarray, "data", place, raising=False)
     monkeypatch.setattr(_arrays, "_known", {})
-    _arrays._torch_allocator.cache_clear()
-    _arrays.external_stream.cache_clear()
+    for made_of_cupy in (_arrays._torch_allocator, _arrays._tensor_memory, _arrays.external_stream):
+        made_of_cupy.cache_clear()
     return cuda
 
 
@@ -530,9 +541,18 @@ def test_pytorch_is_followed(kernels: Kernels, cuda: Cuda, monkeypatch: pytest.M
         return made
 
     monkeypatch.setattr(device_double, "from_dlpack", view)
+    made: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def empty_on_gpu(shape: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert device == torch.device("cuda:1")
+        made.append(empty(shape, dtype=dtype).as_subclass(OnCuda))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", empty_on_gpu)
     given = cuda_problem()
     y = sscan.selective_scan(**given)
-    assert isinstance(y, torch.Tensor)
+    assert [x is y for x in made] == [True]
     assert torch.equal(y, sscan.selective_scan(**torch_problem()))
     assert seen == [x.data_ptr() for x in given.values() if isinstance(x, torch.Tensor)]
     assert [(now["device"], now["stream"]) for _, now in kernels.calls] == [(1, 101), (1, 101)]
