@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -17,27 +18,32 @@ from sscan import reference
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
-def run_ranks(commands: list[list[str]], seconds: int = 150) -> None:
-    """Processes that run side by side; the first that fails ends all, and shows what it wrote."""
-    processes = [
-        subprocess.Popen([sys.executable, "-W", "error", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
+def run_ranks(size: int, *command: str, seconds: int = 150) -> list[str]:
+    """What a Python script wrote as each of the ranks, which run side by side; all must succeed, without warnings."""
+    processes = []
+    for rank in range(size):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-W", "error", *command], env={**os.environ, **place}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    written = []
     try:
         for process in processes:
-            written, _ = process.communicate(timeout=seconds)
-            assert process.returncode == 0, written
+            written.append(process.communicate(timeout=seconds)[0])
+            assert process.returncode == 0, written[-1]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            process.communicate()
+    return written
 
 
 def solved(backend: str, folder: Path, size: int) -> list[dict[Any, Any]]:
     """The results of every rank."""
-    run_ranks([[str(WORKER), backend, str(folder), str(rank), str(size)] for rank in range(size)])
+    run_ranks(size, str(WORKER), backend, str(folder))
     return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(size)]
 
 

@@ -1,7 +1,7 @@
 """One rank of a process group: its parts of problems through ``sscan.torch.distributed``, and what came of them.
 
-``python distributed_worker.py BACKEND FOLDER RANK SIZE``, as often as there are ranks. They meet in a file in the
-folder, and each leaves its results there, for the tests to put together.
+``python distributed_worker.py BACKEND FOLDER``, as often as there are ranks, with RANK and WORLD_SIZE in the
+environment. They meet in a file in the folder, and each leaves its results there, for the tests to put together.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def errors(rank: int, device: str) -> dict[str, str]:
     return said
 
 
-def main(backend: str, folder: Path, rank: int, size: int) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def main(backend: str, folder: Path) -> None:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = f"cuda:{rank}" if backend == "nccl" else "cpu"
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -158,4 +158,4 @@ def main(backend: str, folder: Path, rank: int, size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]))

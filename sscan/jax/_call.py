@@ -17,6 +17,7 @@ from sscan.jax._handler import UPDATES, Call
 
 _handler.register()
 
+type_of: Any = getattr(jax, "typeof", lambda x: None)  # before JAX 0.6 types know nothing of meshes
 CHECKPOINTED = ("selective_scan_forward", "selective_scan_backward")
 
 
@@ -59,7 +60,7 @@ def _like(x: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A result that varies over the same axes of a mesh as x does."""
     options: dict[str, Any] = {}
     if _varying_axes(x):
-        kind = jax.typeof(x)
+        kind = type_of(x)
         name = "manual_axis_type" if hasattr(kind, "manual_axis_type") else "vma"  # up to JAX 0.9
         options = {name: getattr(kind, name), "sharding": NamedSharding(kind.sharding.mesh, PartitionSpec())}
     return jax.ShapeDtypeStruct(shape, dtype, **options)
@@ -67,7 +68,7 @@ def _like(x: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 def _varying_axes(x: Any) -> frozenset[str]:
     """The axes of a mesh over which x varies, as far as JAX keeps track (``check_vma`` of shard_map)."""
-    kind = jax.typeof(x) if hasattr(jax, "typeof") else None
+    kind = type_of(x)
     kind = getattr(kind, "manual_axis_type", kind)
     return getattr(kind, "varying", None) or getattr(kind, "vma", None) or frozenset()
 
@@ -86,7 +87,7 @@ def alike(arrays: dict[str, Any]) -> dict[str, Any]:
 
 def _gathered(x: Any) -> Any:
     """An array whose type says how it is sharded ("explicit" axes of a mesh), whole on every device."""
-    sharding = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    sharding = getattr(type_of(x), "sharding", None)
     if sharding is None or not any(sharding.spec):
         return x
     return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
