@@ -69,6 +69,6 @@ def test_a_group_of_one_is_one_device(op: str, name: str) -> None:
 
 def test_the_example_of_data_parallel_training_learns(tmp_path: Path) -> None:
     written, _ = run_ranks(2, str(EXAMPLE), "--device", "cpu", "--meeting", f"file://{tmp_path}/meeting")
-    first, last = map(float, re.findall(r"loss (\S+) at first, (\S+) after 80 steps", written)[0])
+    first, last = map(float, re.findall(r"loss (\S+) at first, (\S+) after 30 steps", written)[0])
     assert first > 2.5
     assert last < 1.0
