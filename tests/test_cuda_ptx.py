@@ -12,6 +12,7 @@ import registers
 
 from sscan.cuda import _launch, selective_scan
 from sscan.cuda._launch import Kernel
+from sscan.cuda._segments import Segments
 from sscan.cuda.kernels import selective_scan_backward
 from sscan.cuda.kernels.selective_scan import Variant
 
@@ -51,6 +52,7 @@ KNOWN_SPILLS = (
     # warps do not diverge.
     Known("sm_80", "sm_80", (
         BACKWARD((1, 4, 4, "float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
+        BACKWARD((2, 2, 6, "float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
         BACKWARD((2, 4, 3, "float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
         BACKWARD((2, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, True, True, 4, False, False)),
         BACKWARD((1, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, False, False, 4, True, True)),
@@ -119,7 +121,7 @@ ptxas info    : Used 168 registers, used 1 barriers, 44272 bytes smem, 384 bytes
 
 
 def test_backward_shapes_are_those_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``shipped`` repeats what ``backward_shape`` decides: for every variant, with few blocks and with many."""
+    """``shipped`` repeats what ``backward_shape`` decides: for every variant, few blocks, time in parts, many blocks."""
     monkeypatch.setattr(_launch, "processors", lambda: 132)
     kernels = [kernel.key for kernel in selective_scan_backward.shipped() if kernel.factory == "backward"]
     compiled, decided = set(), set()
@@ -127,7 +129,8 @@ def test_backward_shapes_are_those_that_are_compiled(monkeypatch: pytest.MonkeyP
         v = Variant(*key[3:])
         A: Any = SimpleNamespace(dtype=np.dtype(v.number))
         compiled.add((key[:3], v.number, v.zoh, v.many))
-        for blocks in (1, 10**6):
-            shape = selective_scan.backward_shape(A, v.zoh, lambda channels, n=blocks: n, v.many)
+        for blocks, length in ((1, 100), (1, 10000), (10**6, 100)):
+            segments = Segments(1, 1, length, None, None)
+            shape = selective_scan.backward_shape(A, v.zoh, v.many, segments, lambda channels, n=blocks: n)
             decided.add((shape, v.number, v.zoh, v.many))
     assert compiled == decided

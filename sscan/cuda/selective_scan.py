@@ -267,14 +267,20 @@ def selective_scan_summary(segments, groups, inputs):
     return sums, ends, (sums, ends) if plan.parts > 1 else None
 
 
-def backward_shape(A, zoh, blocks_of_channels, many):
-    """(rows, warps, blocks on a multiprocessor) for the backward kernel: registers and shared memory decide."""
+def backward_shape(A, zoh, many, segments, channel_blocks):
+    """(rows, warps, blocks on a multiprocessor) for the backward kernel: registers and shared memory decide.
+
+    ``channel_blocks`` says how many blocks of so many channels there are.
+    """
     real = A.dtype.itemsize // (2 if A.dtype.kind == "c" else 1)
     if real == 8:
         return (1, 2, 4 if A.dtype.kind != "c" else 3)
     if A.dtype.kind == "c" or many or zoh:
         return (1, 4, 3)
-    return (ROWS, 4, 3) if blocks_of_channels(ROWS * 4 * WARP_CHANNELS) >= 2 * _launch.processors() else (1, 4, 4)
+    if segments.count * channel_blocks(ROWS * 4 * WARP_CHANNELS) >= 2 * _launch.processors():
+        return (ROWS, 4, 3)
+    split = parts_of(segments, channel_blocks(4 * WARP_CHANNELS), RESIDENT_BACKWARD)[0] > 1
+    return (ROWS, 2, 6) if split else (1, 4, 4)
 
 
 class BackwardPlan(NamedTuple):
@@ -306,7 +312,7 @@ def planned_backward(segments, groups, inputs, along):
         return -(-layout.channels_of_group // channels)
 
     rows, warps, resident = backward_shape(
-        A, inputs.zoh, lambda channels: count * groups * blocks_in_group(channels), layout.state_blocks > 1
+        A, inputs.zoh, layout.state_blocks > 1, segments, lambda channels: groups * blocks_in_group(channels)
     )
     starts_blocks, blocks = blocks_in_group(warps * WARP_CHANNELS), blocks_in_group(rows * warps * WARP_CHANNELS)
     parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD)
