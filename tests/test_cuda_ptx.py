@@ -121,7 +121,7 @@ ptxas info    : Used 168 registers, used 1 barriers, 44272 bytes smem, 384 bytes
 
 
 def test_backward_shapes_are_those_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``shipped`` repeats what ``backward_shape`` decides: for every variant, few blocks, time in parts, many blocks."""
+    """``shipped`` repeats what ``backward_shape`` decides: every variant, few blocks, time in parts, many blocks."""
     monkeypatch.setattr(_launch, "processors", lambda: 132)
     kernels = [kernel.key for kernel in selective_scan_backward.shipped() if kernel.factory == "backward"]
     compiled, decided = set(), set()
