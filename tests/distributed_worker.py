@@ -50,9 +50,13 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 NAMES = [("selective_scan", name) for name in SCANS] + [("causal_conv1d", name) for name in CONVOLUTIONS]
 
 
-def splits(size: int) -> list[tuple[int, ...]]:
-    """Lengths of the parts on so many ranks: equal ones; others, some shorter than a filter; almost nothing."""
-    return [(75,) * size, (*(200, 0, 2)[: size - 1], 99), (*(0, 1, 2)[: size - 1], 0)]
+def splits(backend: str, size: int) -> list[tuple[int, ...]]:
+    """Lengths of the parts on so many ranks: equal ones; others, some shorter than a filter; almost nothing.
+
+    The first ones are long enough for a GPU to cut them further along time.
+    """
+    steps = 1000 if backend == "nccl" else 75
+    return [(steps,) * size, (200, 99, 0, 2, *[30] * size)[:size], (1, 0, 2, *[0] * size)[:size]]
 
 
 def problem_of(op: str, name: str, length: int) -> Arguments:
@@ -148,7 +152,7 @@ def main(backend: str, folder: Path) -> None:
     )
     results: dict[Any, Any] = {
         (op, name, lengths): solve(op, problem_of(op, name, sum(lengths)), lengths, rank, device)
-        for lengths in splits(size)
+        for lengths in splits(backend, size)
         for op, name in NAMES
     }
     results["wanting nothing"], results["errors"] = wanting_nothing(rank, device), errors(rank, device)

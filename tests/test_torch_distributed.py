@@ -31,7 +31,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return solved("gloo", tmp_path_factory.mktemp("ranks"), RANKS)
 
 
-@pytest.mark.parametrize("lengths", splits(RANKS), ids=str)
+@pytest.mark.parametrize("lengths", splits("gloo", RANKS), ids=str)
 @pytest.mark.parametrize(("op", "name"), NAMES)
 def test_parts_are_the_whole(op: str, name: str, lengths: tuple[int, ...], of_ranks: list[dict[Any, Any]]) -> None:
     check(op, name, lengths, of_ranks)
