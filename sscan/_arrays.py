@@ -162,6 +162,11 @@ def _find_library(array: Any) -> Library | None:
     return None
 
 
+def register(kind: type, library: Library) -> None:
+    """Take arrays of a type, which no array library has."""
+    _known[kind] = library
+
+
 def _itself(array: Any) -> Any:
     return array
 
@@ -191,7 +196,7 @@ def _native(array: Array) -> Array:
 # --- CuPy, in which the arrays of all libraries are viewed on a GPU ---------------------------------------------------
 
 
-def _import_cupy(op: str) -> ModuleType:
+def import_cupy(op: str) -> ModuleType:
     """CuPy, for arrays of other libraries; RuntimeError if it is not installed or finds no GPU."""
     try:
         cupy = importlib.import_module("cupy")
@@ -316,7 +321,7 @@ def _torch_surroundings(op: str, tensor: Any, arguments: Any) -> contextlib.Abst
 @contextlib.contextmanager
 def _torch_device(op: str, device: int) -> Iterator[None]:
     """PyTorch's current stream on the device, and memory from its allocator."""
-    cuda = _import_cupy(op).cuda
+    cuda = import_cupy(op).cuda
     handle = sys.modules["torch"].cuda.current_stream(device).cuda_stream
     with cuda.Device(device), external_stream(handle), cuda.using_allocator(_torch_allocator()):
         yield
@@ -419,7 +424,7 @@ def _jax_device(op: str, device: int, arguments: Any) -> Iterator[None]:
     JAX gives the memory of an array that nobody holds to its next computation, on a stream that does not wait for
     CuPy's. So an event marks the end of the call in CuPy's stream, and a later call lets go of what is done.
     """
-    cuda = _import_cupy(op).cuda
+    cuda = import_cupy(op).cuda
     with cuda.Device(device):
         try:
             yield

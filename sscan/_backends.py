@@ -21,6 +21,11 @@ def for_device(op: str, device: str) -> ModuleType:
         raise RuntimeError(f"{op}: arrays on a GPU need {error.name}, which is installed by: {INSTALL_CUDA}") from error
 
 
+def register(kind: str, package: str) -> None:
+    """Serve a kind of device by the module of this name."""
+    _PACKAGES[kind] = package
+
+
 @functools.cache
 def _package(kind: str) -> ModuleType:
     for library in _NEEDED.get(kind, ()):

@@ -102,8 +102,11 @@ def _metadata(arrays: tuple[Any, ...]) -> list[Any]:
     return [None if x is None else (x.device, x.region[1:]) for x in arrays]
 
 
-_arrays._known[Memory] = _arrays.Library(
-    lambda op, name, memory: _caller(memory.device), _view, lambda op, memory, arguments: None, _metadata
+_arrays.register(
+    Memory,
+    _arrays.Library(
+        lambda op, name, memory: _caller(memory.device), _view, lambda op, memory, arguments: None, _metadata
+    ),
 )
 
 
@@ -148,7 +151,7 @@ def _execute_on_cpu(frame: Any) -> None:
 
 def _execute_on_gpu(frame: Any) -> None:
     call = _call(_frame.text(frame), "cuda")
-    cuda = _arrays._import_cupy(call.op).cuda
+    cuda = _arrays.import_cupy(call.op).cuda
     arguments, results = _frame.regions(frame.arguments), _frame.regions(frame.results)
     # XLA numbers its devices by itself: memory knows best which one it is on.
     address = next((region.address for region in (*arguments, *results) if region.address), 0)

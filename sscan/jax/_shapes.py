@@ -66,8 +66,8 @@ def _metadata(arrays: tuple[Any, ...]) -> list[Any]:
 
 
 _CALLER = _arrays.Caller("JAX tracers", KIND, Shape, _itself)
-_arrays._known[Shape] = _arrays.Library(lambda op, name, array: _CALLER, _itself, _nothing, _metadata)
-_backends._PACKAGES[KIND] = __name__
+_arrays.register(Shape, _arrays.Library(lambda op, name, array: _CALLER, _itself, _nothing, _metadata))
+_backends.register(KIND, __name__)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
