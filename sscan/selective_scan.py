@@ -231,7 +231,7 @@ def selective_scan_backward(
         checkpoints = problem.empty_checkpoints()
         problem.run(checkpoints, None)
     else:
-        checkpoints = _arrays.view(checkpoints)
+        checkpoints = problem.checked_checkpoints(checkpoints)
     return problem.run_backward(checkpoints, parts)
 
 
@@ -332,15 +332,30 @@ class _Problem(NamedTuple):
     def _empty_like(self, array: Any) -> Any:
         return None if array is None else self.caller.empty(array.shape, array.dtype)
 
-    def empty_checkpoints(self) -> Any:
-        a, A = self.arguments, self.inputs.A
-        shape = self.backend.checkpoints_shape(
-            len(a.u), *A.shape[:1], a.u.shape[2], A.shape[1], self.groups, A.dtype, a.seq_idx is not None,
+    def _checkpoints_shape(self) -> Any:
+        a, (dim, state) = self.arguments, self.inputs.A.shape
+        return self.backend.checkpoints_shape(
+            a.u.shape[0], dim, a.u.shape[2], state, self.groups, self.inputs.A.dtype, a.seq_idx is not None,
             None if a.cu_seqlens is None else self.sequences,
         )  # fmt: skip
+
+    def empty_checkpoints(self) -> Any:
+        shape = self._checkpoints_shape()
         if shape is None:
-            return self.backend.empty_checkpoints(self.segments, self.groups, A)
-        return self.caller.empty(shape, A.dtype)
+            return self.backend.empty_checkpoints(self.segments, self.groups, self.inputs.A)
+        return self.caller.empty(shape, self.inputs.A.dtype)
+
+    def checked_checkpoints(self, checkpoints: Any) -> Any:
+        """A view of checkpoints that came from outside; ValueError if they are those of other inputs."""
+        view, shape, dtype = _arrays.view(checkpoints), self._checkpoints_shape(), self.inputs.A.dtype
+        if shape is None:
+            shape = self.empty_checkpoints().shape
+        if (view.shape, view.dtype) != (shape, dtype):
+            raise ValueError(
+                "selective_scan_backward: checkpoints must be those of selective_scan_forward for the same inputs, "
+                f"{dtype} of shape {shape}, got {view.dtype} of shape {view.shape}"
+            )
+        return view
 
     def empty_last_state(self) -> Any:
         A = self.inputs.A

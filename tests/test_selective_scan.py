@@ -113,6 +113,16 @@ def test_size_of_checkpoints_is_known_beforehand(shape: tuple[int, ...], groups:
     assert cpu.checkpoints_shape(batch, dim, length, state, groups, A.dtype, True, None) is None
 
 
+@pytest.mark.parametrize("packing", [{}, {"seq_idx": "int32"}])
+def test_checkpoints_of_other_inputs_are_refused(packing: dict[str, Any]) -> None:
+    problem = problem_of("float32", **packing)
+    y, _, checkpoints = sscan.selective_scan_forward(**problem)
+    sscan.selective_scan_backward(y, **problem, checkpoints=checkpoints)
+    for wrong in (checkpoints[:-1], checkpoints.astype(np.float64)):
+        with pytest.raises(ValueError, match="checkpoints must be those of selective_scan_forward"):
+            sscan.selective_scan_backward(y, **problem, checkpoints=wrong)
+
+
 @SETTINGS
 @given(kind=in_double, k=st.integers(0, 101))
 def test_split_and_carry_is_the_whole(kind: str, k: int) -> None:
