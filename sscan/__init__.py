@@ -13,7 +13,7 @@ from sscan.selective_scan import (
 from sscan.selective_state_update import selective_state_update
 from sscan.ssm import ssm_convolution, ssm_convolution_backward, ssm_kernel, ssm_kernel_backward
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "SelectiveScanGradients",
