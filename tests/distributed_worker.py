@@ -144,12 +144,14 @@ def errors(rank: int, device: str) -> dict[str, str]:
 
 def main(backend: str, folder: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = f"cuda:{rank}" if backend == "nccl" else "cpu"
+    device, options = "cpu", {}
     if backend == "nccl":
+        device, options = f"cuda:{rank}", {"device_id": torch.device("cuda", rank)}
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=100)
-    )
+        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=100),
+        **options,
+    )  # fmt: skip
     results: dict[Any, Any] = {
         (op, name, lengths): solve(op, problem_of(op, name, sum(lengths)), lengths, rank, device)
         for lengths in splits(backend, size)
