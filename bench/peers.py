@@ -45,12 +45,12 @@ def kernels_alone(problem: dict[str, Any], **options: Any) -> Pair:
     gradients.dB, gradients.dC = results["dB"][:, None], results["dC"][:, None]
 
     def forward() -> Any:
-        checked.backend.selective_scan_forward(*where, inputs, None, y, last_state, None)
+        checked.backend.selective_scan_forward(*where, inputs, None, y, last_state, None, None)
         return y
 
     def both() -> Any:
-        checked.backend.selective_scan_forward(*where, inputs, None, y, last_state, checkpoints)
-        checked.backend.selective_scan_backward(*where, inputs, checkpoints, dy, None, gradients)
+        checked.backend.selective_scan_forward(*where, inputs, None, y, last_state, checkpoints, None)
+        checked.backend.selective_scan_backward(*where, inputs, checkpoints, dy, None, gradients, None)
         return y, {name: results[f"d{name}"] for name in DIFFERENTIABLE}
 
     return forward, both
