@@ -8,7 +8,6 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,8 +40,7 @@ def kernels_alone(problem: dict[str, Any], **options: Any) -> Pair:
     y, last_state = np.empty_like(inputs.u), np.empty((len(inputs.u), *inputs.A.shape), inputs.A.dtype)
     checkpoints = checked.empty_checkpoints()
     results = {f"d{name}": np.empty_like(problem[name]) for name in DIFFERENTIABLE}
-    gradients = SimpleNamespace(**results, dinitial_state=None)
-    gradients.dB, gradients.dC = results["dB"][:, None], results["dC"][:, None]
+    gradients = sscan.SelectiveScanGradients(**results, dinitial_state=None)
 
     def forward() -> Any:
         checked.backend.selective_scan_forward(*where, inputs, None, y, last_state, None, None)
