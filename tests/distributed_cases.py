@@ -18,7 +18,7 @@ from sscan import reference
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
-def run_ranks(size: int, *command: str, seconds: int = 150) -> list[str]:
+def run_ranks(size: int, *command: str, seconds: int = 500) -> list[str]:
     """What a Python script wrote as each of the ranks, which run side by side; all must succeed, without warnings."""
     processes = []
     for rank in range(size):

@@ -142,6 +142,15 @@ def errors(rank: int, device: str) -> dict[str, str]:
     return said
 
 
+def under_autocast(device: str) -> list[str]:
+    """The dtypes of results of both ops, of inputs in float32 and one in bfloat16."""
+    x, parameter = torch.rand(1, 2, 4, device=device), torch.rand(2, 4, device=device)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        u = distributed.causal_conv1d(x, parameter)
+        y, end = distributed.selective_scan(u, x, -parameter, parameter, parameter, z=x, return_last_state=True)
+    return [str(result.dtype) for result in (u, y, end)]
+
+
 def main(backend: str, folder: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device, options = "cpu", {}
@@ -149,7 +158,7 @@ def main(backend: str, folder: Path) -> None:
         device, options = f"cuda:{rank}", {"device_id": torch.device("cuda", rank)}
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=100),
+        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=400),
         **options,
     )  # fmt: skip
     results: dict[Any, Any] = {
@@ -158,6 +167,7 @@ def main(backend: str, folder: Path) -> None:
         for op, name in NAMES
     }
     results["wanting nothing"], results["errors"] = wanting_nothing(rank, device), errors(rank, device)
+    results["under autocast"] = under_autocast(device)
     (folder / f"rank{rank}").write_bytes(pickle.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

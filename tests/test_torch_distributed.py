@@ -53,6 +53,11 @@ def test_errors_name_the_argument(of_ranks: list[dict[Any, Any]]) -> None:
                 assert said[name].startswith(f"{op}: initial_state belongs to the first rank"), said
 
 
+def test_under_autocast_inputs_are_cast(of_ranks: list[dict[Any, Any]]) -> None:
+    for results in of_ranks:
+        assert results["under autocast"] == ["torch.bfloat16", "torch.bfloat16", "torch.float32"]
+
+
 @pytest.fixture
 def _alone(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
