@@ -290,8 +290,9 @@ class BackwardPlan(NamedTuple):
     parts: int
     workspaces: _workspace.Layout
     starts: Kernel
-    starts_blocks: int
-    starts_numbers: tuple[int, ...]
+    starts_blocks: int  # for each part
+    starts_dims: tuple[int, ...]  # the kernel takes these, the number of parts that it walks, and ``starts_rest``
+    starts_rest: tuple[int, ...]
     backward: Kernel
     blocks: int
     numbers: tuple[int, ...]
@@ -317,7 +318,8 @@ def planned_backward(segments, groups, inputs, along):
     starts_blocks, blocks = blocks_in_group(warps * WARP_CHANNELS), blocks_in_group(rows * warps * WARP_CHANNELS)
     parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD)
     u, delta, z, dy = (batch_stride(in_rows(x)) for x in along[:4])
-    of_parts = layout.channels_of_group, parts, part_length, layout.state_blocks
+    of_parts = layout.channels_of_group, parts
+    sizes = part_length, layout.state_blocks
 
     all_parts, number, real = count * parts, A.itemsize, A.real.itemsize
     stride = (varying_B + varying_C) * padded
@@ -335,11 +337,12 @@ def planned_backward(segments, groups, inputs, along):
     return BackwardPlan(
         plan.copies, parts, workspaces,
         Kernel("selective_scan_backward", "starts", (warps, *plan.variant)),
-        count * (parts - 1) * groups * starts_blocks,
-        (dim, state, length, groups * starts_blocks, starts_blocks, *of_parts, dy, delta, z, *plan.strides[3:]),
+        count * groups * starts_blocks,
+        (dim, state, length, groups * starts_blocks, starts_blocks, *of_parts),
+        (*sizes, dy, delta, z, *plan.strides[3:]),
         Kernel("selective_scan_backward", "backward", (rows, warps, resident, *plan.variant)),
         all_parts * groups * blocks,
-        (dim, state, length, groups * blocks, blocks, *of_parts, dy, u, delta, z, *plan.strides),
+        (dim, state, length, groups * blocks, blocks, *of_parts, *sizes, dy, u, delta, z, *plan.strides),
         _sums.planned(
             all_parts, A.dtype, A.dtype, reals * dim * state, of_D, of_bias, reals * constant_B, reals * constant_C
         ),
@@ -389,8 +392,8 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
         sums, starts = known_parts
     elif plan.parts > 1:
         _launch.launch(
-            plan.starts, plan.starts_blocks, dy, delta, A, C, z, delta_bias, softplus, starts, sums, seq_idx,
-            cu_seqlens, *plan.starts_numbers,
+            plan.starts, (plan.parts - 1) * plan.starts_blocks, dy, delta, A, C, z, delta_bias, softplus, starts, sums,
+            seq_idx, cu_seqlens, *plan.starts_dims, plan.parts - 1, *plan.starts_rest,
         )  # fmt: skip
     _launch.launch(
         plan.backward, plan.blocks, dy, u, delta, A, B, C, D, z, delta_bias, softplus, checkpoints, dlast_state, du,
@@ -405,84 +408,33 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
     del memory  # held until here
 
 
-# The kernel ``starts`` leaves out the first part, of which a backward of its own needs nothing. A summary does: it has
-# the kernel walk a copy of the first part, the head, that is cut in its turn and lies behind a part that is left out.
-
-HEAD_PARTS = 16  # at most: with parts so short, the head takes little time beside the others
-UNCUT_PARTS = 8  # of a backward that is not cut: so that the head is not all of it
-
-
 class BackwardSummaryPlan(NamedTuple):
     """How the starts of all parts are found."""
 
-    starts: Kernel
-    blocks: int  # for each part
-    parts: int
-    numbers: tuple[int, ...]
-    known_parts: bool  # whether they are those of the backward
-    head: int  # its steps
-    head_parts: int
-    head_part: int  # steps of each of them
-    head_numbers: tuple[int, ...]
+    backward: BackwardPlan
+    sums: tuple[tuple[int, ...], Any]  # shape and dtype
+    starts: tuple[tuple[int, ...], Any]
 
 
 def planned_backward_summary(segments, groups, inputs, along):
     """The plan of a backward summary, with u, delta, z and dy along time."""
-    plan = planned_backward(segments, groups, inputs, along)
-    dim, state, length, *blocks, parts, part_length, state_blocks = plan.starts_numbers[:9]
-    if plan.parts == 1:
-        part_length = -(-length // (UNCUT_PARTS * TILE)) * TILE
-        parts = max(1, -(-length // max(1, part_length)))
-    head = min(part_length, length)
-    head_part = -(-head // (HEAD_PARTS * TILE)) * TILE
-    head_parts = max(1, -(-head // max(1, head_part)))
-    # strides of dy, delta and z, and of C
-    waves = [0 if x is None else dim * (head_part + head) for x in (along[3], along[1], along[2])]
-    C = in_head(as_reals(inputs.by_group().C, inputs.A.dtype), length, head, head_part)
-    return BackwardSummaryPlan(
-        plan.starts, segments.count * blocks[0], parts,
-        (dim, state, length, *blocks, parts, part_length, state_blocks, *plan.starts_numbers[9:]), plan.parts > 1,
-        head, head_parts, head_part,
-        (
-            dim, state, head_part + head, *blocks, 1 + head_parts, head_part, state_blocks, *waves,
-            *matrix_strides(C, groups),
-        ),
-    )  # fmt: skip
-
-
-def in_head(x, length, head, before):
-    """The first ``head`` steps of an array along time, behind ``before`` that are never read; others as they are."""
-    if x is None or x.ndim == 2:
-        return x
-    reals = x.shape[-1] // max(1, length)  # of a step
-    copy = _launch.empty((*x.shape[:-1], reals * (before + head)), x.dtype)
-    copy[..., reals * before :] = x[..., : reals * head]
-    return copy
+    A, plan = inputs.A, planned_backward(segments, groups, inputs, along)
+    sums = segments.count, plan.parts, len(A)
+    return BackwardSummaryPlan(plan, (sums, A.real.dtype), ((*sums, geometry(segments, groups, A).padded), A.dtype))
 
 
 def selective_scan_backward_summary(segments, groups, inputs, dy):
-    """Sums of the step sizes and gradients at the starts, from zero, of parts; and the backward's ``known_parts``."""
-    u, delta, A, _, C, _, z, delta_bias, delta_softplus, _, _ = inputs.by_group()
-    plan = plan_of(segments, groups, inputs, (u, delta, z, dy), planned_backward_summary)
-    C, softplus, count, length = as_reals(C, A.dtype), int(delta_softplus), segments.count, segments.length
-    padded = geometry(segments, groups, A).padded
+    """Sums of the step sizes and gradients at the starts, from zero, of all parts; and the backward's ``known_parts``.
 
-    def found(parts, blocks, numbers, dy, delta, z, C):
-        sums = _launch.empty((count, parts, len(A)), A.real.dtype)
-        starts = _launch.empty((count, parts, len(A), padded), A.dtype)
-        _launch.launch(
-            plan.starts, blocks, dy, delta, A, C, z, delta_bias, softplus, starts, sums, None, None, *numbers
-        )  # fmt: skip
-        return sums, starts
-
-    def after(first, rest):
-        joined = _launch.empty((count, first.shape[1] + rest.shape[1] - 2, *first.shape[2:]), first.dtype)
-        joined[:, : first.shape[1] - 1] = first[:, 1:]
-        joined[:, first.shape[1] - 1 :] = rest[:, 1:]
-        return joined
-
-    heads = [in_head(x, length, plan.head, plan.head_part) for x in (dy, delta, z, C)]
-    of_head = found(1 + plan.head_parts, plan.head_parts * plan.blocks, plan.head_numbers, *heads)
-    waves = [in_rows(x) for x in (dy, delta, z)]
-    of_parts = found(plan.parts, (plan.parts - 1) * plan.blocks, plan.numbers, *waves, C)
-    return *map(after, of_head, of_parts), of_parts if plan.known_parts else None
+    All parts are walked here, the first one too.
+    """
+    u, delta, A, _, C, _, z, delta_bias, delta_softplus, _, _ = inputs
+    plan, *made = plan_of(segments, groups, inputs, (u, delta, z, dy), planned_backward_summary)
+    if plan.copies:
+        delta, z, dy, C = in_rows(delta), in_rows(z), in_rows(dy), as_reals(C, A.dtype)
+    sums, starts = (_launch.empty(shape, dtype) for shape, dtype in made)
+    _launch.launch(
+        plan.starts, plan.parts * plan.starts_blocks, dy, delta, A, C, z, delta_bias, int(delta_softplus), starts, sums,
+        None, None, *plan.starts_dims, plan.parts, *plan.starts_rest,
+    )  # fmt: skip
+    return sums, starts, (sums, starts) if plan.parts > 1 else None

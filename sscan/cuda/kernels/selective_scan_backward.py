@@ -619,9 +619,10 @@ def backward(rows, warps, blocks, *key):
 
 
 def starts(warps, *key):
-    """The gradient that each part but the first hands on to the one before it when it gets none from the one after it.
+    """The gradient that a part hands on to the one before it when it gets none from the one after it.
 
-    And the sum of its step sizes, infinite if a sequence starts in it. Reads delta, dy and z once.
+    And the sum of its step sizes, infinite if a sequence starts in it. Of the last ``launched_parts``: all, or all but
+    the first. Reads delta, dy and z once.
     """
     v = Variant(*key)
     storage, number = dtype_of(v.storage), dtype_of(v.number)
@@ -649,13 +650,13 @@ def starts(warps, *key):
 
     def kernel(
         dy, delta, A, C, z, delta_bias, delta_softplus, part_starts, part_sums, seq_idx, cu_seqlens, dim, state, length,
-        channel_blocks, blocks_of_group, channels_of_group, parts, part_length, state_blocks, dy_batch, delta_batch,
-        z_batch, C_batch, C_group, C_state,
+        channel_blocks, blocks_of_group, channels_of_group, parts, launched_parts, part_length, state_blocks, dy_batch,
+        delta_batch, z_batch, C_batch, C_group, C_state,
     ):  # fmt: skip
         which, part, group, _, channel0, channel_end = place(
-            block_index(), parts - 1, channel_blocks, blocks_of_group, channels_of_group, channels
+            block_index(), launched_parts, channel_blocks, blocks_of_group, channels_of_group, channels
         )
-        part += 1
+        part += parts - launched_parts
         row, begin, steps = segment(which, length, cu_seqlens)
         first = min(part * part_length, steps)
         begin, steps = begin + first, min(part_length, steps - first)
