@@ -295,7 +295,8 @@ def _torch_dtype(dtype: Any) -> Any:
 
 
 def _torch_metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
-    if sys.modules["torch"].is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays):
+    lost = sys.modules["torch"].is_grad_enabled()
+    if any(x is not None and ((lost and x.requires_grad) or x.is_conj() or x.is_neg()) for x in arrays):
         return None
     return [
         None if x is None else (type(x), x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % x.element_size())

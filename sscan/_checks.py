@@ -45,11 +45,13 @@ def remembered(check: Callable[..., Found]) -> Callable[..., Found]:
     return recall
 
 
-def entered(check: Callable[..., Found]) -> Callable[..., tuple[_arrays.Caller, Any, Found]]:
+def entered(
+    check: Callable[..., Found], writes: tuple[str, ...] = ()
+) -> Callable[..., tuple[_arrays.Caller, Any, Found]]:
     """``check(op, views, *options)`` of a named tuple of arrays as they came: (caller, views, what it found).
 
     It is remembered, and so is that the arrays of a call could be entered: then a known call costs one look at the
-    metadata of its arrays, and their views.
+    metadata of its arrays, and their views. ``writes`` names what is updated in place.
     """
     recall = remembered(check)
     known: dict[Any, tuple[_arrays.Caller, bool, Found]] = {}
@@ -62,7 +64,7 @@ def entered(check: Callable[..., Found]) -> Callable[..., tuple[_arrays.Caller, 
         if remembered_call is not None:
             caller, are_views, found = remembered_call
             return caller, arrays if are_views else arrays._make(_arrays.views(arrays)), found
-        caller, made = _arrays.enter(op, **arrays._asdict())
+        caller, made = _arrays.enter(op, writes=writes, **arrays._asdict())
         views = arrays._make(made)
         found = recall(op, views, *options)
         if key is not None:

@@ -1,5 +1,6 @@
 """Causal depthwise convolution along time: the short convolution in front of the scan, and its decoding step."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ def _is_silu(op: str, activation: str | None) -> bool:
     return activation == "silu"
 
 
-@_checks.remembered
+@_checks.entered
 def _checked(op: str, a: _Arguments) -> _Plan:
     wave, rows = "batch, dim, length", "batch" if a.cu_seqlens is None else "sequences"
     size = _checks.sizes(
@@ -119,12 +120,9 @@ def causal_conv1d(
     for every run and number of threads.
     """
     op = "causal_conv1d"
-    caller, views = _arrays.enter(
-        op, x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens
-    )
-    kernels, silu = _backends.for_device(op, caller.device), _is_silu(op, activation)
-    a = _Arguments(*views)
-    plan = _checked(op, a)
+    silu = _is_silu(op, activation)
+    caller, a, plan = _checked(op, _Arguments(x, weight, bias, initial_state, seq_idx, cu_seqlens))
+    kernels = _backends.for_device(op, caller.device)
     a = _checks.copied(a, plan.copies)
     segments = kernels.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
     y, final_state = caller.empty(a.x.shape, a.x.dtype), None
@@ -178,13 +176,11 @@ def causal_conv1d_backward(
     order: the result is the same, bit for bit, for every run and number of threads.
     """
     op = "causal_conv1d_backward"
-    caller, views = _arrays.enter(
-        op, x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
-        dy=dy, dfinal_state=dfinal_state,
-    )  # fmt: skip
-    kernels, silu = _backends.for_device(op, caller.device), _is_silu(op, activation)
-    given = _Arguments(*views)
-    plan = _checked(op, given)
+    silu = _is_silu(op, activation)
+    caller, given, plan = _checked(
+        op, _Arguments(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, dfinal_state)
+    )
+    kernels = _backends.for_device(op, caller.device)
     a = _checks.copied(given, plan.copies)
     segments = kernels.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
     inputs = ("x", "weight", "bias", "initial_state")
@@ -227,10 +223,10 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
         As `causal_conv1d`; TypeError too if `conv_state` is read-only.
     """
     op = "causal_conv1d_update"
-    caller, views = _arrays.enter(op, x=x, conv_state=conv_state, weight=weight, bias=bias, writes=("conv_state",))
-    kernels, silu = _backends.for_device(op, caller.device), _is_silu(op, activation)
-    given = _Step(*views)
-    a = _checks.copied(given, _checked_step(op, given))
+    silu = _is_silu(op, activation)
+    caller, given, copies = _checked_step(op, _Step(x, conv_state, weight, bias))
+    kernels = _backends.for_device(op, caller.device)
+    a = _checks.copied(given, copies)
     y = caller.empty(a.x.shape, a.x.dtype)
     kernels.causal_conv1d_update(a.x, a.conv_state, a.weight, a.bias, silu, y)
     if a.conv_state is not given.conv_state:
@@ -245,7 +241,7 @@ class _Step(NamedTuple):
     bias: Any
 
 
-@_checks.remembered
+@partial(_checks.entered, writes=("conv_state",))
 def _checked_step(op: str, a: _Step) -> dict[str, np.dtype[Any]]:
     """The copies to make, by argument."""
     size = _checks.sizes(

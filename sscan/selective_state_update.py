@@ -1,5 +1,6 @@
 """One step of the selective scan, for decoding at constant cost and memory."""
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ class _Arguments(NamedTuple):
     state_batch_indices: Any
 
 
-@_checks.remembered
+@partial(_checks.entered, writes=("state",))
 def _checked(op: str, a: _Arguments) -> dict[str, np.dtype[Any]]:
     """The copies to make, by argument."""
     matrix = "batch, state | batch, groups, state"
@@ -143,13 +144,9 @@ def selective_state_update(
     and for every number of threads; small steps run on the calling thread alone.
     """
     op = "selective_state_update"
-    caller, views = _arrays.enter(
-        op, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
-        state_batch_indices=state_batch_indices, writes=("state",),
-    )  # fmt: skip
+    caller, given, copies = _checked(op, _Arguments(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices))
     kernels = _backends.for_device(op, caller.device)
-    given = _Arguments(*views)
-    a = _checks.copied(given, _checked(op, given))
+    a = _checks.copied(given, copies)
     slots = a.state_batch_indices
     on_host = caller.device == "cpu"
     if on_host and slots is not None:
