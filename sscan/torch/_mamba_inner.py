@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import sscan
+from sscan.torch import ops
 from sscan.torch._composed import pulled_back
 from sscan.torch._library import Saved, cast_under_autocast, define, differentiate, for_each
-from sscan.torch.ops import causal_conv1d, selective_scan
 
 _ARGUMENTS = """
     Tensor x, Tensor z, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight,
@@ -24,19 +24,27 @@ _ARGUMENTS = """
 _DIFFERENTIABLE = 13  # of the arguments, the first
 
 
-def composed(
-    x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
-    out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
-    cu_seqlens: Any, delta_softplus: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The op, below, from single ops, which keep their inputs: more memory, less time, and second derivatives."""
-    u, conv_state = causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, True, seq_idx, cu_seqlens)
-    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
-    y, ssm_state = selective_scan(
-        u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, True,
-        initial_state=ssm_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    return applied_back(out_proj_weight, out_proj_bias, y), conv_state, ssm_state
+def _block(causal_conv1d: Any, selective_scan: Any) -> Any:
+    """The block behind its input projection, of these two ops."""
+
+    def block(
+        x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
+        out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
+        cu_seqlens: Any, delta_softplus: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        u, conv_state = causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, True, seq_idx, cu_seqlens)
+        dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
+        y, ssm_state = selective_scan(
+            u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, True,
+            initial_state=ssm_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        return applied_back(out_proj_weight, out_proj_bias, y), conv_state, ssm_state
+
+    return block
+
+
+# Of ops that keep their inputs: more memory, less time, and second derivatives.
+composed = _block(ops.causal_conv1d, ops.selective_scan)
 
 
 def projections(u: Any, x_proj_weight: Any, dt_proj_weight: Any, A: Any) -> Any:
@@ -62,20 +70,6 @@ def applied_back(weight: Any, bias: Any, y: Any) -> Any:
 
 def _weight_gradient(dout: Any, x: Any) -> Any:
     return torch.bmm(dout, x.mT).sum(0)
-
-
-def _kernel(
-    x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
-    out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
-    cu_seqlens: Any, delta_softplus: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    u, conv_state = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, True, seq_idx, cu_seqlens)
-    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
-    y, ssm_state = sscan.selective_scan(
-        u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, True,
-        initial_state=ssm_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    return applied_back(out_proj_weight, out_proj_bias, y), conv_state, ssm_state
 
 
 def _fake(*arguments: Any) -> tuple[Any, ...]:
@@ -125,7 +119,11 @@ def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any
 # (out, conv_state, ssm_state): what the block makes of x and z, and the states that it ends with. Shapes are those of
 # the block's parameters: x and z (batch, d_inner, length), conv_weight (d_inner, d_conv), out (batch, length, d_model).
 # The weights of the projections have the dtype of x.
-mamba_inner = define(f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _kernel, _fake)
+mamba_inner = define(
+    f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _block(sscan.causal_conv1d, sscan.selective_scan),
+    _fake,
+)
 _backward = define(
     f"mamba_inner_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, {_ARGUMENTS}) -> Tensor[]",
     _backward_kernel,
