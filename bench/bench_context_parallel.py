@@ -3,8 +3,9 @@
     python bench/bench_context_parallel.py [--out FILE.md]
 
 Milliseconds of a call: medians of wall-clock times over several calls in a row, of the slowest rank, the GPUs waited
-for at the end. Results and gradients are checked against those of one GPU first; exit code 1 if they differ by more
-than rounding. ``--device cpu --length 4096`` tries it out without a GPU, on two processes and gloo.
+for at the end; called from Python, and replayed as a CUDA graph, which takes the host's time away. Results and
+gradients are checked against those of one GPU first; exit code 1 if they differ by more than rounding. ``--device cpu
+--length 4096`` tries it out without a GPU, on two processes and gloo.
 """
 
 from __future__ import annotations
@@ -102,6 +103,21 @@ def milliseconds(call: Callable[[], Any], device: Any, *, together: bool) -> flo
     return statistics.median(times)
 
 
+def in_a_graph(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    replay: Callable[[], Any] = graph.replay
+    return replay
+
+
 def measured(shape: tuple[int, int, int], dtype: str, device: Any, rank: int, size: int) -> list[str]:
     """Rows of the table, the same on all ranks but for the times of one device, which are the first rank's."""
     arguments, dy = problem_of(shape, DTYPES[dtype], device)
@@ -122,12 +138,16 @@ def measured(shape: tuple[int, int, int], dtype: str, device: Any, rank: int, si
     }
     rows = []
     for name, (alone, together) in calls.items():
-        single = milliseconds(alone, device, together=False) if rank == 0 else 0.0
-        dist.barrier()
-        several = milliseconds(together, device, together=True)
-        rows.append(
-            f"| {shape} | {dtype} | {name} | {single:.3f} | {several:.3f} | {single / several:.2f} | {error:.1e} |"
-        )
+        for way, prepared in {"": lambda call: call, ", in a graph": in_a_graph}.items():
+            if way and device.type != "cuda":
+                continue
+            single = milliseconds(prepared(alone), device, together=False) if rank == 0 else 0.0
+            dist.barrier()
+            several = milliseconds(prepared(together), device, together=True)
+            rows.append(
+                f"| {shape} | {dtype} | {name}{way} | {single:.3f} | {several:.3f} | {single / several:.2f} "
+                f"| {error:.1e} |"
+            )
     return rows
 
 
