@@ -81,8 +81,9 @@ def compiled(kernel: Kernel) -> Compiled:
 
 
 def workers() -> ProcessPoolExecutor:
-    """A process for each core; spawned, since the caller may have threads."""
-    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
+    """A process for each core, behind all others; spawned, since the caller may have threads."""
+    cores, spawn = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(cores, spawn, initializer=os.nice, initargs=(10,))
 
 
 def start(pool: ProcessPoolExecutor) -> dict[Kernel, Future[Compiled]]:

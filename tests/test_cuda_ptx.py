@@ -17,7 +17,6 @@ from sscan.cuda.kernels import selective_scan_backward
 from sscan.cuda.kernels.selective_scan import Variant
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from concurrent.futures import Future
 
 KERNELS = registers.shipped()
@@ -77,18 +76,10 @@ KNOWN_SPILLS = (
 KNOWN = {kernel: (known.spills, known.fewer) for known in KNOWN_SPILLS for kernel in known.kernels}
 
 
-@pytest.fixture(scope="module")
-def results() -> Iterator[dict[Kernel, Future[registers.Compiled]]]:
-    """All of them, under way on all cores."""
-    pool = registers.workers()
-    yield registers.start(pool)
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.name} {kernel.key}")
-def test_stays_in_registers(kernel: Kernel, results: dict[Kernel, Future[registers.Compiled]]) -> None:
+def test_stays_in_registers(kernel: Kernel, compiled_kernels: dict[Kernel, Future[registers.Compiled]]) -> None:
     """No local memory and no more registers than make its blocks fit, but for what is known."""
-    threads, usages = results[kernel].result()
+    threads, usages = compiled_kernels[kernel].result()
     _, shape = _launch.build(kernel)
     assert threads == shape.threads
     of = {registers.name(capability): usage for capability, usage in zip(registers.CAPABILITIES, usages, strict=True)}
