@@ -130,7 +130,9 @@ def errors(rank: int, device: str) -> dict[str, str]:
         "weight": lambda: distributed.causal_conv1d(x, weight[:1]),
         "delta": lambda: distributed.selective_scan(x, x[..., :2], weight, x, x),
     }
-    if rank > 0:
+    if rank == 0:
+        calls["state"] = lambda: distributed.selective_scan(x, x, weight, x, x, initial_state=state[..., 1:])
+    else:
         calls["halo"] = lambda: distributed.causal_conv1d(x, weight, initial_state=x)
         calls["state"] = lambda: distributed.selective_scan(x, x, weight, x, x, initial_state=state)
     said = {}

@@ -48,7 +48,9 @@ def test_errors_name_the_argument(of_ranks: list[dict[Any, Any]]) -> None:
         said = results["errors"]
         assert said["weight"].startswith("causal_conv1d: weight must have shape"), said
         assert "delta must have shape" in said["delta"], said
-        if rank > 0:
+        if rank == 0:
+            assert said["state"].startswith("selective_scan: initial_state must have shape"), said
+        else:
             for name, op in (("halo", "causal_conv1d"), ("state", "selective_scan")):
                 assert said[name].startswith(f"{op}: initial_state belongs to the first rank"), said
 

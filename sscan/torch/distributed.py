@@ -108,6 +108,11 @@ def selective_scan(
     """
     op = "selective_scan"
     rank, size = _place(op, group, initial_state)
+    if initial_state is not None and initial_state.shape != (len(u), *A.shape):  # before any rank waits for this one
+        raise ValueError(
+            f"{op}: initial_state must have shape (batch, dim, state) = {(len(u), *A.shape)}, got "
+            f"{tuple(initial_state.shape)}"
+        )
     if size == 1:
         return ops.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
