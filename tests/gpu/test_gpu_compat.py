@@ -128,7 +128,8 @@ def test_never_waits_for_the_gpu() -> None:
 
     step()
     torch.cuda.synchronize()
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it does not see all that waits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not see all that waits
         torch.cuda.set_sync_debug_mode("error")
     try:
         step()

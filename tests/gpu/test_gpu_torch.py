@@ -85,7 +85,8 @@ def test_work_is_on_the_current_stream() -> None:
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     torch.cuda.synchronize()
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it does not see all that waits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not see all that waits
         torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
