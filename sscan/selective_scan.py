@@ -336,20 +336,15 @@ class _Problem(NamedTuple):
         a, (dim, state) = self.arguments, self.inputs.A.shape
         return self.backend.checkpoints_shape(
             a.u.shape[0], dim, a.u.shape[2], state, self.groups, self.inputs.A.dtype, a.seq_idx is not None,
-            None if a.cu_seqlens is None else self.sequences,
+            None if a.cu_seqlens is None else self.sequences, self.segments,
         )  # fmt: skip
 
     def empty_checkpoints(self) -> Any:
-        shape = self._checkpoints_shape()
-        if shape is None:
-            return self.backend.empty_checkpoints(self.segments, self.groups, self.inputs.A)
-        return self.caller.empty(shape, self.inputs.A.dtype)
+        return self.caller.empty(self._checkpoints_shape(), self.inputs.A.dtype)
 
     def checked_checkpoints(self, checkpoints: Any) -> Any:
         """A view of checkpoints that came from outside; ValueError if they are those of other inputs."""
         view, shape, dtype = _arrays.view(checkpoints), self._checkpoints_shape(), self.inputs.A.dtype
-        if shape is None:
-            shape = self.empty_checkpoints().shape
         if (view.shape, view.dtype) != (shape, dtype):
             raise ValueError(
                 "selective_scan_backward: checkpoints must be those of selective_scan_forward for the same inputs, "

@@ -131,7 +131,8 @@ def errors(rank: int, device: str) -> dict[str, str]:
         "delta": lambda: distributed.selective_scan(x, x[..., :2], weight, x, x),
     }
     if rank == 0:
-        calls["state"] = lambda: distributed.selective_scan(x, x, weight, x, x, initial_state=state[..., 1:])
+        B = torch.zeros((1, 4, 3), device=device)
+        calls["state"] = lambda: distributed.selective_scan(x, x, weight, B, B, initial_state=state[..., 1:])
     else:
         calls["halo"] = lambda: distributed.causal_conv1d(x, weight, initial_state=x)
         calls["state"] = lambda: distributed.selective_scan(x, x, weight, x, x, initial_state=state)

@@ -106,11 +106,10 @@ def test_causality(kind: str, t: int) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64, np.float64])
 def test_size_of_checkpoints_is_known_beforehand(shape: tuple[int, ...], groups: int, dtype: Any) -> None:
     batch, dim, length, state = shape
-    A = np.zeros((dim, state), dtype)
-    segments = cpu.segments(OP, batch, length, None, None)
-    made = cpu.empty_checkpoints(segments, groups, A)
-    assert cpu.checkpoints_shape(batch, dim, length, state, groups, A.dtype, False, None) == made.shape
-    assert cpu.checkpoints_shape(batch, dim, length, state, groups, A.dtype, True, None) is None
+    segments, sizes = cpu.segments(OP, batch, length, None, None), (batch, dim, length, state, groups, dtype)
+    made = cpu.checkpoints_shape(*sizes, True, None, segments)  # by the segments' own lengths
+    assert cpu.checkpoints_shape(*sizes, False, None) == made
+    assert cpu.checkpoints_shape(*sizes, True, None) is None
 
 
 @pytest.mark.parametrize("packing", [{}, {"seq_idx": "int32"}])

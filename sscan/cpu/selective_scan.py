@@ -27,26 +27,20 @@ def blocks_of(A: np.ndarray, groups: int) -> int:
     return -(-(A.shape[0] // groups) // TILE)
 
 
-def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequences):
-    """The shape of checkpoints, of sizes that may be symbols, or None if it depends on the values of an argument.
+def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequences, segments=None):
+    """The shape of checkpoints, the states at the start of every 32nd step of every segment.
 
-    ``seq_idx`` is whether there is one, ``sequences`` how many ``cu_seqlens`` packs, or None.
+    Sizes may be symbols. ``seq_idx`` is whether there is one, ``sequences`` how many ``cu_seqlens`` packs, or None.
+    With either the shape depends on their values: None, unless ``segments`` are given.
     """
+    chunks = batch * -(-length // CHECKPOINT)
     if seq_idx or sequences is not None:
-        return None
-    return (batch * -(-length // CHECKPOINT) * _states_of_block(dim, state, groups, number),)
-
-
-def empty_checkpoints(segments: np.ndarray, groups: int, A: np.ndarray) -> np.ndarray:
-    """Memory for the states at the start of every 32nd step of every segment."""
-    dim, state = A.shape
-    return np.empty(int(checkpoints_of(segments).sum()) * _states_of_block(dim, state, groups, A.dtype), A.dtype)
-
-
-def _states_of_block(dim, state, groups, number):
-    """States of all channels, in whole blocks of channels and whole vectors of states."""
+        if segments is None:
+            return None
+        chunks = int(checkpoints_of(segments).sum())
     step = STATES[from_dtype(np.dtype(number))]
-    return groups * -(-(dim // groups) // TILE) * TILE * -(-state // step) * step
+    channels = groups * -(-(dim // groups) // TILE) * TILE
+    return (chunks * channels * -(-state // step) * step,)
 
 
 def both_forms(array: np.ndarray, A: np.ndarray, groups: int) -> tuple[View, np.ndarray]:

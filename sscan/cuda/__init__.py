@@ -7,7 +7,6 @@ from sscan.cuda.linear_scan import linear_scan_backward, linear_scan_forward
 from sscan.cuda.rms_norm import rms_norm_backward, rms_norm_forward
 from sscan.cuda.selective_scan import (
     checkpoints_shape,
-    empty_checkpoints,
     selective_scan_backward,
     selective_scan_backward_summary,
     selective_scan_forward,
@@ -23,7 +22,6 @@ __all__ = [
     "checkpoints_shape",
     "discretize_backward",
     "discretize_forward",
-    "empty_checkpoints",
     "linear_scan_backward",
     "linear_scan_forward",
     "rms_norm_backward",

@@ -73,10 +73,11 @@ def states_of_lane(state, number):
     return states, LANES * states
 
 
-def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequences):
-    """The shape of checkpoints, of sizes that may be symbols.
+def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequences, segments=None):
+    """The shape of checkpoints, the states at the start of every 16th step of every segment.
 
-    ``sequences`` is how many ``cu_seqlens`` packs, or None; groups and ``seq_idx`` matter on the CPU only.
+    Sizes may be symbols. ``sequences`` is how many ``cu_seqlens`` packs, or None; groups, ``seq_idx`` and ``segments``
+    matter on the CPU only.
     """
     if sequences is None:
         chunks = batch * -(-length // CHECKPOINT)
@@ -84,15 +85,6 @@ def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequen
         chunks = length // CHECKPOINT + sequences
     block_states = states_of_lane(state, number)[1]
     return chunks, dim, -(-state // block_states) * block_states
-
-
-def empty_checkpoints(segments, groups, A):
-    """Memory for the states at the start of every 16th step of every segment."""
-    sequences = None if segments.cu_seqlens is None else segments.count
-    shape = checkpoints_shape(
-        segments.batch, A.shape[0], segments.length, A.shape[1], groups, A.dtype, False, sequences
-    )
-    return _launch.empty(shape, A.dtype)
 
 
 def in_rows(wave):

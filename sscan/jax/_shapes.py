@@ -85,17 +85,22 @@ def platform() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def checkpoints_shape(*sizes: Any) -> Any:
+def _shape_of_checkpoints(*sizes: Any) -> Any:
     return _backends.for_device("selective_scan", platform()).checkpoints_shape(*sizes)
+
+
+def checkpoints_shape(*sizes: Any) -> Any:
+    """Any shape where it depends on values: then they stay inside of the op."""
+    return _shape_of_checkpoints(*sizes) or ()
 
 
 def keeps_checkpoints(arrays: dict[str, Any]) -> bool:
     """Whether their size is known from shapes, which it may not be if sequences are packed."""
     sequences = 1 if "cu_seqlens" in arrays else None
-    return checkpoints_shape(1, 1, 1, 1, 1, np.float32, "seq_idx" in arrays, sequences) is not None
+    return _shape_of_checkpoints(1, 1, 1, 1, 1, np.float32, "seq_idx" in arrays, sequences) is not None
 
 
 def __getattr__(name: str) -> Any:
-    if name.endswith(("_forward", "_backward", "_update", "_checkpoints")):
+    if name.endswith(("_forward", "_backward", "_update")):
         return _nothing
     raise AttributeError(name)

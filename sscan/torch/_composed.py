@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from sscan.torch._fakes import accumulation, number_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -56,16 +58,12 @@ def _alias(x: Any) -> Any:
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
-def _accumulation(x: Any) -> Any:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 # --- The linear scan --------------------------------------------------------------------------------------------------
 
 
 def linear_scan_backward(dh: Any, a: Any, h: Any, initial_state: Any, reverse: bool) -> tuple[Any, ...]:
     """The formulas of docs/maths.md."""
-    number = a.dtype if a.is_complex() else _accumulation(a)
+    number = a.dtype if a.is_complex() else accumulation(a)
     dh_, a_, h_ = (x.to(number) for x in (dh, a, h))
     first = torch.zeros_like(a_[..., :1])
     if reverse:
@@ -115,8 +113,7 @@ def selective_scan(
     seq_idx: Any, cu_seqlens: Any, delta_softplus: bool, discretization: str,
 ) -> tuple[Any, ...]:  # fmt: skip
     """``(y, last_state)``; states are (batch, dim, state, length)."""
-    real = _accumulation(u)
-    number = torch.promote_types(real, torch.complex64) if A.is_complex() else real
+    real, number = accumulation(u), number_of(u, A)
     x, step, A = u.to(real), delta.to(real), A.to(number)
     if delta_bias is not None:
         step = step + delta_bias.to(real)[:, None]
@@ -189,7 +186,7 @@ def causal_conv1d(
     x: Any, weight: Any, bias: Any, initial_state: Any, seq_idx: Any, cu_seqlens: Any, activation: str | None
 ) -> tuple[Any, ...]:
     """``(y, final_state)``, through the inputs of every window: (rows, dim, times) for each element of the filter."""
-    real = _accumulation(x)
+    real = accumulation(x)
     (batch, dim, length), width = x.shape, weight.shape[1]
     now = x.to(real)
     time = torch.arange(length, device=x.device)
@@ -232,7 +229,7 @@ def causal_conv1d(
 
 def rms_norm(x: Any, weight: Any, residual: Any, eps: float) -> tuple[Any, ...]:
     """``(y, residual_out)``."""
-    real = _accumulation(x)
+    real = accumulation(x)
     s = x.to(real)
     if residual is not None:
         s = s + residual.to(real)
@@ -242,8 +239,7 @@ def rms_norm(x: Any, weight: Any, residual: Any, eps: float) -> tuple[Any, ...]:
 
 def discretize(delta: Any, A: Any, B: Any, method: str) -> tuple[Any, ...]:
     """``(A_bar, B_bar)``."""
-    real = _accumulation(delta)
-    A = A.to(torch.promote_types(real, torch.complex64) if A.is_complex() else real)
+    real, A = accumulation(delta), A.to(number_of(delta, A))
     step = delta.to(real)[..., None]
     if delta.ndim == 1:
         p, scale = step * A, step * B.to(A.dtype)
@@ -267,7 +263,7 @@ def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str) -> 
 
 def ssm_convolution(u: Any, kernel: Any) -> tuple[Any, ...]:
     """``(y,)``."""
-    real = _accumulation(u)
+    real = accumulation(u)
     length = u.shape[-1]
     if length == 0:
         return (u * kernel.to(u.dtype),)

@@ -65,6 +65,12 @@ def accumulation(x: Any) -> Any:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def number_of(x: Any, A: Any) -> Any:
+    """The dtype of the states for inputs like x and this A."""
+    real = accumulation(x)
+    return torch.promote_types(real, torch.complex64) if A.is_complex() else real
+
+
 def gradients(*inputs: Any) -> list[Any]:
     """One gradient for each input that there is."""
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
@@ -80,13 +86,8 @@ def selective_scan(
     op, u, A = "selective_scan", tensors[0], tensors[2]
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
-    a = _Arguments(*described(op, *tensors, names=_Arguments._fields[: len(tensors)]))
-    is_complex = A.is_complex()
-    sizes = _check_shapes(op, a, is_complex)
-    _check_dtypes(op, a, is_complex)
-    number = accumulation(u)
-    if is_complex:
-        number = torch.promote_types(number, torch.complex64)
+    a, sizes = checked_scan(*tensors)
+    number = number_of(u, A)
     last_state, checkpoints = u.new_empty(0), u.new_empty(0)
     if return_last_state or keep_checkpoints:
         last_state = A.new_empty((sizes.get("sequences", sizes["batch"]), *A.shape), dtype=number)
@@ -95,6 +96,15 @@ def selective_scan(
         if shape is not None:
             checkpoints = A.new_empty(shape, dtype=number)
     return u.new_empty(u.shape), last_state, checkpoints
+
+
+def checked_scan(*tensors: Any) -> Any:
+    """Descriptions of these arguments, in the order of the op, and their sizes, after the core's checks."""
+    op, is_complex = "selective_scan", tensors[2].is_complex()
+    a = _Arguments(*described(op, *tensors, names=_Arguments._fields[: len(tensors)]))
+    sizes = _check_shapes(op, a, is_complex)
+    _check_dtypes(op, a, is_complex)
+    return a, sizes
 
 
 def checkpoints_shape(u: Any, A: Any, B: Any, C: Any, seq_idx: Any, cu_seqlens: Any) -> Any:
@@ -126,15 +136,18 @@ def causal_conv1d(
     x: Any, weight: Any, bias: Any, initial_state: Any, seq_idx: Any, cu_seqlens: Any,
     activation: str | None, return_final_state: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
-    op = "causal_conv1d"
-    _is_silu(op, activation)
-    tensors = (x, weight, bias, initial_state, seq_idx, cu_seqlens)
-    plan = inspect.unwrap(_checked_convolution)(
-        op, _Convolution(*described(op, *tensors, names=_Convolution._fields[: len(tensors)]))
-    )
+    _is_silu("causal_conv1d", activation)
+    plan = checked_convolution(x, weight, bias, initial_state, seq_idx, cu_seqlens)
     dim, width = weight.shape
     shape = (plan.sequences, dim, width - 1) if return_final_state else (0,)
     return x.new_empty(x.shape), x.new_empty(shape)
+
+
+def checked_convolution(*tensors: Any) -> Any:
+    """What the core's checks find out about these arguments, in the order of the op."""
+    op, names = "causal_conv1d", _Convolution._fields[: len(tensors)]
+    given = described(op, *tensors, names=names)
+    return inspect.unwrap(_checked_convolution)(op, _Convolution(*given))
 
 
 def causal_conv1d_backward(dy: Any, dfinal_state: Any, *arguments: Any) -> list[Any]:
@@ -180,9 +193,7 @@ def linear_scan_backward(dh: Any, a: Any, h: Any, initial_state: Any, reverse: b
 def discretize(delta: Any, A: Any, B: Any, method: str) -> tuple[Any, Any]:
     described("discretize", delta, A, B, names=("delta", "A", "B"))
     shape = A.shape if delta.ndim == 1 else (*delta.shape, A.shape[1])
-    number = accumulation(delta)
-    if A.is_complex():
-        number = torch.promote_types(number, torch.complex64)
+    number = number_of(delta, A)
     return A.new_empty(shape, dtype=number), A.new_empty(shape, dtype=number)
 
 

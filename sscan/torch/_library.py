@@ -101,6 +101,11 @@ def for_each(gradients: Iterable[Any], inputs: Iterable[Any]) -> list[Any]:
     return [None if x is None else next(made) for x in inputs]
 
 
+def or_zeros(gradient: Any, like: Any) -> Any:
+    """The gradient of a result like this one, which may not matter for the loss."""
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
 def cast_under_autocast(op: Any, *names: str, axes: int) -> None:
     """Under autocast, have these arguments in autocast's dtype, as matrix products have theirs.
 

@@ -13,7 +13,15 @@ import torch
 
 import sscan
 from sscan.torch import _composed, _fakes
-from sscan.torch._library import Saved, cast_under_autocast, define, differentiate, differentiate_again, for_each
+from sscan.torch._library import (
+    Saved,
+    cast_under_autocast,
+    define,
+    differentiate,
+    differentiate_again,
+    for_each,
+    or_zeros,
+)
 
 
 def _present(gradients: Any) -> list[Any]:
@@ -94,9 +102,7 @@ def _scan_saved(inputs: Any, outputs: Any) -> Saved:
 
 def _scan_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
     dy, dlast_state, _ = gradients
-    if dy is None:
-        dy = torch.zeros_like(tensors[0])
-    return for_each(selective_scan_backward(dy, dlast_state, *tensors, *options), tensors[:9])
+    return for_each(selective_scan_backward(or_zeros(dy, tensors[0]), dlast_state, *tensors, *options), tensors[:9])
 
 
 def _composed_scan_backward(dy: Any, dlast_state: Any, *arguments: Any) -> Any:
@@ -168,9 +174,7 @@ def _convolution_saved(inputs: Any, outputs: Any) -> Saved:
 
 def _convolution_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
     dy, dfinal_state = gradients
-    if dy is None:
-        dy = torch.zeros_like(tensors[0])
-    return for_each(causal_conv1d_backward(dy, dfinal_state, *tensors, *options), tensors[:4])
+    return for_each(causal_conv1d_backward(or_zeros(dy, tensors[0]), dfinal_state, *tensors, *options), tensors[:4])
 
 
 def _composed_convolution_backward(dy: Any, dfinal_state: Any, *arguments: Any) -> Any:
@@ -226,9 +230,7 @@ def _norm_saved(inputs: Any, outputs: Any) -> Saved:
 
 def _norm_gradients(gradients: Any, tensors: Any, options: Any) -> Any:
     dy, dresidual_out = gradients
-    if dy is None:
-        dy = torch.zeros_like(tensors[0])
-    return for_each(rms_norm_backward(dy, dresidual_out, *tensors, *options), tensors)
+    return for_each(rms_norm_backward(or_zeros(dy, tensors[0]), dresidual_out, *tensors, *options), tensors)
 
 
 def _composed_norm_backward(dy: Any, dresidual_out: Any, x: Any, weight: Any, residual: Any, eps: float) -> Any:

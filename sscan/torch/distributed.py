@@ -12,7 +12,6 @@ ranks is the gradient for the sequence.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +19,9 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 import sscan
-from sscan.causal_conv1d import _Arguments as _Convolution
-from sscan.causal_conv1d import _checked
 from sscan.selective_scan import selective_scan_backward_summary, selective_scan_summary
 from sscan.torch import _fakes, ops
-from sscan.torch._library import _lowered
+from sscan.torch._library import _lowered, or_zeros
 
 if TYPE_CHECKING:
     from sscan.selective_scan import Discretization, SelectiveScanSummary
@@ -108,11 +105,6 @@ def selective_scan(
     """
     op = "selective_scan"
     rank, size = _place(op, group, initial_state)
-    if initial_state is not None and initial_state.shape != (len(u), *A.shape):  # before any rank waits for this one
-        raise ValueError(
-            f"{op}: initial_state must have shape (batch, dim, state) = {(len(u), *A.shape)}, got "
-            f"{tuple(initial_state.shape)}"
-        )
     if size == 1:
         return ops.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
@@ -120,6 +112,8 @@ def selective_scan(
         )  # fmt: skip
     if torch.is_autocast_enabled(u.device.type):
         u, delta, z, B, C = _under_autocast(u, delta, z, B, C)
+    if initial_state is not None:  # before any rank waits for this one; the summary checks all else
+        _fakes.checked_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, None, None)
     across = _Across(group, rank, size)
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     options = {"delta_softplus": delta_softplus, "discretization": discretization}
@@ -197,8 +191,7 @@ class _SelectiveScan(torch.autograd.Function):  # type: ignore[misc]
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Any, dlast_state: Any) -> tuple[Any, ...]:
         *inputs, initial_state, checkpoints = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(inputs[0])
+        dy = or_zeros(dy, inputs[0])
         summary = selective_scan_backward_summary(dy, *inputs, **ctx.options)
         entering = ctx.across.entering(summary, inputs[2], dlast_state, back=True)
         if entering is not None:
@@ -253,8 +246,7 @@ def causal_conv1d(
     """
     op = "causal_conv1d"
     rank, size = _place(op, group, initial_state)
-    given = _fakes.described(op, x, weight, bias, initial_state, names=_Convolution._fields[:4])
-    inspect.unwrap(_checked)(op, _Convolution._make([*given, *[None] * 4]))  # before any rank waits for another one
+    _fakes.checked_convolution(x, weight, bias, initial_state, None, None)  # before any rank waits for another one
     if size == 1 or weight.shape[1] == 1 or 0 in x.shape[:2]:
         return ops.causal_conv1d(x, weight, bias, activation, initial_state, return_final_state)
     if torch.is_autocast_enabled(x.device.type):
@@ -324,8 +316,7 @@ class _CausalConv1d(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dy: Any, dfinal_state: Any) -> tuple[Any, ...]:
         x, weight, bias, before, counts = ctx.saved_tensors
         halo = ctx.halo
-        if dy is None:
-            dy = torch.zeros_like(x)
+        dy = or_zeros(dy, x)
         dx, dweight, dbias, dbefore = sscan.causal_conv1d_backward(
             dy, x, weight, bias, ctx.activation, before, dfinal_state=dfinal_state
         )
