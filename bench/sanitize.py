@@ -25,10 +25,13 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
 import cases  # noqa: E402
+import summary_cases  # noqa: E402
 from cases import DIFFERENTIABLE, Case, check_backward, check_forward  # noqa: E402
 
 import sscan  # noqa: E402
 from sscan.cuda import _launch  # noqa: E402
+
+Check = functools.partial[None]
 
 SOME: dict[str, tuple[str, ...]] = {
     "selective_scan": (
@@ -175,16 +178,31 @@ def factories() -> set[tuple[str, str]]:
     return found
 
 
-def run(lane: Any, selected: list[Case]) -> list[str]:
+def checks_of(lane: Any, case: Case) -> Iterator[Check]:
+    for check in (check_forward, check_backward) if case.op in DIFFERENTIABLE else (check_forward,):
+        yield functools.partial(check, lane, case)
+
+
+def summaries(op: str | None) -> Iterator[Check]:
+    """Sequences in pieces, put together by what summaries say of them; the first piece is cut along time too."""
+    if op not in (None, "selective_scan"):
+        return
+    ways = {"there": to_gpu, "home": cupy.asnumpy}
+    for name in summary_cases.PROBLEMS:
+        yield functools.partial(summary_cases.check_pieces, name, (300, 0, 7), **ways)
+    for number in summary_cases.NUMBERS:
+        for back in (False, True):
+            yield functools.partial(summary_cases.check_through, number, 9, back, **ways)
+
+
+def run(checks: list[Check]) -> list[str]:
     """What is wrong."""
     wrong = []
-    for case in selected:
-        checks = (check_forward, check_backward) if case.op in DIFFERENTIABLE else (check_forward,)
-        for check in checks:
-            try:
-                check(lane, case)
-            except AssertionError as failure:
-                wrong.append(f"{check.__name__}: {failure}")
+    for check in checks:
+        try:
+            check()
+        except AssertionError as failure:
+            wrong.append(f"{check.func.__name__}: {failure}")
     return wrong
 
 
@@ -197,8 +215,10 @@ def main() -> int:
     given = parser.parse_args()
     first, every = map(int, given.share.split("/"))
     cupy.cuda.set_allocator(None)  # no pool: every array is one allocation, whose bounds a sanitizer knows
-    start, selected = time.perf_counter(), chosen(given.op)[first::every]
-    wrong = run(Lane(), selected)
+    start, lane = time.perf_counter(), Lane()
+    problems = [*(list(checks_of(lane, case)) for case in chosen(given.op)), *([x] for x in summaries(given.op))]
+    selected = problems[first::every]
+    wrong = run([check for checks in selected for check in checks])
     cupy.cuda.Device().synchronize()
     launched = {kernel for kernel, _ in _launch._functions}
     missing = set() if given.op or every > 1 else factories() - {(kernel.module, kernel.factory) for kernel in launched}

@@ -42,6 +42,7 @@ class Library:
     view: Callable[[Any], Any]  # of an array that has a caller
     surroundings: Callable[..., contextlib.AbstractContextManager[Any] | None]  # of (op, its array, all arguments)
     metadata: Callable[[tuple[Any, ...]], list[Any] | None] | None = None  # see below
+    known_view: Callable[[Any], Any] | None = None  # of an array whose metadata an op knows, if that takes less
 
 
 def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Caller, tuple[Any, ...]]:
@@ -107,7 +108,8 @@ def metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
 
 def views(arrays: tuple[Any, ...]) -> list[Any]:
     """What ``enter`` makes of arrays whose metadata it has seen before."""
-    view = _known[type(arrays[0])].view
+    library = _known[type(arrays[0])]
+    view = library.known_view or library.view
     return [None if x is None else view(x) for x in arrays]
 
 
@@ -262,31 +264,80 @@ def _leave_to_torch(result: Array) -> Any:
     return torch.from_numpy(result)
 
 
-def _empty_tensor(device: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A view of a new tensor, whose memory keeps the tensor."""
-    torch, cupy = sys.modules["torch"], sys.modules["cupy"]
-    tensor = torch.empty(shape, dtype=_torch_dtype(dtype), device=device)
-    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(_tensor_memory()(tensor), 0))
+class TensorView:
+    """A tensor on a GPU as kernels take it: its address, and how it lies there.
+
+    Whatever else is asked is asked of a CuPy array, which takes as long to make as a kernel to launch.
+    """
+
+    __slots__ = ("ptr", "tensor")
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor, self.ptr = tensor, tensor.data_ptr()
+
+    @property
+    def data(self) -> "TensorView":
+        """What has the address, as ``data`` of CuPy's arrays."""
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self.tensor.ndim  # type: ignore[no-any-return]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.tensor.itemsize  # type: ignore[no-any-return]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Bytes from one element of each axis to the next."""
+        size = self.tensor.itemsize
+        return tuple(size * step for step in self.tensor.stride())
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy's."""
+        return _numpy_dtype(self.tensor.dtype)
+
+    def astype(self, dtype: Any, order: str = "K", copy: bool = True) -> Any:
+        """Itself, or a CuPy array."""
+        return self if not copy and dtype == self.dtype else _torch_view(self.tensor).astype(dtype, order, copy=copy)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_torch_view(self.tensor), name)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _torch_view(self.tensor)[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _torch_view(self.tensor)[index] = value
+
+
+def _empty_tensor(device: Any, shape: tuple[int, ...], dtype: Any) -> TensorView:
+    return TensorView(sys.modules["torch"].empty(shape, dtype=_torch_dtype(dtype), device=device))
 
 
 def _leave_tensor(result: Any) -> Any:
-    tensor = getattr(result.data.mem, "tensor", None)
-    if tensor is not None and tensor.shape == result.shape and result.flags.c_contiguous:
-        return tensor
+    if type(result) is TensorView:
+        return result.tensor
     torch: Any = sys.modules["torch"]
     return torch.utils.dlpack.from_dlpack(result.__dlpack__(stream=-1))  # a bare capsule: CuPy's stream is PyTorch's
 
 
 @functools.cache
-def _tensor_memory() -> Any:
-    class TensorMemory(sys.modules["cupy"].cuda.UnownedMemory):  # type: ignore[misc]
-        """Memory of a tensor on a GPU."""
-
-        def __init__(self, tensor: Any) -> None:
-            super().__init__(tensor.data_ptr(), tensor.nbytes, tensor, tensor.device.index)
-            self.tensor = tensor
-
-    return TensorMemory
+def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    name = str(dtype).removeprefix("torch.")
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 @functools.cache
@@ -313,6 +364,10 @@ def _torch_view(tensor: Any) -> Any:
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _known_tensor(tensor: Any) -> Any:
+    return TensorView(tensor) if tensor.is_cuda else _torch_view(tensor)
 
 
 def _torch_surroundings(op: str, tensor: Any, arguments: Any) -> contextlib.AbstractContextManager[Any] | None:
@@ -347,17 +402,12 @@ class _Stream:
 
 @functools.cache
 def _torch_allocator() -> Callable[[int], Any]:
-    current_stream = sys.modules["cupy"].cuda.get_current_stream
-    cuda: Any = sys.modules["torch"].cuda
+    cuda, empty, byte = sys.modules["cupy"].cuda, sys.modules["torch"].empty, sys.modules["torch"].uint8
 
-    def take(size: int, device: int) -> int:
-        address: int = cuda.caching_allocator_alloc(size, device, current_stream().ptr)
-        return address
+    def allocate(size: int) -> Any:
+        tensor = empty(size, dtype=byte, device="cuda")  # PyTorch's current device, stream and pool: CuPy's
+        return cuda.MemoryPointer(cuda.UnownedMemory(tensor.data_ptr(), size, tensor, tensor.device.index), 0)
 
-    def give_back(address: int, device: int) -> None:
-        cuda.caching_allocator_delete(address)
-
-    allocate: Callable[[int], Any] = sys.modules["cupy"].cuda.PythonFunctionAllocator(take, give_back).malloc
     return allocate
 
 
@@ -459,7 +509,7 @@ def _dlpack_caller(op: str, name: str, array: Any) -> Caller:
 # ----------------------------------------------------------------------------------------------------------------------
 
 NUMPY = Library(_numpy_caller, _native, _nothing, _numpy_metadata)
-TORCH = Library(_torch_caller, _torch_view, _torch_surroundings, _torch_metadata)
+TORCH = Library(_torch_caller, _torch_view, _torch_surroundings, _torch_metadata, _known_tensor)
 JAX = Library(_jax_caller, _jax_view, _jax_surroundings)
 CUPY = Library(_cupy_caller, _itself, _cupy_surroundings, _cupy_metadata)
 DLPACK = Library(_dlpack_caller, np.from_dlpack, _nothing)

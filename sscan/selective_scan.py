@@ -31,13 +31,12 @@ class SelectiveScanGradients(NamedTuple):
 
 
 class SelectiveScanSummary(NamedTuple):
-    """What stretches of time, one after the other, do to a state or gradient that enters them from outside.
+    """What a sequence does to a state or gradient that enters it from outside.
 
-    A stretch leaves exp(A delta_sum) of it (the conjugate of that of a gradient) and adds what it ends in by itself.
+    It leaves exp(A delta_sum) of it, or of a gradient the conjugate of that, and adds what it ends in by itself.
     """
 
-    delta_sums: Any  # (batch, stretches, dim)
-    states: Any  # (batch, stretches, dim, state): what each ends in when nothing enters it
+    passage: Any  # (batch, dim, reals + 1): of each channel that end, complex as pairs of reals; its sum of step sizes
     parts: Any  # for the call that follows, or None; its layout belongs to the backend
 
 
@@ -169,21 +168,29 @@ def selective_scan_summary(
     delta_bias: Any = None,
     delta_softplus: bool = False,
     *,
+    initial_state: Any = None,
     discretization: Discretization = "mamba",
 ) -> SelectiveScanSummary:
     """What a sequence does to any state that it starts from, without its outputs.
 
-    For sequences whose parts are on several devices: from the summaries of the parts before follows the state that a
-    part starts from, and with it and the summary's ``parts``, ``selective_scan_forward`` of the part.
+    For sequences whose parts are on several devices: from the passages of the parts before, ``selective_scan_through``
+    finds the state that a part starts from, and with it and the summary's ``parts``, ``selective_scan_forward`` scans
+    the part.
+
+    Parameters
+    ----------
+    initial_state : (batch, dim, state)
+        What the sequence is known to start from, as the first part is: the passage then has what it ends in from there.
 
     Notes
     -----
-    The parameters are those of ``selective_scan``. Stretches are in order of time. They are as many as the backend cuts
-    the sequence into anyway; where it cuts none, the summary costs up to two thirds of a forward.
+    The other parameters are those of ``selective_scan``, whose name is in errors. Where the backend cuts the sequence
+    into parts anyway, their ends are found here and need not be found again; where it does not, the summary costs up to
+    two thirds of a forward.
     """
-    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, None, None, None)
-    problem = _prepare("selective_scan_summary", given, delta_softplus, discretization)
-    return problem.summarised(problem.backend.selective_scan_summary)
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, None, None)
+    problem = _prepare("selective_scan", given, delta_softplus, discretization)
+    return problem.summarised(problem.backend.selective_scan_summary, problem.arguments.initial_state)
 
 
 @_arrays.follows_caller
@@ -248,16 +255,77 @@ def selective_scan_backward_summary(
     delta_bias: Any = None,
     delta_softplus: bool = False,
     *,
+    dlast_state: Any = None,
     discretization: Discretization = "mamba",
 ) -> SelectiveScanSummary:
     """What a sequence does to any gradient of its last state on the way to its initial state, without its gradients.
 
-    ``selective_scan_summary`` for the way back: stretches are still in order of time, but what enters one enters at its
-    end, and ``states`` are the gradients at the starts of stretches when none enters them.
+    ``selective_scan_summary`` for the way back: the sequence ends in the gradient at its start. ``dlast_state`` is what
+    is known to enter at its end.
     """
-    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, None, None, None, dy)
-    problem = _prepare("selective_scan_backward_summary", given, delta_softplus, discretization)
-    return problem.summarised(problem.backend.selective_scan_backward_summary, problem.arguments.dy)
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, None, None, None, dy, dlast_state)
+    problem = _prepare("selective_scan_backward", given, delta_softplus, discretization)
+    a = problem.arguments
+    return problem.summarised(problem.backend.selective_scan_backward_summary, a.dy, a.dlast_state)
+
+
+@_arrays.follows_caller
+def selective_scan_through(A: Any, passages: Any, back: bool = False) -> Any:
+    """What comes out of sequences one after the other when nothing enters the first of them.
+
+    Parameters
+    ----------
+    A : (dim, state)
+        As for the scans of these sequences.
+    passages : (sequences, batch, dim, reals + 1)
+        Of their summaries, in the order of time; at least one.
+    back : bool
+        Whether the summaries are for the way back: nothing enters the last one, and the result leaves the first.
+
+    Returns
+    -------
+    state : (batch, dim, state)
+        In the accumulation dtype.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not agree, and if there are no passages.
+    TypeError
+        For dtypes or libraries that do not fit.
+    """
+    op = "selective_scan_through"
+    caller, a, copies = _checked_passages(op, _Passages(A, passages))
+    backend = _backends.for_device(op, caller.device)
+    a = _checks.copied(a, copies)
+    states = caller.empty((a.passages.shape[1], *a.A.shape), a.A.dtype)
+    backend.selective_scan_through(a.A, a.passages, bool(back), states)
+    return caller.leave(states)
+
+
+class _Passages(NamedTuple):
+    """The arrays of ``selective_scan_through``."""
+
+    A: Any
+    passages: Any
+
+
+@_checks.entered
+def _checked_passages(op: str, a: _Passages) -> dict[str, np.dtype[Any]]:
+    """Check a call; the copies that must be made, by argument."""
+    is_complex = a.A.dtype.kind == "c"
+    reals = "2*state+1" if is_complex else "state+1"
+    sizes = _checks.sizes(op, A=(a.A, "dim, state"), passages=(a.passages, f"sequences, batch, dim, {reals}"))
+    if sizes["sequences"] == 0:
+        raise ValueError(f"{op}: passages must be of at least one sequence, got shape {a.passages.shape}")
+    real = a.passages.dtype
+    if real not in (np.float32, np.float64):
+        raise TypeError(f"{op}: passages must have dtype float32 or float64, got {real}")
+    number = np.result_type(real, np.complex64) if is_complex else real
+    return _checks.needed(
+        A=_checks.parameter_copy(op, "A", a.A, number),
+        passages=_checks.parameter_copy(op, "passages", a.passages, real),
+    )
 
 
 class _Arguments(NamedTuple):
@@ -364,11 +432,13 @@ class _Problem(NamedTuple):
         )
         return self.caller.leave(y), None if last_state is None else self.caller.leave(last_state)
 
-    def summarised(self, summary: Callable[..., Any], *cotangents: Any) -> SelectiveScanSummary:
-        """A backend's summary, in the caller's library and without states that only kernels know of."""
-        delta_sums, states, parts = summary(self.segments, self.groups, self.inputs, *cotangents)
-        leave, state = self.caller.leave, self.inputs.A.shape[1]
-        return SelectiveScanSummary(leave(delta_sums), leave(states[..., :state]), parts)
+    def summarised(self, summary: Callable[..., Any], *ends: Any) -> SelectiveScanSummary:
+        """A backend's summary; ``ends`` are dy, if it is for the way back, and what enters."""
+        u, A = self.inputs.u, self.inputs.A
+        (dim, state), reals = A.shape, 2 if A.dtype.kind == "c" else 1
+        passage = self.caller.empty((u.shape[0], dim, reals * state + 1), _checks.accumulation(u.dtype))
+        parts = summary(self.segments, self.groups, self.inputs, *ends, passage)
+        return SelectiveScanSummary(self.caller.leave(passage), parts)
 
     def run_backward(self, checkpoints: Any, parts: Any) -> SelectiveScanGradients:
         empty, leave, arguments = self.caller.empty, self.caller.leave, self.arguments

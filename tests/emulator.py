@@ -53,7 +53,8 @@ class Shared:
 
     def check(self, index: Any, count: int) -> Any:
         index = np.broadcast_to(np.asarray(index), (self.emulator.threads,))
-        assert (index % count == 0).all(), "vector access to shared memory is not aligned"
+        together = min(count, 16 // self.values.itemsize)
+        assert (index % together == 0).all(), "vector access to shared memory is not aligned"
         assert (index >= 0).all(), f"shared index {index.min()}"
         assert (index + count <= len(self.values)).all(), f"shared index {index.max()} of {len(self.values)}"
         return index

@@ -119,7 +119,7 @@ def test_gradients_are_difference_quotients() -> None:
     inputs = (x, z, *leaves, conv_state, ssm_state)
 
     def op(*given: Any) -> Any:
-        return mamba_inner(*given, None, None, True)
+        return mamba_inner(*given, None, None, True, True)
 
     assert torch.autograd.gradcheck(op, inputs)
     assert torch.autograd.gradgradcheck(op, inputs)
@@ -133,7 +133,8 @@ def test_op_keeps_the_rules_of_torch() -> None:
         made._A(), made.D, made.dt_proj.bias,
     ]  # fmt: skip
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, z, *weights)]
-    torch.library.opcheck(mamba_inner, (*leaves, conv_state, ssm_state, None, None, True))
+    for return_states in (True, False):
+        torch.library.opcheck(mamba_inner, (*leaves, conv_state, ssm_state, None, None, True, return_states))
 
 
 def test_step_by_step() -> None:

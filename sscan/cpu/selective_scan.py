@@ -99,18 +99,31 @@ def launch_forward(segments, groups, inputs, initial_state, y, last_state, check
     )  # fmt: skip
 
 
-def selective_scan_summary(segments, groups, inputs):
-    """Sums of the step sizes and end states from zero, each segment one stretch; and no parts."""
+def selective_scan_summary(segments, groups, inputs, initial_state, passage):
+    """Fill passage (batch, dim, reals + 1), as ``SelectiveScanSummary`` has it; there are no parts."""
     inputs = with_zeros(inputs.by_group())
-    sums, ends = ends_of(segments, groups, inputs)
-    return sums[:, None], ends[:, None], None
+    fill_passage(passage, *ends_of(segments, groups, inputs), inputs.A, initial_state)
 
 
-def selective_scan_backward_summary(segments, groups, inputs, dy):
-    """Sums of the step sizes and gradients at the start if none enters at the end, each segment one stretch."""
+def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, passage):
+    """Fill passage (batch, dim, reals + 1) for the way back; there are no parts."""
     inputs = with_zeros(inputs.by_group())
-    sums, starts = starts_of(segments, groups, inputs, dy)
-    return sums[:, None], starts[:, None], None
+    fill_passage(passage, *starts_of(segments, groups, inputs, dy), inputs.A.conj(), dlast_state)
+
+
+def fill_passage(passage, sums, states, A, entering):
+    """Put together what sequences end in by themselves, what is left of what entered them, and their step sizes."""
+    if entering is not None:
+        states += decays_of(sums, A) * entering
+    passage[..., :-1], passage[..., -1] = states.view(A.real.dtype), sums
+
+
+def selective_scan_through(A, passages, back, states):
+    """Fill states (batch, dim, state) with what comes out of all passages (stretches, batch, dim, reals + 1)."""
+    states[...] = 0
+    for passage in passages[::-1] if back else passages:
+        states *= decays_of(passage[..., -1], A.conj() if back else A)
+        states += passage[..., :-1].view(A.dtype)
 
 
 def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients, known_parts):

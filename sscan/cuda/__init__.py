@@ -11,6 +11,7 @@ from sscan.cuda.selective_scan import (
     selective_scan_backward_summary,
     selective_scan_forward,
     selective_scan_summary,
+    selective_scan_through,
 )
 from sscan.cuda.selective_state_update import selective_state_update
 from sscan.cuda.ssm import ssm_convolution_backward, ssm_convolution_forward, ssm_kernel_backward, ssm_kernel_forward
@@ -31,6 +32,7 @@ __all__ = [
     "selective_scan_backward_summary",
     "selective_scan_forward",
     "selective_scan_summary",
+    "selective_scan_through",
     "selective_state_update",
     "ssm_convolution_backward",
     "ssm_convolution_forward",

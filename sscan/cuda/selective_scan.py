@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sscan.cuda import _launch, _sums, _workspace
+from sscan.cuda import _launch, _sums, _through, _workspace
 from sscan.cuda._launch import Kernel
 
 CHANNELS, LANES, CHECKPOINT, TILE = 32, 4, 16, 32  # as in kernels/selective_scan.py
@@ -224,39 +224,55 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
 
 
 class SummaryPlan(NamedTuple):
-    """How the ends of all parts are found."""
+    """How a passage is found: the ends of all parts, each from zero, and then what comes out of the last one."""
 
-    forward: ForwardPlan
+    call: Any  # the plan of the forward or backward that follows
     carry: _workspace.Layout
-    sums: tuple[tuple[int, ...], Any]  # shape and dtype
-    ends: tuple[tuple[int, ...], Any]
+    size: int  # of the ends of parts and behind them the sums of their step sizes, in reals
+    dtype: Any
+    walk: _through.Plan
+
+
+def summary_plan(plan, count, A, padded, carry, back):
+    """The plan of a summary from that of the call that follows it; ``carry`` is the size of carried states."""
+    (dim, state), real = A.shape, A.real.dtype
+    size = count * plan.parts * dim * (padded * A.itemsize // real.itemsize + 1)
+    walk = _through.over_parts(A.dtype, count, plan.parts, dim, state, padded, back)
+    return SummaryPlan(plan, _workspace.layout(carry), size, real, walk)
+
+
+def finished_summary(plan, A, ends, entering, passage):
+    """Fill the passage; the parts for the call that follows, None if there is only one."""
+    _through.launch(plan.walk, A, ends, entering, passage)
+    return (_launch.address(ends) + plan.walk.sums, ends) if plan.call.parts > 1 else None
 
 
 def planned_summary(segments, groups, inputs, along):
     """The plan of a summary, with u, delta and z along time."""
-    A, layout = inputs.A, geometry(segments, groups, inputs.A)
-    plan, sums = planned_forward(segments, groups, inputs, (*along, None)), (segments.count, layout.parts, layout.dim)
-    carry = _workspace.layout(plan.workspaces.sizes[0])
-    return SummaryPlan(plan, carry, (sums, A.real.dtype), ((*sums, layout.padded), A.dtype))
+    plan = planned_forward(segments, groups, inputs, (*along, None))
+    padded = geometry(segments, groups, inputs.A).padded
+    return summary_plan(plan, segments.count, inputs.A, padded, plan.workspaces.sizes[0], False)
 
 
-def selective_scan_summary(segments, groups, inputs):
-    """Sums of the step sizes and end states, from zero, of the parts of the forward; and these as its ``known_parts``.
+def selective_scan_summary(segments, groups, inputs, initial_state, passage):
+    """Fill passage (batch, dim, reals + 1), as ``SelectiveScanSummary`` has it; the forward's ``known_parts``.
 
-    All parts are walked here, the last one too.
+    All parts are walked here, the last one too, each from zero.
     """
     u, delta, A, B, C, _, z, delta_bias, delta_softplus, _, _ = inputs
-    plan, carry_layout, *made = plan_of(segments, groups, inputs, (u, delta, z), planned_summary)
+    summary = plan_of(segments, groups, inputs, (u, delta, z), planned_summary)
+    plan = summary.call
     if plan.copies:
         u, delta, z, B, C = in_rows(u), in_rows(delta), in_rows(z), as_reals(B, A.dtype), as_reals(C, A.dtype)
-    memory, (carry,) = _workspace.take(carry_layout)
-    sums, ends = (_launch.empty(shape, dtype) for shape, dtype in made)
+    memory, (carry,) = _workspace.take(summary.carry)
+    ends = _launch.empty(summary.size, summary.dtype)
     _launch.launch(
         plan.ends, plan.parts * plan.blocks, u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None, None,
-        None, None, carry, ends, sums, None, None, *plan.dims, plan.parts, *plan.rest,
+        None, None, carry, ends, _launch.address(ends) + summary.walk.sums, None, None, *plan.dims, plan.parts,
+        *plan.rest,
     )  # fmt: skip
     del memory  # held until here
-    return sums, ends, (sums, ends) if plan.parts > 1 else None
+    return finished_summary(summary, A, ends, initial_state, passage)
 
 
 def backward_shape(A, zoh, many, segments, channel_blocks):
@@ -400,33 +416,36 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
     del memory  # held until here
 
 
-class BackwardSummaryPlan(NamedTuple):
-    """How the starts of all parts are found."""
-
-    backward: BackwardPlan
-    sums: tuple[tuple[int, ...], Any]  # shape and dtype
-    starts: tuple[tuple[int, ...], Any]
-
-
 def planned_backward_summary(segments, groups, inputs, along):
     """The plan of a backward summary, with u, delta, z and dy along time."""
-    A, plan = inputs.A, planned_backward(segments, groups, inputs, along)
-    sums = segments.count, plan.parts, len(A)
-    return BackwardSummaryPlan(plan, (sums, A.real.dtype), ((*sums, geometry(segments, groups, A).padded), A.dtype))
+    plan = planned_backward(segments, groups, inputs, along)
+    return summary_plan(plan, segments.count, inputs.A, geometry(segments, groups, inputs.A).padded, 0, True)
 
 
-def selective_scan_backward_summary(segments, groups, inputs, dy):
-    """Sums of the step sizes and gradients at the starts, from zero, of all parts; and the backward's ``known_parts``.
+def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, passage):
+    """Fill passage (batch, dim, reals + 1) for the way back; the backward's ``known_parts``.
 
-    All parts are walked here, the first one too.
+    All parts are walked here, the first one too, each as if nothing entered at its end.
     """
     u, delta, A, _, C, _, z, delta_bias, delta_softplus, _, _ = inputs
-    plan, *made = plan_of(segments, groups, inputs, (u, delta, z, dy), planned_backward_summary)
+    summary = plan_of(segments, groups, inputs, (u, delta, z, dy), planned_backward_summary)
+    plan = summary.call
     if plan.copies:
         delta, z, dy, C = in_rows(delta), in_rows(z), in_rows(dy), as_reals(C, A.dtype)
-    sums, starts = (_launch.empty(shape, dtype) for shape, dtype in made)
+    starts = _launch.empty(summary.size, summary.dtype)
     _launch.launch(
-        plan.starts, plan.parts * plan.starts_blocks, dy, delta, A, C, z, delta_bias, int(delta_softplus), starts, sums,
-        None, None, *plan.starts_dims, plan.parts, *plan.starts_rest,
+        plan.starts, plan.parts * plan.starts_blocks, dy, delta, A, C, z, delta_bias, int(delta_softplus), starts,
+        _launch.address(starts) + summary.walk.sums, None, None, *plan.starts_dims, plan.parts, *plan.starts_rest,
     )  # fmt: skip
-    return sums, starts, (sums, starts) if plan.parts > 1 else None
+    return finished_summary(summary, A, starts, dlast_state, passage)
+
+
+def selective_scan_through(A, passages, back, states):
+    """Fill states (batch, dim, state) with what comes out of all passages (stretches, batch, dim, reals + 1).
+
+    All arrays are contiguous; A (dim, state) has the states' dtype, passages that of their reals. There is at least one
+    stretch.
+    """
+    stretches, rows, dim, _ = passages.shape
+    plan = _through.over_passages(A.dtype, stretches, rows, dim, A.shape[1], back)
+    _through.launch(plan, A, passages, None, states)

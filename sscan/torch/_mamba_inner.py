@@ -19,7 +19,7 @@ from sscan.torch._library import Saved, cast_under_autocast, define, differentia
 _ARGUMENTS = """
     Tensor x, Tensor z, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight,
     Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A, Tensor? D, Tensor? delta_bias, Tensor? conv_state,
-    Tensor? ssm_state, Tensor? seq_idx, Tensor? cu_seqlens, bool delta_softplus
+    Tensor? ssm_state, Tensor? seq_idx, Tensor? cu_seqlens, bool delta_softplus, bool return_states
 """
 _DIFFERENTIABLE = 13  # of the arguments, the first
 
@@ -30,14 +30,16 @@ def _block(causal_conv1d: Any, selective_scan: Any) -> Any:
     def block(
         x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
         out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
-        cu_seqlens: Any, delta_softplus: bool,
+        cu_seqlens: Any, delta_softplus: bool, return_states: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
-        u, conv_state = causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, True, seq_idx, cu_seqlens)
+        u = causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, return_states, seq_idx, cu_seqlens)
+        u, conv_state = u if return_states else (u, x.new_empty(0))
         dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
-        y, ssm_state = selective_scan(
-            u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, True,
+        y = selective_scan(
+            u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, return_states,
             initial_state=ssm_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
         )  # fmt: skip
+        y, ssm_state = y if return_states else (y, x.new_empty(0))
         return applied_back(out_proj_weight, out_proj_bias, y), conv_state, ssm_state
 
     return block
@@ -73,11 +75,15 @@ def _weight_gradient(dout: Any, x: Any) -> Any:
 
 
 def _fake(*arguments: Any) -> tuple[Any, ...]:
-    x, _, conv_weight, _, _, _, out_proj_weight, _, A, *_, cu_seqlens, _ = arguments
+    x, _, conv_weight, _, _, _, out_proj_weight, _, A, *_, cu_seqlens, _, return_states = arguments
     batch, d_inner, length = x.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    out, sequences = x.new_empty((batch, length, out_proj_weight.shape[0])), batch
+    if not return_states:
+        return out, x.new_empty(0), x.new_empty(0)
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
     return (
-        x.new_empty((batch, length, out_proj_weight.shape[0])),
+        out,
         x.new_empty((sequences, d_inner, conv_weight.shape[1] - 1)),
         A.new_empty((sequences, *A.shape)),
     )
@@ -87,7 +93,7 @@ def _backward_kernel(
     dout: Any, dconv_state: Any, dssm_state: Any,
     x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
     out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
-    cu_seqlens: Any, delta_softplus: bool,
+    cu_seqlens: Any, delta_softplus: bool, return_states: bool,
 ) -> list[Any]:  # fmt: skip
     u = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, False, seq_idx, cu_seqlens)
     dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
@@ -116,7 +122,7 @@ def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any
     return [like.new_empty(like.shape) for like in arguments[:_DIFFERENTIABLE] if like is not None]
 
 
-# (out, conv_state, ssm_state): what the block makes of x and z, and the states that it ends with. Shapes are those of
+# (out, conv_state, ssm_state): what the block makes of x and z, and the states that it ends with, or empty ones. Shapes are those of
 # the block's parameters: x and z (batch, d_inner, length), conv_weight (d_inner, d_conv), out (batch, length, d_model).
 # The weights of the projections have the dtype of x.
 mamba_inner = define(
@@ -132,8 +138,8 @@ _backward = define(
 
 
 def _saved(inputs: Any, outputs: Any) -> Saved:
-    *tensors, delta_softplus = inputs
-    return Saved(tensors, (delta_softplus,))
+    *tensors, delta_softplus, return_states = inputs
+    return Saved(tensors, (delta_softplus, return_states), () if return_states else outputs[1:])
 
 
 def _gradients(cotangents: Any, tensors: Any, options: Any) -> Any:

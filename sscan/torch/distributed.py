@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 import sscan
-from sscan.selective_scan import selective_scan_backward_summary, selective_scan_summary
+from sscan.selective_scan import selective_scan_backward_summary, selective_scan_summary, selective_scan_through
 from sscan.torch import _fakes, ops
 from sscan.torch._library import _lowered, or_zeros
 
 if TYPE_CHECKING:
-    from sscan.selective_scan import Discretization, SelectiveScanSummary
+    from sscan.selective_scan import Discretization
 
 # One name is deprecated in PyTorch 2.13, the other does not exist before.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -41,9 +41,9 @@ def _place(op: str, group: Any, initial_state: Any) -> tuple[int, int]:
 
 
 def _gathered(x: Any, group: Any, size: int) -> Any:
-    """The tensors of all ranks, one after the other along a new first axis."""
+    """The tensors of all ranks, which are contiguous, one after the other along a new first axis."""
     found = x.new_empty((size, *x.shape))
-    _all_gather(found.flatten(0, 1), x.contiguous(), group=group)
+    _all_gather(found.flatten(0, 1), x, group=group)
     return found
 
 
@@ -112,8 +112,6 @@ def selective_scan(
         )  # fmt: skip
     if torch.is_autocast_enabled(u.device.type):
         u, delta, z, B, C = _under_autocast(u, delta, z, B, C)
-    if initial_state is not None:  # before any rank waits for this one; the summary checks all else
-        _fakes.checked_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, None, None)
     across = _Across(group, rank, size)
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     options = {"delta_softplus": delta_softplus, "discretization": discretization}
@@ -137,39 +135,19 @@ class _Across:
     def __init__(self, group: Any, rank: int, size: int) -> None:
         self.group, self.rank, self.size = group, rank, size
 
-    def entering(self, summary: SelectiveScanSummary, A: Any, outside: Any, back: bool) -> Any:
-        """What enters this rank's part from the parts before it (behind it, if ``back``); None if there are none.
-
-        ``outside`` enters the sequence at this rank: the initial state on the first one, a gradient of the last state.
-        """
-        delta_sum, own = summary.delta_sums.sum(1), _through(summary.delta_sums, summary.states, A, 1, outside, back)
-        reals = torch.view_as_real(own.contiguous()).flatten(2) if own.is_complex() else own
-        found = _gathered(torch.cat([reals, delta_sum[..., None]], -1), self.group, self.size)
-        found = found[self.rank + 1 :] if back else found[: self.rank]
-        if len(found) == 0:
+    def entering(self, passage: Any, A: Any, back: bool) -> Any:
+        """What enters this rank's part from the parts before it (behind it, if ``back``); None if there are none."""
+        found = _gathered(passage, self.group, self.size)
+        if self.rank == (self.size - 1 if back else 0):
             return None
-        states = found[..., :-1]
-        if own.is_complex():
-            states = torch.view_as_complex(states.unflatten(-1, (-1, 2)).contiguous())
-        if len(found) == 1:
-            return states[0]
-        return _through(found[..., -1], states, A, 0, None, back)
-
-
-def _through(delta_sums: Any, states: Any, A: Any, axis: int, entering: Any, back: bool) -> Any:
-    """What leaves a row of stretches along an axis: each leaves exp(A delta_sum) of what enters it and adds its own."""
-    decays = torch.exp(A * delta_sums[..., None])
-    if back:
-        decays = decays.conj()
-    found = sscan.linear_scan(decays.movedim(axis, -1), states.movedim(axis, -1), entering, back)
-    return found[..., 0 if back else -1]
+        return selective_scan_through(A, found[self.rank + 1 :] if back else found[: self.rank], back)
 
 
 def _forward(across: _Across, options: Any, arguments: Any, keep_checkpoints: bool) -> tuple[Any, Any, Any, Any]:
     """``(y, last_state, checkpoints, initial_state)`` of the rank's part."""
     *inputs, initial_state = arguments
-    summary = selective_scan_summary(*inputs, **options)
-    entering = across.entering(summary, inputs[2], initial_state, back=False)
+    summary = selective_scan_summary(*inputs, **options, initial_state=initial_state)  # checks all before others wait
+    entering = across.entering(summary.passage, inputs[2], back=False)
     if across.rank == 0:
         entering = initial_state
     made = sscan.selective_scan_forward(
@@ -192,8 +170,8 @@ class _SelectiveScan(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dy: Any, dlast_state: Any) -> tuple[Any, ...]:
         *inputs, initial_state, checkpoints = ctx.saved_tensors
         dy = or_zeros(dy, inputs[0])
-        summary = selective_scan_backward_summary(dy, *inputs, **ctx.options)
-        entering = ctx.across.entering(summary, inputs[2], dlast_state, back=True)
+        summary = selective_scan_backward_summary(dy, *inputs, **ctx.options, dlast_state=dlast_state)
+        entering = ctx.across.entering(summary.passage, inputs[2], back=True)
         if entering is not None:
             dlast_state = entering if dlast_state is None else entering + dlast_state
         gradients = sscan.selective_scan_backward(

@@ -151,7 +151,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         out, *final_states = inner(
             x, z, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
             self.out_proj.weight, self.out_proj.bias, self._A(), self.D, self.dt_proj.bias,
-            conv_state, ssm_state, seq_idx, cu_seqlens, True,
+            conv_state, ssm_state, seq_idx, cu_seqlens, True, return_final_states,
         )  # fmt: skip
         return (out, tuple(final_states)) if return_final_states else out
 

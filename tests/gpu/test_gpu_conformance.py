@@ -9,6 +9,7 @@ import cupy
 import numpy as np
 import pytest
 from cases import DIFFERENTIABLE, Array, Case, backward, cases_of, check_backward, check_forward, cotangents, forward
+from summary_cases import NUMBERS, PROBLEMS, check_pieces, check_through
 
 import sscan
 
@@ -72,3 +73,15 @@ def test_two_runs_agree_bit_for_bit(case: Case) -> None:
     for name, x in {**outputs, **first}.items():
         again = {**forward(gpu, case.op, arguments), **second}[name]
         assert x.tobytes() == again.tobytes(), name
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_pieces_with_summaries_conform(name: str) -> None:
+    check_pieces(name, (1000, 0, 7, 300), to_gpu, cupy.asnumpy)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_through_passages(number: str, count: int, back: bool) -> None:
+    check_through(number, count, back, to_gpu, cupy.asnumpy)

@@ -14,6 +14,7 @@ from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._math import number_functions
 from sscan.cuda._primitives import (
     SharedMemory,
+    anew,
     block_index,
     dtype_of,
     local_array,
@@ -46,6 +47,7 @@ QUADS = TILE // QUAD
 ROWS = CHANNELS * QUADS // THREADS  # rows of a tile of which a thread has quads, that lie APART
 APART = CHANNELS // ROWS
 ROW = TILE + 4  # reals from one channel to the next in shared memory: 4 more, against bank conflicts
+PARTS_AHEAD = 4  # parts that are read at once
 QUAD_SIZE = QUAD * BLOCK + 4  # numbers from one quad of B to the next
 CHECKPOINT = 16  # steps between checkpoints; x >> 4 is x // CHECKPOINT
 BLOCKS = {"float32": 5, "float64": 3, "complex64": 3, "complex128": 2}  # at once on a multiprocessor
@@ -169,6 +171,39 @@ def readers(number, states, zoh, tile):
     return parameter, write_real, rates, kept
 
 
+def past_parts(number, states, back):
+    """Device function: what becomes of a state on its way through parts, or of its gradient on the way back.
+
+    A few parts are read at once: there is nothing else to do until they are there.
+    """
+    f, real, ahead = number_functions(number), real_of(number), PARTS_AHEAD
+    read_end, read_sum = reader(real, number, states, True, False), reader(real, real, 1, False, False)
+    one_end, one_sum = local_array(states, number), local_array(1, real)
+    some_ends, some_sums = local_array(ahead * states, number), local_array(ahead, real)
+    decay, product, choose, conj, zero, infinite = f.decay, f.product, f.choose, f.conj, f.zero, real.type(np.inf)
+
+    @device
+    def walk(h, rate, part_ends, part_sums, first, apart, count, padded, n, alive):
+        """``count`` parts, whose numbers begin at ``first`` and lie ``apart``."""
+        end, passed, ends, sums = one_end(), one_sum(), some_ends(), some_sums()
+        for k0 in range(0, count, ahead):
+            for k in unroll(ahead):
+                at, valid = first + (k0 + k) * apart, select(k0 + k < count, alive, 0 * alive)
+                read_end(end, part_ends, at * padded + n, valid)
+                read_sum(passed, part_sums, at, valid)
+                for j in range(states):
+                    ends[k * states + j] = end[j]
+                sums[k] = passed[0]
+            for k in unroll(ahead):
+                ended = sums[k] == infinite  # a sequence, in this part
+                for j in range(states):
+                    a = decay(select(ended, zero, sums[k]), rate[j])
+                    left = product(conj(a) if back else a, h[j])
+                    h[j] = choose(ended, ends[k * states + j], left + ends[k * states + j])
+
+    return walk
+
+
 def forward(*key):
     """y, the last state and, if there is memory for them, checkpoints."""
     return scan(Variant(*key), False)
@@ -179,12 +214,12 @@ def ends(*key):
     return scan(Variant(*key), True)
 
 
-def matrix_tile(storage, number, together, conjugated, keep, tile, threads, step_size, quad_size):
+def matrix_tile(storage, number, together, conjugated, keep, tile, threads, step_size, quad_size, turned=0):
     """B or C on its way to shared memory: of each state, every thread has a few consecutive steps of a tile.
 
     ``make()`` is where ``read`` puts them, from ``start``, and ``stage`` takes them from there to
     [quad][step][state]. C is staged as 2 conj(C) if it is complex, of which both y and the gradient of the state are
-    made.
+    made. If ``turned``, a second copy follows the tile, in which states n and n ^ turned have changed places.
     """
     count = tile * BLOCK // threads
     shift, mask = (tile // count).bit_length() - 1, tile // count - 1
@@ -192,7 +227,7 @@ def matrix_tile(storage, number, together, conjugated, keep, tile, threads, step
     reals = count * per_number
     make, read_stored = stored_array(reals, storage), stored_reader(storage, reals, together, keep)
     widen, numbers = widener(storage, number, count), local_array(count, number)
-    conj, times, shares = f.conj, f.times, f.shares
+    conj, times, shares, copy = f.conj, f.times, f.shares, tile // QUAD * quad_size
 
     @device
     def start(address, at, state_stride, begin, thread):
@@ -216,6 +251,8 @@ def matrix_tile(storage, number, together, conjugated, keep, tile, threads, step
             if conjugated:
                 value = times(conj(value), shares)
             shared_set(tile, at + i * step_size, value)
+            if turned:
+                shared_set(tile, copy + (at ^ turned) + i * step_size, value)
 
     return make, start, read, stage
 
@@ -260,6 +297,7 @@ def scan(v, ends_only):
         stored_C, number, together, True, not many, TILE, THREADS, BLOCK, QUAD_SIZE
     )
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
+    walk = past_parts(number, NS, False)
     states_apart = LANES * NS
 
     def kernel(
@@ -313,13 +351,7 @@ def scan(v, ends_only):
             if outputs:
                 if initial_state != 0:
                     read_numbers(h, initial_state, (which * dim + channel) * state + n, valid)
-                for before in range(part):
-                    at = (which * parts + before) * dim + channel
-                    read_own(end, part_ends, at * padded + n, alive)
-                    passed = parameter(part_sums, at, select(alive > 0, at + 1, 0 * thread))
-                    for j in range(NS):
-                        left = product(decay(select(passed < infinite, passed, zero), rate[j]), h[j])
-                        h[j] = choose(passed < infinite, left + end[j], end[j])  # infinite: a sequence ended there
+                walk(h, rate, part_ends, part_sums, which * parts * dim + channel, dim, part, padded, n, alive)
             if many:
                 write_own(carry, own * padded + n, h, alive)
             else:
@@ -342,6 +374,8 @@ def scan(v, ends_only):
             read_C(C_next, C, 0, C_state, state, 0, steps, thread)
         passed = zero
         for t in range(0, steps, TILE):
+            now = anew(thread)  # made of this, what a tile needs once does not take registers in between
+            along = (channel0 + (now >> 3)) * length + (now & (QUADS - 1)) * QUAD
             # step sizes and inputs of the tile, and what y begins with, to shared memory
             for p in unroll(ROWS):
                 widen(d, delta_next, p * QUAD)

@@ -8,6 +8,10 @@ reads of B and C serves all of them and what it adds to dB and dC is summed over
 Sums over states (for du, ddelta and dz) go across the lanes of a channel. Sums over channels (dB and dC) go across the
 channels of a warp, then over the warps of the block, and are written once for each block and step; ``sum_matrices``
 adds up the blocks.
+
+Lanes that exchange sums send what the other one keeps, and to pick that takes as long as to add it up. So the lanes of
+the second half of a warp have their states *turned*, the second half of them first: then all keep their first half and
+send the rest. They read B and C from copies that are turned as well.
 """
 
 import math
@@ -54,6 +58,7 @@ from sscan.cuda.kernels.selective_scan import (
     lane_of,
     lane_total,
     matrix_tile,
+    past_parts,
     place,
     readers,
     row_of,
@@ -68,37 +73,61 @@ WARP_CHANNELS = 32 // LANES
 
 
 def across_channels(number, states, varying_B, varying_C):
-    """Device function: sum dB and dC of a quad, [step][state] in each lane, over the channels of a warp.
+    """Device functions: sum dB and dC of a quad, [step][state] in each lane, over the channels of a warp.
 
-    Lanes exchange halves of what they hold until each is left with the states of one step of B or C, in ``into``.
+    ``exchange``: lanes exchange halves of what they hold until ``states`` numbers of B or of C are left, ``into``.
+    These are two steps of the first half of the lane's states, or of a single state one step. ``put`` takes them to
+    [step][B or C][state] in shared memory.
     """
-    f = number_functions(number)
-    choose = f.choose
-    half, quarter = QUAD * states // 2, QUAD * states // 4
-    halves = local_array(QUAD * states, number)
+    choose = number_functions(number).choose
+    matrices = int(varying_B) + int(varying_C)
+    half = max(1, states // 2)
+    size = 2 * states  # of what is left of a matrix after the first exchange
+    of_both, of_step, store = local_array(2 * size, number), local_array(half, number), shared_writer(number, half)
 
     @device
     def exchange(into, of_B, of_C, thread):
-        x = halves()
-        matrix, pair, odd = (thread & 2) != 0, (thread & 16) != 0, (thread & 4) != 0
-        for k in range(QUAD * states):
-            if varying_B and varying_C:
-                sent, kept = choose(matrix, of_B[k], of_C[k]), choose(matrix, of_C[k], of_B[k])
-                x[k] = kept + shuffle_xor(sent, 2)
-            elif varying_B:
-                x[k] = of_B[k]
+        x = of_both()
+        second, matrix, odd = (thread & 16) != 0, (thread & 2) != 0, (thread & 4) != 0
+        for k in range(size):
+            if states > 1:
+                at = k // half * states + k % half
+                if varying_B:
+                    x[k] = of_B[at] + shuffle_xor(of_B[at + half], 16)
+                if varying_C:
+                    x[size + k] = of_C[at] + shuffle_xor(of_C[at + half], 16)
             else:
-                x[k] = of_C[k]
-        for k in range(half):
-            sent, kept = choose(pair, x[k], x[k + half]), choose(pair, x[k + half], x[k])
-            x[k] = kept + shuffle_xor(sent, 16)
-        for k in range(quarter):
-            sent, kept = choose(odd, x[k], x[k + quarter]), choose(odd, x[k + quarter], x[k])
+                if varying_B:
+                    sent, kept = choose(second, of_B[k], of_B[k + 2]), choose(second, of_B[k + 2], of_B[k])
+                    x[k] = kept + shuffle_xor(sent, 16)
+                if varying_C:
+                    sent, kept = choose(second, of_C[k], of_C[k + 2]), choose(second, of_C[k + 2], of_C[k])
+                    x[size + k] = kept + shuffle_xor(sent, 16)
+        for k in range(size):
+            if varying_B and varying_C:
+                sent, kept = choose(matrix, x[k], x[size + k]), choose(matrix, x[size + k], x[k])
+                x[k] = kept + shuffle_xor(sent, 2)
+            elif varying_C:
+                x[k] = x[size + k]
+        for k in range(states):
+            sent, kept = choose(odd, x[k], x[k + states]), choose(odd, x[k + states], x[k])
             into[k] = kept + shuffle_xor(sent, 4)
             if not (varying_B and varying_C):
                 into[k] = into[k] + shuffle_xor(into[k], 2)
 
-    return exchange
+    @device
+    def put(tile, at, sums, lane, thread):
+        values = of_step()
+        second, odd, matrix = (thread >> 4) & 1, (thread >> 2) & 1, (thread >> 1) & (matrices - 1)
+        for k in unroll(states // half):
+            for j in range(half):
+                values[j] = sums[k * half + j]
+            if states > 1:
+                store(tile, at + ((2 * odd + k) * matrices + matrix) * BLOCK + lane * states + second * half, values)
+            else:
+                store(tile, at + ((2 * second + odd) * matrices + matrix) * BLOCK + lane, values)
+
+    return exchange, put
 
 
 def backward(rows, warps, blocks, *key):
@@ -123,7 +152,7 @@ def backward(rows, warps, blocks, *key):
     product, times, choose, overlap, conj = f.product, f.times, f.choose, f.overlap, f.conj
     overlap_with_rate, of_rate, shares = f.overlap_with_rate, f.of_rate, f.shares
     zero, one, infinite, ln2 = f.zero, f.one, real.type(np.inf), real.type(math.log(2))
-    none = number.type(0)
+    none, turned = number.type(0), NS // 2
 
     stored, read_stored = stored_array(rows * QUAD, storage), stored_reader(storage, QUAD, together)
     widen, write_quad = widener(storage, real, QUAD), writer(storage, real, QUAD, together)
@@ -143,18 +172,19 @@ def backward(rows, warps, blocks, *key):
     gate_array, keep_array = memory.array(channels * TILE if gated else 1, real), memory.array(TILE, real)
     skip_array = memory.array(channels, real)
     D_array, bias_array = (memory.array(2 * rows * threads, real) for _ in range(2))
-    B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
+    B_array, C_array = (memory.array((2 if turned else 1) * QUADS * QUAD_SIZE, number) for _ in range(2))
     own_array = memory.array(QUADS * warps * own_size, number)
     u_array, step_array, y_array = (memory.array(channels * TILE if many else 1, real) for _ in range(3))
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
     B_part, start_B, read_B, stage_B = matrix_tile(
-        stored_B, number, together, False, False, TILE, threads, STEP_SIZE, QUAD_SIZE
+        stored_B, number, together, False, False, TILE, threads, STEP_SIZE, QUAD_SIZE, turned
     )
     C_part, start_C, read_C, stage_C = matrix_tile(
-        stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE
+        stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE, turned
     )
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
-    exchange = across_channels(number, NS, varying_B, varying_C)
+    walk = past_parts(number, NS, True)
+    exchange, put = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
 
     @device
@@ -169,6 +199,13 @@ def backward(rows, warps, blocks, *key):
         if resets:
             a = times(a, keep)
         return a, into
+
+    @device
+    def turn(values, second):
+        """States as a lane has them, or back again."""
+        for j in range(turned):
+            low, high = values[j], values[j + turned]
+            values[j], values[j + turned] = choose(second, high, low), choose(second, low, high)
 
     @device
     def accumulate(totals, at, x):
@@ -200,7 +237,8 @@ def backward(rows, warps, blocks, *key):
         channel = channel0 + first_row
         quad = thread & (QUADS - 1)  # along time, a thread has a quad of channels of its warp, from thread >> 2 on
         order = (first_row >> 1) & (QUADS - 1)  # of the quads of a channel, against bank conflicts
-        warp, own_at = thread >> 5, (thread & 31) * NS
+        warp, own_at, second = thread >> 5, (thread & 31) * NS, (thread & 16) != 0
+        of_lane = lane * NS + (select(second, QUADS * QUAD_SIZE, 0 * thread) if turned else 0)
         rows_apart = apart * length
         results = size_of * (row * dim * length + begin)  # which are contiguous
         own = which * parts + part
@@ -232,8 +270,8 @@ def backward(rows, warps, blocks, *key):
                 alive = select(c < channel_end, NS, 0 * thread)
                 valid = select(alive > 0, state - n, 0 * thread)
                 rates(numbers, more, A, c * state + n, valid)
+                turn(more, second)
                 for j in range(NS):
-                    rate[r * NS + j] = numbers[j]
                     per_A[r * NS + j] = more[j]
                     dA[r * NS + j] = none
                     dB[r * NS + j] = none
@@ -241,15 +279,12 @@ def backward(rows, warps, blocks, *key):
                     more[j] = none
                 if dlast_state != 0:
                     read_numbers(more, dlast_state, (which * dim + c) * state + n, valid)
-                for later in range(parts - 1 - part):
-                    at = (which * parts + parts - 1 - later) * dim + c
-                    read_own(numbers, part_starts, at * padded + n, alive)
-                    passed = parameter(part_sums, at, select(alive > 0, at + 1, 0 * thread))
-                    for j in range(NS):
-                        a = decay(select(passed < infinite, passed, zero), rate[r * NS + j])
-                        left = product(conj(a), more[j])
-                        more[j] = choose(passed < infinite, left + numbers[j], numbers[j])
+                last = (which * parts + parts - 1) * dim + c
+                walk(more, numbers, part_starts, part_sums, last, -dim, parts - 1 - part, padded, n, alive)
+                turn(numbers, second)
+                turn(more, second)
                 for j in range(NS):
+                    rate[r * NS + j] = numbers[j]
                     g[r * NS + j] = more[j]
                 if many:
                     at = ((own * 4) * dim + c) * padded + n
@@ -261,10 +296,12 @@ def backward(rows, warps, blocks, *key):
                 else:
                     if constant_B:
                         read_numbers(numbers, B, c * state + n, valid)
+                        turn(numbers, second)
                         for j in range(NS):
                             B_own[r * NS + j] = numbers[j]
                     if constant_C:
                         read_numbers(numbers, C, c * state + n, valid)
+                        turn(numbers, second)
                         for j in range(NS):
                             C_own[r * NS + j] = times(conj(numbers[j]), shares)
 
@@ -312,6 +349,7 @@ def backward(rows, warps, blocks, *key):
                 for r in unroll(rows):
                     alive = select(channel0 + row_of(now) + r * apart < channel_end, NS, 0 * thread)
                     read_own(numbers, checkpoints, at_checkpoint + r * apart * padded, alive)
+                    turn(numbers, second)
                     for j in range(NS):
                         h[r * NS + j] = numbers[j]
             # to shared memory: step sizes, u, dy before the gate, slopes of softplus and of the gate
@@ -360,19 +398,24 @@ def backward(rows, warps, blocks, *key):
                         alive = select(c < channel_end, NS, 0 * thread)
                         at = at_checkpoint + r * apart * padded + block * states_apart
                         read_own(numbers, checkpoints, at, alive)
+                        turn(numbers, second)
                         for j in range(NS):
                             h[r * NS + j] = numbers[j]
                         valid = select(alive > 0, state - n, 0 * thread)
                         rates(numbers, more, A, c * state + n, valid)
+                        turn(numbers, second)
+                        turn(more, second)
                         for j in range(NS):
                             rate[r * NS + j] = numbers[j]
                             per_A[r * NS + j] = more[j]
                         if constant_B:
                             read_numbers(numbers, B, c * state + n, valid)
+                            turn(numbers, second)
                             for j in range(NS):
                                 B_own[r * NS + j] = numbers[j]
                         if constant_C:
                             read_numbers(numbers, C, c * state + n, valid)
+                            turn(numbers, second)
                             for j in range(NS):
                                 C_own[r * NS + j] = times(conj(numbers[j]), shares)
                         at = ((own * 4) * dim + c) * padded + n
@@ -403,7 +446,7 @@ def backward(rows, warps, blocks, *key):
                             load_quad(x, inputs_tile, (first_row + r * apart) * TILE + ((q ^ order) << 2))
                             for i in unroll(QUAD, heavy):
                                 if varying_B:
-                                    load_numbers(b, B_tile, q * QUAD_SIZE + i * STEP_SIZE + lane * NS)
+                                    load_numbers(b, B_tile, q * QUAD_SIZE + i * STEP_SIZE + of_lane)
                                 for j in range(NS):
                                     k = r * NS + j
                                     into = B_own[k] if constant_B else b[j]
@@ -425,7 +468,7 @@ def backward(rows, warps, blocks, *key):
                         load_quad(x, inputs_tile, at)
                         load_quad(e, dy_tile, at)
                         for i in unroll(QUAD, heavy):
-                            at = q * QUAD_SIZE + i * STEP_SIZE + lane * NS
+                            at = q * QUAD_SIZE + i * STEP_SIZE + of_lane
                             if varying_B:
                                 load_numbers(b, B_tile, at)
                             if varying_C:
@@ -448,7 +491,7 @@ def backward(rows, warps, blocks, *key):
                         y_sum[r] = across(of_y, upper, odd)
                         for i_ in unroll(QUAD, heavy):
                             i = QUAD - 1 - i_
-                            at = q * QUAD_SIZE + i * STEP_SIZE + lane * NS
+                            at = q * QUAD_SIZE + i * STEP_SIZE + of_lane
                             if varying_B:
                                 load_numbers(b, B_tile, at)
                             if varying_C:
@@ -512,9 +555,7 @@ def backward(rows, warps, blocks, *key):
                             dD[r] = dD[r] + dy_now * input_
                             dbias[r] = dbias[r] + of_size
                     if varying:
-                        step, matrix = ((thread >> 3) & 2) | ((thread >> 2) & 1), (thread >> 1) & (matrices - 1)
-                        at = (q * warps + warp) * own_size + (step * matrices + matrix) * BLOCK + lane * NS
-                        store_numbers(own_states, at, more)
+                        put(own_states, (q * warps + warp) * own_size, more, lane, thread)
                 if many:
                     for r in unroll(rows):
                         c = channel + r * apart
@@ -571,7 +612,7 @@ def backward(rows, warps, blocks, *key):
 
         # sums over the part, and the gradient of the state that it started from
         now = anew(thread)
-        lane, channel = lane_of(now), channel0 + row_of(now)
+        lane, channel, second = lane_of(now), channel0 + row_of(now), (now & 16) != 0
         for block in range(state_blocks if many else 1):
             n = block * states_apart + lane * NS
             for r in unroll(rows):
@@ -586,6 +627,8 @@ def backward(rows, warps, blocks, *key):
                 if many:
                     read_own(more, carry, mine, alive)
                     read_own(numbers, carry, mine + dim * padded, alive)
+                turn(numbers, second)
+                turn(more, second)
                 write_numbers(A_sums, at, numbers, valid)
                 if dinitial_state != 0 and part == 0:
                     write_numbers(dinitial_state, (which * dim + c) * state + n, more, valid)
@@ -594,6 +637,7 @@ def backward(rows, warps, blocks, *key):
                         numbers[j] = dB[r * NS + j]
                     if many:
                         read_own(numbers, carry, mine + 2 * dim * padded, alive)
+                    turn(numbers, second)
                     write_numbers(B_sums, at, numbers, valid)
                 if constant_C:
                     for j in range(NS):
@@ -602,6 +646,7 @@ def backward(rows, warps, blocks, *key):
                         read_own(numbers, carry, mine + 3 * dim * padded, alive)
                     for j in range(NS):
                         numbers[j] = times(conj(numbers[j]), shares)
+                    turn(numbers, second)
                     write_numbers(C_sums, at, numbers, valid)
         for r in unroll(rows):
             c = channel + r * apart

@@ -1,0 +1,85 @@
+"""What becomes of a state on its way through stretches of time, or of a gradient on its way back.
+
+A thread has one state of one channel and walks the stretches one by one. There is little to compute: what takes time is
+waiting for memory, so that several stretches are read at once.
+"""
+
+import numpy as np
+
+from sscan.cuda._launch import Kernel, Shape
+from sscan.cuda._math import number_functions
+from sscan.cuda._primitives import (
+    block_index,
+    local_array,
+    planes,
+    quotient,
+    reader,
+    real_of,
+    select,
+    thread_index,
+    writer,
+)
+from sscan.cuda._through import THREADS
+from sscan.cuda._unroll import unroll
+
+READS = 8  # stretches at once
+
+
+def through(number):
+    """The state behind all stretches and, where there is room for it behind a channel's states, their step sizes."""
+    number, real = np.dtype(number), real_of(np.dtype(number))
+    f, reals, size = number_functions(number), planes(number), real.itemsize
+    product, decay, rate_of, conj, choose, zero = f.product, f.decay, f.rate, f.conj, f.choose, f.zero
+    one_number, one_real = local_array(1, number), local_array(1, real)
+    numbers, steps = local_array(READS, number), local_array(READS, real)
+    read_number, write_number = reader(real, number, 1), writer(real, number, 1)
+    read_real, write_real = reader(real, real, 1), writer(real, real, 1)
+    nothing = number.type(0)
+
+    def kernel(
+        A, ends, sums, entering, out, stretches, channels, dim, state, row_step, first, stretch_step, end_width,
+        sum_width, out_width, back,
+    ):  # fmt: skip
+        """``entering`` and A are contiguous. Steps count channels, from the first stretch that is walked.
+
+        Widths are reals from one channel to the next, which need be no multiple of a number: numbers are addressed by
+        reals.
+        """
+        h, x, s, own, passed = one_number(), one_number(), one_real(), numbers(), steps()
+        index, last = block_index() * THREADS + thread_index(), channels * state - 1
+        alive = select(index <= last, 1, 0)
+        index = select(index <= last, index, last)  # reads without conditions do not wait for each other
+        channel = quotient(index, state)
+        n, row = index - channel * state, quotient(channel, dim)
+        d = channel - row * dim
+        at = row * row_step + d + first
+        read_number(x, A, d * state + n, 1)
+        rate = rate_of(choose(back != 0, conj(x[0]), x[0]))  # exp(conj(A) t) is the conjugate of exp(A t)
+        h[0] = nothing
+        if entering != 0:
+            read_number(h, entering, index, 1)
+        total = zero
+        for begin in range(0, stretches, READS):
+            for k in unroll(READS):
+                stretch = at + min(begin + k, stretches - 1) * stretch_step
+                read_number(x, ends + size * (stretch * end_width + reals * n), 0, 1)
+                read_real(s, sums, stretch * sum_width, 1)
+                there = begin + k < stretches  # else it takes no time, and adds nothing
+                own[k], passed[k] = choose(there, x[0], nothing), select(there, s[0], zero)
+            for k in unroll(READS):
+                h[0] = product(decay(passed[k], rate), h[0]) + own[k]
+                total = total + passed[k]
+        write_number(out + size * (channel * out_width + reals * n), 0, h, alive)
+        if out_width > reals * state:
+            s[0] = total
+            write_real(out, channel * out_width + reals * state, s, select(n == 0, alive, 0))
+
+    return kernel, Shape(THREADS, 2)
+
+
+def shipped():
+    """Kernels that stand for all: every dtype."""
+    return [
+        Kernel("selective_scan_through", "through", (number,))
+        for number in ("float32", "float64", "complex64", "complex128")
+    ]
