@@ -30,14 +30,8 @@ class SelectiveScanGradients(NamedTuple):
     dinitial_state: Any
 
 
-class SelectiveScanSummary(NamedTuple):
-    """What a sequence does to a state or gradient that enters it from outside.
-
-    It leaves exp(A delta_sum) of it, or of a gradient the conjugate of that, and adds what it ends in by itself.
-    """
-
-    passage: Any  # (batch, dim, reals + 1): of each channel that end, complex as pairs of reals; its sum of step sizes
-    parts: Any  # for the call that follows, or None; its layout belongs to the backend
+# What a part of a sequence hands on to the next one; gives what the parts before it hand on. See selective_scan_forward.
+Exchange = Callable[[Any], Any]
 
 
 @_arrays.follows_caller
@@ -140,57 +134,37 @@ def selective_scan_forward(
     cu_seqlens: Any = None,
     discretization: Discretization = "mamba",
     keep_checkpoints: bool = True,
-    parts: Any = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Any, Any, Any]:
-    """``selective_scan`` for autodiff layers: ``(y, last_state, checkpoints)``.
+    """``selective_scan`` for autodiff layers and for parts of a sequence: ``(y, last_state, checkpoints)``.
 
     The checkpoints are states at regular intervals, which ``selective_scan_backward`` starts from: length * state / 32
     numbers for each channel on the CPU. Their layout belongs to the backend. Without ``keep_checkpoints`` they are
-    None. ``parts`` are those that ``selective_scan_summary`` gave for the same inputs, which then need not be found
-    again.
-    """
-    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
-    problem = _prepare("selective_scan", given, delta_softplus, discretization)
-    checkpoints = problem.empty_checkpoints() if keep_checkpoints else None
-    y, last_state = problem.run(checkpoints, problem.empty_last_state(), parts)
-    return y, last_state, None if checkpoints is None else problem.caller.leave(checkpoints)
-
-
-@_arrays.follows_caller
-def selective_scan_summary(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
-    delta_softplus: bool = False,
-    *,
-    initial_state: Any = None,
-    discretization: Discretization = "mamba",
-) -> SelectiveScanSummary:
-    """What a sequence does to any state that it starts from, without its outputs.
-
-    For sequences whose parts are on several devices: from the passages of the parts before, ``selective_scan_through``
-    finds the state that a part starts from, and with it and the summary's ``parts``, ``selective_scan_forward`` scans
-    the part.
+    None.
 
     Parameters
     ----------
-    initial_state : (batch, dim, state)
-        What the sequence is known to start from, as the first part is: the passage then has what it ends in from there.
+    exchange : callable, optional
+        For a part of a sequence whose other parts are elsewhere. It is called once, with the *passage* of this part,
+        (batch, dim, reals + 1) in the real accumulation dtype: of each channel the state that the part ends in when
+        nothing but ``initial_state`` enters it, complex ones as pairs of reals, and last the sum of its step sizes. It
+        returns the passages of all parts before this one, (parts, batch, dim, reals + 1) in the order of time, or None
+        if this is the first.
 
     Notes
     -----
-    The other parameters are those of ``selective_scan``, whose name is in errors. Where the backend cuts the sequence
-    into parts anyway, their ends are found here and need not be found again; where it does not, the summary costs up to
-    two thirds of a forward.
+    The other parameters are those of ``selective_scan``. A part leaves exp(A * sum of the step sizes) of a state that
+    enters it. Where the backend cuts sequences along time anyway, a passage is found on the way; where it does not, it
+    costs up to two thirds of a forward.
     """
-    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, None, None)
+    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
     problem = _prepare("selective_scan", given, delta_softplus, discretization)
-    return problem.summarised(problem.backend.selective_scan_summary, problem.arguments.initial_state)
+    parts = None
+    if exchange is not None:
+        problem, parts = problem.exchanged(exchange)
+    checkpoints = problem.empty_checkpoints() if keep_checkpoints else None
+    y, last_state = problem.run(checkpoints, problem.empty_last_state(), parts)
+    return y, last_state, None if checkpoints is None else problem.caller.leave(checkpoints)
 
 
 @_arrays.follows_caller
@@ -212,7 +186,7 @@ def selective_scan_backward(
     cu_seqlens: Any = None,
     discretization: Discretization = "mamba",
     checkpoints: Any = None,
-    parts: Any = None,
+    exchange: Exchange | None = None,
 ) -> SelectiveScanGradients:
     """Gradients of ``selective_scan`` from those of its results, by hand (docs/maths.md).
 
@@ -224,8 +198,10 @@ def selective_scan_backward(
         Gradient with respect to the last state, in A's dtype; None is zero.
     checkpoints
         What ``selective_scan_forward`` returned for the same inputs; without it the forward is run again.
-    parts
-        What ``selective_scan_backward_summary`` gave for the same dy and inputs, if it was called.
+    exchange : callable, optional
+        As for ``selective_scan_forward``, for the way back: a passage has the gradient at the start of the part when
+        nothing but ``dlast_state`` enters it at its end, and those of all parts behind this one are returned. Needs
+        checkpoints.
 
     Notes
     -----
@@ -234,98 +210,17 @@ def selective_scan_backward(
     """
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
     problem = _prepare("selective_scan_backward", given, delta_softplus, discretization)
+    parts = None
+    if exchange is not None:
+        if checkpoints is None:
+            raise ValueError("selective_scan_backward: an exchange needs checkpoints, got None")
+        problem, parts = problem.exchanged(exchange, back=True)
     if checkpoints is None:
         checkpoints = problem.empty_checkpoints()
         problem.run(checkpoints, None)
     else:
         checkpoints = problem.checked_checkpoints(checkpoints)
     return problem.run_backward(checkpoints, parts)
-
-
-@_arrays.follows_caller
-def selective_scan_backward_summary(
-    dy: Any,
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
-    delta_softplus: bool = False,
-    *,
-    dlast_state: Any = None,
-    discretization: Discretization = "mamba",
-) -> SelectiveScanSummary:
-    """What a sequence does to any gradient of its last state on the way to its initial state, without its gradients.
-
-    ``selective_scan_summary`` for the way back: the sequence ends in the gradient at its start. ``dlast_state`` is what
-    is known to enter at its end.
-    """
-    given = _Arguments(u, delta, A, B, C, D, z, delta_bias, None, None, None, dy, dlast_state)
-    problem = _prepare("selective_scan_backward", given, delta_softplus, discretization)
-    a = problem.arguments
-    return problem.summarised(problem.backend.selective_scan_backward_summary, a.dy, a.dlast_state)
-
-
-@_arrays.follows_caller
-def selective_scan_through(A: Any, passages: Any, back: bool = False) -> Any:
-    """What comes out of sequences one after the other when nothing enters the first of them.
-
-    Parameters
-    ----------
-    A : (dim, state)
-        As for the scans of these sequences.
-    passages : (sequences, batch, dim, reals + 1)
-        Of their summaries, in the order of time; at least one.
-    back : bool
-        Whether the summaries are for the way back: nothing enters the last one, and the result leaves the first.
-
-    Returns
-    -------
-    state : (batch, dim, state)
-        In the accumulation dtype.
-
-    Raises
-    ------
-    ValueError
-        For shapes that do not agree, and if there are no passages.
-    TypeError
-        For dtypes or libraries that do not fit.
-    """
-    op = "selective_scan_through"
-    caller, a, copies = _checked_passages(op, _Passages(A, passages))
-    backend = _backends.for_device(op, caller.device)
-    a = _checks.copied(a, copies)
-    states = caller.empty((a.passages.shape[1], *a.A.shape), a.A.dtype)
-    backend.selective_scan_through(a.A, a.passages, bool(back), states)
-    return caller.leave(states)
-
-
-class _Passages(NamedTuple):
-    """The arrays of ``selective_scan_through``."""
-
-    A: Any
-    passages: Any
-
-
-@_checks.entered
-def _checked_passages(op: str, a: _Passages) -> dict[str, np.dtype[Any]]:
-    """Check a call; the copies that must be made, by argument."""
-    is_complex = a.A.dtype.kind == "c"
-    reals = "2*state+1" if is_complex else "state+1"
-    sizes = _checks.sizes(op, A=(a.A, "dim, state"), passages=(a.passages, f"sequences, batch, dim, {reals}"))
-    if sizes["sequences"] == 0:
-        raise ValueError(f"{op}: passages must be of at least one sequence, got shape {a.passages.shape}")
-    real = a.passages.dtype
-    if real not in (np.float32, np.float64):
-        raise TypeError(f"{op}: passages must have dtype float32 or float64, got {real}")
-    number = np.result_type(real, np.complex64) if is_complex else real
-    return _checks.needed(
-        A=_checks.parameter_copy(op, "A", a.A, number),
-        passages=_checks.parameter_copy(op, "passages", a.passages, real),
-    )
 
 
 class _Arguments(NamedTuple):
@@ -432,13 +327,28 @@ class _Problem(NamedTuple):
         )
         return self.caller.leave(y), None if last_state is None else self.caller.leave(last_state)
 
-    def summarised(self, summary: Callable[..., Any], *ends: Any) -> SelectiveScanSummary:
-        """A backend's summary; ``ends`` are dy, if it is for the way back, and what enters."""
-        u, A = self.inputs.u, self.inputs.A
-        (dim, state), reals = A.shape, 2 if A.dtype.kind == "c" else 1
-        passage = self.caller.empty((u.shape[0], dim, reals * state + 1), _checks.accumulation(u.dtype))
-        parts = summary(self.segments, self.groups, self.inputs, *ends, passage)
-        return SelectiveScanSummary(self.caller.leave(passage), parts)
+    def exchanged(self, exchange: Exchange, *, back: bool = False) -> tuple["_Problem", Any]:
+        """The problem with what enters it from the parts around it; and what the backend need not find again."""
+        a, (dim, state), number = self.arguments, self.inputs.A.shape, self.inputs.A.dtype
+        op, real = "selective_scan" + "_backward" * back, _checks.accumulation(a.u.dtype)
+        if a.seq_idx is not None or a.cu_seqlens is not None:
+            raise ValueError(f"{op}: an exchange goes with neither seq_idx nor cu_seqlens")
+        name, entering = ("dlast_state", a.dlast_state) if back else ("initial_state", a.initial_state)
+        passage = self.caller.empty((a.u.shape[0], dim, state * (number.itemsize // real.itemsize) + 1), real)
+        summary = self.backend.selective_scan_backward_summary if back else self.backend.selective_scan_summary
+        parts = summary(self.segments, self.groups, self.inputs, *((a.dy,) if back else ()), entering, passage)
+        found = exchange(self.caller.leave(passage))
+        if found is None:
+            return self, parts
+        passages = _arrays.view(found)
+        if passages.shape[1:] != passage.shape or passages.dtype != real or not passages.flags.c_contiguous:
+            raise ValueError(
+                f"{op}: exchange must return contiguous passages, {real} of shape (parts, "
+                f"{str(passage.shape)[1:]}, got {passages.dtype} of shape {passages.shape}"
+            )
+        through = self.caller.empty((a.u.shape[0], dim, state), number)
+        self.backend.selective_scan_through(self.inputs.A, passages, back, entering, through)
+        return self._replace(arguments=a._replace(**{name: through})), parts
 
     def run_backward(self, checkpoints: Any, parts: Any) -> SelectiveScanGradients:
         empty, leave, arguments = self.caller.empty, self.caller.leave, self.arguments

@@ -1,21 +1,14 @@
-"""A sequence scanned in pieces that are put together by summaries, on any lane, beside the whole of it."""
+"""A sequence scanned in pieces that hand on passages, on any lane, beside the whole of it."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from cases import Arguments, Array, assert_within, cotangents, eps_of, scan_problem, upcast
 
 from sscan import reference
-from sscan.selective_scan import (
-    selective_scan_backward,
-    selective_scan_backward_summary,
-    selective_scan_forward,
-    selective_scan_summary,
-    selective_scan_through,
-)
+from sscan.selective_scan import selective_scan_backward, selective_scan_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +52,19 @@ def pieces(arguments: Arguments, lengths: tuple[int, ...]) -> list[Arguments]:
     return found
 
 
+class Chain:
+    """An exchange of pieces that are scanned one after the other: each gets the passages of those before it."""
+
+    def __init__(self, *, back: bool = False) -> None:
+        self.passages: list[Any] = []
+        self.back = back
+
+    def __call__(self, passage: Any) -> Any:
+        before = np.stack(self.passages) if self.passages else None
+        self.passages.insert(0 if self.back else len(self.passages), passage)
+        return before
+
+
 def scanned_in_pieces(
     arguments: Arguments, given: dict[str, Array], lengths: tuple[int, ...], there: Move = itself, home: Move = itself
 ) -> dict[str, Array]:
@@ -66,38 +72,26 @@ def scanned_in_pieces(
 
     ``there`` moves an array of NumPy to the lane, ``home`` one of the lane's back.
     """
-    outside, dlast_state = there(arguments["initial_state"]), there(given["dlast_state"])
     of_time = {name: x for name, x in arguments.items() if name != "initial_state"}
     cut = [
         {name: there(x) if isinstance(x, np.ndarray) else x for name, x in piece.items()}
         for piece in pieces({**of_time, "dy": given["dy"]}, lengths)
     ]
-    A, made, passages = cut[0]["A"], [], []
+    cut[0]["initial_state"] = there(arguments["initial_state"])
+    made, gradients, chain = [], [], Chain()
     for piece in cut:
-        dy, options = piece.pop("dy"), piece
-        summary = selective_scan_summary(**options, initial_state=None if passages else outside)
-        state = selective_scan_through(A, np.stack(passages)) if passages else outside
-        y, _, checkpoints = selective_scan_forward(**options, initial_state=state, parts=summary.parts)
-        made.append(SimpleNamespace(dy=dy, options=options, state=state, y=y, checkpoints=checkpoints))
-        passages.append(summary.passage)
-    last_state, passages, gradients = selective_scan_through(A, np.stack(passages)), [], []
-    for piece in reversed(made):
-        summary = selective_scan_backward_summary(
-            piece.dy, **piece.options, dlast_state=None if passages else dlast_state
-        )
+        inputs = {name: x for name, x in piece.items() if name != "dy"}
+        made.append(selective_scan_forward(**inputs, exchange=chain))
+    chain, dlast_state = Chain(back=True), there(given["dlast_state"])
+    for piece, (_, _, checkpoints) in zip(reversed(cut), reversed(made), strict=True):
         gradients.append(
-            selective_scan_backward(
-                piece.dy, **piece.options, initial_state=piece.state, checkpoints=piece.checkpoints,
-                dlast_state=selective_scan_through(A, np.stack(passages), True) if passages else dlast_state,
-                parts=summary.parts,
-            )
-        )  # fmt: skip
-        passages.insert(0, summary.passage)
-    dinitial_state = selective_scan_through(A, np.stack(passages), True)
+            selective_scan_backward(**piece, dlast_state=dlast_state, checkpoints=checkpoints, exchange=chain)
+        )
+        dlast_state = None
     joined = {
-        "y": np.concatenate([home(piece.y) for piece in made], -1),
-        "last_state": home(last_state),
-        "dinitial_state": home(dinitial_state),
+        "y": np.concatenate([home(y) for y, _, _ in made], -1),
+        "last_state": home(made[-1][1]),
+        "dinitial_state": home(gradients[-1].dinitial_state),
     }
     for name in gradients[0]._fields[:-1]:
         if getattr(gradients[0], name) is not None:
@@ -140,21 +134,37 @@ def passages_of(number: str, count: int, *, batch: int = 2, dim: int = 5, state:
     return (A if planes == 2 else A.real).astype(number), passages
 
 
-def walked(A: Array, passages: Array, back: bool) -> Array:
-    """What comes out of all passages, step by step."""
-    state = np.zeros((passages.shape[1], *A.shape), A.dtype)
+def walked(A: Array, passages: Array, back: bool, state: Array) -> Array:
+    """What comes out of all passages, step by step, and a state behind them."""
+    through = np.zeros_like(state)
     for passage in passages[::-1] if back else passages:
         decay = np.exp(A * passage[..., -1:])
         own = np.ascontiguousarray(passage[..., :-1]).view(A.dtype)
-        state = (decay.conj() if back else decay) * state + own
-    return state
+        through = (decay.conj() if back else decay) * through + own
+    return through + state
+
+
+def through(A: Any, passages: Any, back: bool, state: Any, empty: Any) -> Any:
+    """The same by a scan of no steps; ``empty`` is (batch, dim, 0), in the real dtype."""
+    arguments = {"u": empty, "delta": empty, "A": A, "B": A, "C": A}
+    _, last_state, checkpoints = selective_scan_forward(
+        **arguments, initial_state=None if back else state, exchange=None if back else lambda _: passages
+    )
+    if not back:
+        return last_state
+    return selective_scan_backward(
+        empty, **arguments, initial_state=state, dlast_state=state, checkpoints=checkpoints, exchange=lambda _: passages
+    ).dinitial_state
 
 
 def check_through(number: str, count: int, back: bool, there: Move = itself, home: Move = itself) -> None:
     """The tolerance rule for so many passages."""
     A, passages = passages_of(number, count)
-    found = home(selective_scan_through(there(A), there(passages), back))
-    wide = upcast({"A": A, "passages": passages})
-    same, exact = walked(A, passages, back), walked(wide["A"], wide["passages"], back)
+    state = passages_of(number, count + 1)[1][0, ..., :-1].copy().view(number)
+    empty = np.zeros((*state.shape[:2], 0), passages.dtype)
+    found = home(through(there(A), there(passages), back, there(state), there(empty)))
+    wide = upcast({"A": A, "passages": passages, "state": state})
+    same = walked(A, passages, back, state)
+    exact = walked(wide["A"], wide["passages"], back, wide["state"])
     assert (found.shape, found.dtype) == (same.shape, same.dtype)
     assert_within(found, same, exact, eps_of(found.dtype), f"{number}, {count} passages, {back=}")

@@ -415,7 +415,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(device_double, "cuda", cuda, raising=False)
     monkeypatch.setattr(device_double.ndarray, "data", place, raising=False)
     monkeypatch.setattr(_arrays, "_known", {})
-    for made_of_cupy in (_arrays._torch_allocator, _arrays._tensor_memory, _arrays.external_stream):
+    for made_of_cupy in (_arrays._torch_allocator, _arrays.external_stream):
         made_of_cupy.cache_clear()
     return cuda
 

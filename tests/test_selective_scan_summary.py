@@ -1,4 +1,4 @@
-"""Summaries of the selective scan: what makes one sequence of parts that are scanned on their own, both ways."""
+"""Exchanges of the selective scan: what makes one sequence of parts that are scanned on their own, both ways."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 from cases import scan_problem
 from emulator import patched
-from summary_cases import NUMBERS, PROBLEMS, check_pieces, check_through, passages_of
+from summary_cases import NUMBERS, PROBLEMS, Chain, check_pieces, check_through
 
 from sscan.cuda import selective_scan as cuda
-from sscan.selective_scan import (
-    selective_scan,
-    selective_scan_backward_summary,
-    selective_scan_summary,
-    selective_scan_through,
-)
+from sscan.selective_scan import selective_scan_backward, selective_scan_forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +34,7 @@ def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_pieces_with_summaries_are_the_whole(name: str) -> None:
+def test_pieces_are_the_whole(name: str) -> None:
     check_pieces(name)
 
 
@@ -55,8 +50,9 @@ def test_a_passage_holds_the_last_state_and_the_sum_of_step_sizes() -> None:
         np.random.default_rng(1), batch=2, dim=5, state=3, length=100, A_scale=0.01, delta="positive",
         delta_softplus=False, initial_state=True,
     )  # fmt: skip
-    passage, _ = selective_scan_summary(**arguments)
-    _, last_state = selective_scan(**arguments, return_last_state=True)
+    chain = Chain()
+    _, last_state, _ = selective_scan_forward(**arguments, exchange=chain)
+    (passage,) = chain.passages
     assert passage.shape == (2, 5, 4)
     np.testing.assert_allclose(passage[..., :-1], last_state, rtol=1e-5, atol=1e-5)
     sums = (arguments["delta"] + arguments["delta_bias"][:, None]).astype(np.float64).sum(-1)
@@ -64,53 +60,59 @@ def test_a_passage_holds_the_last_state_and_the_sum_of_step_sizes() -> None:
 
 
 def test_launches(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every one costs the host time: two for a summary, one for what comes out of passages."""
+    """Every one costs the host time: two more for a passage, which "ends" and "starts" are of if parts are cut."""
     seen: list[str] = []
     arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=100)
+    passages = np.zeros((3, 1, 5, 5), np.float32)
     with monkeypatch.context() as patch:  # what the lane puts back afterwards is its own
         patch.setattr("sscan.cuda._launch.launch", lambda kernel, *_: seen.append(kernel.factory))
-        _, parts = selective_scan_summary(**arguments)
-        _, back_parts = selective_scan_backward_summary(arguments["u"], **arguments)
-        selective_scan_through(*passages_of("float32", 3))
-    assert seen == ([] if lane == "cpu" else ["ends", "through", "starts", "through", "through"])
-    assert (parts is None, back_parts is None) == (lane != "cuda",) * 2
+        _, _, checkpoints = selective_scan_forward(**arguments, exchange=lambda _: passages)
+        forward = seen.copy()
+        seen.clear()
+        selective_scan_backward(
+            arguments["u"], **arguments, checkpoints=checkpoints, exchange=lambda _: passages
+        )
+    assert forward == ([] if lane == "cpu" else ["ends", "through", "through", "forward"])
+    assert seen[:4] == ([] if lane == "cpu" else ["starts", "through", "through", "backward"])
 
 
-def test_strided_passages_and_wider_dtypes() -> None:
-    A, passages = passages_of("complex64", 3)
-    whole = np.repeat(passages.astype(np.float64), 2, axis=2)
-    found = selective_scan_through(A, whole[:, :, ::2])
-    expected = selective_scan_through(A.astype(np.complex128), passages.astype(np.float64))
-    assert found.dtype == np.complex128
-    np.testing.assert_array_equal(found, expected)
+def test_no_parts_before() -> None:
+    """None and an empty array of passages are the same."""
+    arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=10, initial_state=True)
+    alone, _, _ = selective_scan_forward(**arguments)
+    for nothing in (None, np.zeros((0, 1, 5, 5), np.float32)):
+        y, _, _ = selective_scan_forward(**arguments, exchange=lambda _, nothing=nothing: nothing)
+        np.testing.assert_allclose(y, alone, rtol=1e-6, atol=1e-6)
 
 
-def test_no_channels() -> None:
-    for shape in ((0, 5), (2, 0)):
-        A, passages = passages_of("float32", 2, batch=shape[0], dim=shape[1])
-        assert selective_scan_through(A, passages).shape == (*shape, 7)
+@pytest.mark.parametrize("size", [(0, 5), (2, 0)])
+def test_no_channels(size: tuple[int, int]) -> None:
+    batch, dim = size
+    arguments = scan_problem(np.random.default_rng(0), batch=batch, dim=dim, state=4, length=10)
+    passages = np.zeros((2, batch, dim, 5), np.float32)
+    _, last_state, _ = selective_scan_forward(**arguments, exchange=lambda _: passages)
+    assert last_state.shape == (batch, dim, 4)
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        (lambda A, p: (A, p[:0]), ValueError, "passages must be of at least one sequence"),
-        (lambda A, p: (A, p[..., 1:]), ValueError, r"passages must have shape \(sequences, batch, dim, state\+1\)"),
-        (lambda A, p: (A[1:], p), ValueError, "passages must have shape"),
-        (lambda A, p: (A + 1j, p), ValueError, r"passages must have shape \(sequences, batch, dim, 2\*state\+1\)"),
-        (lambda A, p: (A, p.astype(np.float16)), TypeError, "passages must have dtype float32 or float64, got float16"),
-        (lambda A, p: (A.astype(np.float64), p), TypeError, "A must have dtype float32"),
-    ],
-)
-def test_bad_passages(change: Any, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=f"^selective_scan_through: {message}"):
-        selective_scan_through(*change(*passages_of("float32", 2)))
-
-
-def test_bad_states_are_named_as_in_the_scan() -> None:
+    "passages",
+    [np.zeros((2, 1, 5, 4), np.float32), np.zeros((1, 5, 5), np.float32), np.zeros((2, 1, 5, 5)),
+     np.zeros((2, 1, 5, 10), np.float32)[..., ::2]],
+)  # fmt: skip
+def test_bad_passages(passages: Any) -> None:
     arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=10)
-    states = np.zeros((1, 5, 3), np.float32)
-    with pytest.raises(ValueError, match=r"^selective_scan: initial_state must have shape"):
-        selective_scan_summary(**arguments, initial_state=states)
-    with pytest.raises(ValueError, match=r"^selective_scan_backward: dlast_state must have shape"):
-        selective_scan_backward_summary(arguments["u"], **arguments, dlast_state=states)
+    expected = r"exchange must return contiguous passages, float32 of shape \(parts, 1, 5, 5\), got"
+    with pytest.raises(ValueError, match=f"^selective_scan: {expected}"):
+        selective_scan_forward(**arguments, exchange=lambda _: passages)
+    _, _, checkpoints = selective_scan_forward(**arguments)
+    with pytest.raises(ValueError, match=f"^selective_scan_backward: {expected}"):
+        selective_scan_backward(arguments["u"], **arguments, checkpoints=checkpoints, exchange=lambda _: passages)
+
+
+def test_what_an_exchange_does_not_go_with() -> None:
+    arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=10)
+    for name, x in (("seq_idx", np.zeros((1, 10), np.int32)), ("cu_seqlens", np.array([0, 10]))):
+        with pytest.raises(ValueError, match="^selective_scan: an exchange goes with neither seq_idx nor cu_seqlens"):
+            selective_scan_forward(**arguments, **{name: x}, exchange=Chain())
+    with pytest.raises(ValueError, match="^selective_scan_backward: an exchange needs checkpoints"):
+        selective_scan_backward(arguments["u"], **arguments, exchange=Chain(back=True))

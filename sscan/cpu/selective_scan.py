@@ -100,7 +100,7 @@ def launch_forward(segments, groups, inputs, initial_state, y, last_state, check
 
 
 def selective_scan_summary(segments, groups, inputs, initial_state, passage):
-    """Fill passage (batch, dim, reals + 1), as ``SelectiveScanSummary`` has it; there are no parts."""
+    """Fill passage (batch, dim, reals + 1), as ``selective_scan_forward`` hands it on; there are no parts."""
     inputs = with_zeros(inputs.by_group())
     fill_passage(passage, *ends_of(segments, groups, inputs), inputs.A, initial_state)
 
@@ -118,12 +118,14 @@ def fill_passage(passage, sums, states, A, entering):
     passage[..., :-1], passage[..., -1] = states.view(A.real.dtype), sums
 
 
-def selective_scan_through(A, passages, back, states):
-    """Fill states (batch, dim, state) with what comes out of all passages (stretches, batch, dim, reals + 1)."""
+def selective_scan_through(A, passages, back, entering, states):
+    """Fill states (batch, dim, state) with what comes out of all passages, and ``entering``, which comes behind them."""
     states[...] = 0
     for passage in passages[::-1] if back else passages:
         states *= decays_of(passage[..., -1], A.conj() if back else A)
         states += passage[..., :-1].view(A.dtype)
+    if entering is not None:
+        states += entering
 
 
 def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients, known_parts):
@@ -293,7 +295,7 @@ def felt(table, groups, inputs, from_end):
     run(reach, len(table) * blocks, groups, table, waves, A, gone, from_end, sums, walked)
     part, channel = np.nonzero(np.isinf(sums))
     sums[part, channel] = gone / -A.real.max(1)[channel]
-    return sums, walked.max(axis=1)
+    return sums, walked.max(axis=1, initial=0)
 
 
 def decays_of(sums, A):

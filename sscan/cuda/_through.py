@@ -51,7 +51,7 @@ def planned(number, shape, stretches, steps, sums, widths, back):
     return Plan(kernel, -(-rows * dim * state // THREADS), sums, numbers)
 
 
-def launch(plan, A, ends, entering, out):
-    """Fill ``out``; ``entering`` (rows, dim, state) is None for zero."""
+def launch(plan, A, ends, entering, added, out):
+    """Fill ``out``; what enters and is added to the end, (rows, dim, state), is None for zero."""
     sums = _launch.address(ends) + plan.sums
-    _launch.launch(plan.kernel, plan.blocks, A, ends, sums, entering, out, *plan.numbers)
+    _launch.launch(plan.kernel, plan.blocks, A, ends, sums, entering, added, out, *plan.numbers)

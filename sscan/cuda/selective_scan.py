@@ -243,7 +243,7 @@ def summary_plan(plan, count, A, padded, carry, back):
 
 def finished_summary(plan, A, ends, entering, passage):
     """Fill the passage; the parts for the call that follows, None if there is only one."""
-    _through.launch(plan.walk, A, ends, entering, passage)
+    _through.launch(plan.walk, A, ends, entering, None, passage)
     return (_launch.address(ends) + plan.walk.sums, ends) if plan.call.parts > 1 else None
 
 
@@ -255,7 +255,7 @@ def planned_summary(segments, groups, inputs, along):
 
 
 def selective_scan_summary(segments, groups, inputs, initial_state, passage):
-    """Fill passage (batch, dim, reals + 1), as ``SelectiveScanSummary`` has it; the forward's ``known_parts``.
+    """Fill passage (batch, dim, reals + 1), as ``selective_scan_forward`` hands it on; the forward's ``known_parts``.
 
     All parts are walked here, the last one too, each from zero.
     """
@@ -440,12 +440,12 @@ def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, p
     return finished_summary(summary, A, starts, dlast_state, passage)
 
 
-def selective_scan_through(A, passages, back, states):
-    """Fill states (batch, dim, state) with what comes out of all passages (stretches, batch, dim, reals + 1).
+def selective_scan_through(A, passages, back, entering, states):
+    """Fill states (batch, dim, state) with what comes out of all passages, and ``entering``, which comes behind them.
 
-    All arrays are contiguous; A (dim, state) has the states' dtype, passages that of their reals. There is at least one
-    stretch.
+    Passages are (parts, batch, dim, reals + 1). All arrays are contiguous; A (dim, state) has the states' dtype,
+    passages that of their reals. ``entering`` may be None.
     """
-    stretches, rows, dim, _ = passages.shape
-    plan = _through.over_passages(A.dtype, stretches, rows, dim, A.shape[1], back)
-    _through.launch(plan, A, passages, None, states)
+    parts, rows, dim, _ = passages.shape
+    plan = _through.over_passages(A.dtype, parts, rows, dim, A.shape[1], back)
+    _through.launch(plan, A, passages, None, entering, states)

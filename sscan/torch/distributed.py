@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 import sscan
-from sscan.selective_scan import selective_scan_backward_summary, selective_scan_summary, selective_scan_through
 from sscan.torch import _fakes, ops
 from sscan.torch._library import _lowered, or_zeros
 
@@ -113,12 +112,14 @@ def selective_scan(
     if torch.is_autocast_enabled(u.device.type):
         u, delta, z, B, C = _under_autocast(u, delta, z, B, C)
     across = _Across(group, rank, size)
-    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
     options = {"delta_softplus": delta_softplus, "discretization": discretization}
     if torch.is_grad_enabled():
-        y, last_state = _SelectiveScan.apply(across, options, _marker(u), *arguments)
+        y, last_state = _SelectiveScan.apply(across, options, _marker(u), *inputs, initial_state)
     else:
-        y, last_state, _, _ = _forward(across, options, arguments, keep_checkpoints=False)
+        y, last_state, _ = sscan.selective_scan_forward(
+            *inputs, **options, initial_state=initial_state, keep_checkpoints=False, exchange=across.before
+        )
     return (y, last_state) if return_last_state else y
 
 
@@ -130,56 +131,43 @@ def _under_autocast(u: Any, *others: Any) -> list[Any]:
 
 
 class _Across:
-    """The way of states from rank to rank, and of gradients back."""
+    """The way of passages from rank to rank."""
 
     def __init__(self, group: Any, rank: int, size: int) -> None:
         self.group, self.rank, self.size = group, rank, size
 
-    def entering(self, passage: Any, A: Any, back: bool) -> Any:
-        """What enters this rank's part from the parts before it (behind it, if ``back``); None if there are none."""
+    def before(self, passage: Any) -> Any:
+        """The passages of the ranks before this one."""
         found = _gathered(passage, self.group, self.size)
-        if self.rank == (self.size - 1 if back else 0):
-            return None
-        return selective_scan_through(A, found[self.rank + 1 :] if back else found[: self.rank], back)
+        return found[: self.rank] if self.rank > 0 else None
 
-
-def _forward(across: _Across, options: Any, arguments: Any, keep_checkpoints: bool) -> tuple[Any, Any, Any, Any]:
-    """``(y, last_state, checkpoints, initial_state)`` of the rank's part."""
-    *inputs, initial_state = arguments
-    summary = selective_scan_summary(*inputs, **options, initial_state=initial_state)  # checks all before others wait
-    entering = across.entering(summary.passage, inputs[2], back=False)
-    if across.rank == 0:
-        entering = initial_state
-    made = sscan.selective_scan_forward(
-        *inputs, **options, initial_state=entering, keep_checkpoints=keep_checkpoints, parts=summary.parts
-    )
-    return *made, entering
+    def behind(self, passage: Any) -> Any:
+        """The passages of the ranks behind this one."""
+        found = _gathered(passage, self.group, self.size)
+        return found[self.rank + 1 :] if self.rank < self.size - 1 else None
 
 
 class _SelectiveScan(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, across: _Across, options: Any, marker: Any, *arguments: Any) -> tuple[Any, Any]:
-        y, last_state, checkpoints, entering = _forward(across, options, arguments, keep_checkpoints=True)
+        *inputs, initial_state = arguments
+        y, last_state, checkpoints = sscan.selective_scan_forward(
+            *inputs, **options, initial_state=initial_state, exchange=across.before
+        )
         ctx.across, ctx.options = across, options
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments[:8], entering, checkpoints)
+        ctx.save_for_backward(*arguments, checkpoints)
         return y, last_state
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Any, dlast_state: Any) -> tuple[Any, ...]:
         *inputs, initial_state, checkpoints = ctx.saved_tensors
-        dy = or_zeros(dy, inputs[0])
-        summary = selective_scan_backward_summary(dy, *inputs, **ctx.options, dlast_state=dlast_state)
-        entering = ctx.across.entering(summary.passage, inputs[2], back=True)
-        if entering is not None:
-            dlast_state = entering if dlast_state is None else entering + dlast_state
         gradients = sscan.selective_scan_backward(
-            dy, *inputs, **ctx.options, dlast_state=dlast_state, initial_state=initial_state, checkpoints=checkpoints,
-            parts=summary.parts,
+            or_zeros(dy, inputs[0]), *inputs, **ctx.options, dlast_state=dlast_state, initial_state=initial_state,
+            checkpoints=checkpoints, exchange=ctx.across.behind,
         )  # fmt: skip
-        *of_inputs, dinitial_state = gradients
-        return None, None, None, *of_inputs, dinitial_state if ctx.across.rank == 0 else None
+        return None, None, None, *gradients
 
 
 # --- The convolution --------------------------------------------------------------------------------------------------

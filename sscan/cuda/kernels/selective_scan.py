@@ -47,7 +47,7 @@ QUADS = TILE // QUAD
 ROWS = CHANNELS * QUADS // THREADS  # rows of a tile of which a thread has quads, that lie APART
 APART = CHANNELS // ROWS
 ROW = TILE + 4  # reals from one channel to the next in shared memory: 4 more, against bank conflicts
-PARTS_AHEAD = 4  # parts that are read at once
+AHEAD = 32  # bytes of the ends of parts that a lane reads at once, for each of its states
 QUAD_SIZE = QUAD * BLOCK + 4  # numbers from one quad of B to the next
 CHECKPOINT = 16  # steps between checkpoints; x >> 4 is x // CHECKPOINT
 BLOCKS = {"float32": 5, "float64": 3, "complex64": 3, "complex128": 2}  # at once on a multiprocessor
@@ -120,12 +120,6 @@ def across(values, upper, odd):
     return select(odd, y, x) + shuffle_xor(select(odd, x, y), 1)
 
 
-@device
-def settle(tile, at, values, upper, odd):
-    """Add the sums over states of a quad, one in each lane, to what stands in shared memory."""
-    shared_set(tile, at, shared_get(tile, at) + across(values, upper, odd))
-
-
 def readers(number, states, zoh, tile):
     """Small device functions that all kernels of the scan need."""
     f, real = number_functions(number), real_of(number)
@@ -176,7 +170,7 @@ def past_parts(number, states, back):
 
     A few parts are read at once: there is nothing else to do until they are there.
     """
-    f, real, ahead = number_functions(number), real_of(number), PARTS_AHEAD
+    f, real, ahead = number_functions(number), real_of(number), AHEAD // number.itemsize
     read_end, read_sum = reader(real, number, states, True, False), reader(real, real, 1, False, False)
     one_end, one_sum = local_array(states, number), local_array(1, real)
     some_ends, some_sums = local_array(ahead * states, number), local_array(ahead, real)
@@ -286,7 +280,7 @@ def scan(v, ends_only):
     load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
     load_numbers = shared_reader(number, NS)
     memory = SharedMemory()
-    steps_array, inputs_array, y_array = (memory.array(CHANNELS * ROW, real) for _ in range(3))
+    steps_array, inputs_array, y_array, skip_array = (memory.array(CHANNELS * ROW, real) for _ in range(4))
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
@@ -299,6 +293,15 @@ def scan(v, ends_only):
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     walk = past_parts(number, NS, False)
     states_apart = LANES * NS
+
+    @device
+    def settle(tile, at, values, upper, odd, block):
+        """Leave the sums over states of a quad, one in each lane, in shared memory: those of all blocks so far."""
+        total = across(values, upper, odd)
+        if many:
+            if block > 0:
+                total = total + shared_get(tile, at)
+        shared_set(tile, at, total)
 
     def kernel(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, y, last_state, checkpoints, carry,
@@ -333,7 +336,8 @@ def scan(v, ends_only):
         if varying_C:
             C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
 
-        steps_tile, inputs_tile, y_tile, keep = steps_array(), inputs_array(), y_array(), keep_array()
+        steps_tile, inputs_tile, y_tile, skip_tile = steps_array(), inputs_array(), y_array(), skip_array()
+        keep = keep_array()
         B_tile, C_tile = B_array(), C_array()
         h, rate, per_A, end, b, c = numbers(), numbers(), numbers(), numbers(), numbers(), numbers()
         bias, skip = of_rows(), of_rows()
@@ -376,14 +380,14 @@ def scan(v, ends_only):
         for t in range(0, steps, TILE):
             now = anew(thread)  # made of this, what a tile needs once does not take registers in between
             along = (channel0 + (now >> 3)) * length + (now & (QUADS - 1)) * QUAD
-            # step sizes and inputs of the tile, and what y begins with, to shared memory
+            # step sizes and inputs of the tile, and what goes past the states, to shared memory
             for p in unroll(ROWS):
                 widen(d, delta_next, p * QUAD)
                 widen(x, u_next, p * QUAD)
                 if outputs:
                     for i in unroll(QUAD, heavy):
                         ys[i] = skip[p] * x[i]
-                    store_quad(y_tile, at_quad + p * APART * ROW, ys)
+                    store_quad(skip_tile, at_quad + p * APART * ROW, ys)
                 for i in unroll(QUAD, heavy):
                     size = d[i] + bias[p]
                     if delta_softplus != 0:
@@ -460,7 +464,7 @@ def scan(v, ends_only):
                                 total = total + shares * overlap(conj(c[j]), h[j])
                         ys[i] = total
                         if outputs and i == 1 and q > 0:  # the sums of the quad before, while this one is under way
-                            settle(y_tile, at_channel + (q - 1) * QUAD + lane, pending, upper, odd)
+                            settle(y_tile, at_channel + (q - 1) * QUAD + lane, pending, upper, odd, block)
                         if ends_only and (not many or block == 0):
                             passed = passed + d[i]
                             if resets:
@@ -468,7 +472,7 @@ def scan(v, ends_only):
                     for i in unroll(QUAD, heavy):
                         pending[i] = ys[i]
                 if outputs:
-                    settle(y_tile, at_channel + (QUADS - 1) * QUAD + lane, pending, upper, odd)
+                    settle(y_tile, at_channel + (QUADS - 1) * QUAD + lane, pending, upper, odd, block)
                 if many:
                     write_own(carry, own * padded + n, h, alive)
                 synchronize()
@@ -476,6 +480,9 @@ def scan(v, ends_only):
             if outputs:
                 for p in unroll(ROWS):
                     load_quad(ys, y_tile, at_quad + p * APART * ROW)
+                    load_quad(x, skip_tile, at_quad + p * APART * ROW)
+                    for i in unroll(QUAD, heavy):
+                        ys[i] = ys[i] + x[i]
                     if gated:
                         widen(d, z_used, p * QUAD)
                         for i in unroll(QUAD, heavy):

@@ -26,6 +26,7 @@ from sscan.cuda._primitives import (
     block_index,
     dtype_of,
     local_array,
+    planes,
     quotient,
     reader,
     real_of,
@@ -186,6 +187,7 @@ def backward(rows, warps, blocks, *key):
     walk = past_parts(number, NS, True)
     exchange, put = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
+    per_number, B_size, C_size = planes(number), stored_B.itemsize, stored_C.itemsize
 
     @device
     def moved(size, u, rate, per_A, B, keep):
@@ -240,6 +242,12 @@ def backward(rows, warps, blocks, *key):
         warp, own_at, second = thread >> 5, (thread & 31) * NS, (thread & 16) != 0
         of_lane = lane * NS + (select(second, QUADS * QUAD_SIZE, 0 * thread) if turned else 0)
         rows_apart = apart * length
+        # where the block's share of each array begins: the same for all threads, who add what is theirs tile by tile
+        u_row, delta_row = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
+        dy_row, z_row = dy + size_of * (row * dy_batch + begin), z + size_of * (row * z_batch + begin)
+        B_row = B + B_size * (row * B_batch + group * B_group + per_number * begin)
+        C_row = C + C_size * (row * C_batch + group * C_group + per_number * begin)
+        own_checkpoints = checkpoints + number_size * (chunk * dim + channel0) * padded
         results = size_of * (row * dim * length + begin)  # which are contiguous
         own = which * parts + part
         if varying:
@@ -321,13 +329,9 @@ def backward(rows, warps, blocks, *key):
             ahead = steps - t - quad * QUAD
             now = anew(thread)
             along = (channel0 + (now >> 2)) * length + (now & (QUADS - 1)) * QUAD
-            row_now = anew(row)
-            B_here = start_B(B, row_now * B_batch + group * B_group, B_state, begin, now)
-            C_here = start_C(C, row_now * C_batch + group * C_group, C_state, begin, now)
+            B_here, C_here = start_B(B_row, 0, B_state, 0, now), start_C(C_row, 0, C_state, 0, now)
             at_quad = (now >> 2) * TILE + (((now ^ (now >> 3)) & (QUADS - 1)) << 2)
-            u_row, delta_row = row_now * u_batch + begin, row_now * delta_batch + begin
-            dy_row, z_row = row_now * dy_batch + begin, row_now * z_batch + begin
-            at_checkpoint = ((chunk + (t >> 4)) * dim + channel0 + row_of(now)) * padded + lane_of(now) * NS
+            at_checkpoint = ((t >> 4) * dim + row_of(now)) * padded + lane_of(now) * NS
             for r in unroll(rows):
                 dD[r] = zero
                 dbias[r] = zero
@@ -335,11 +339,11 @@ def backward(rows, warps, blocks, *key):
             for r in unroll(rows):
                 valid = select(channel0 + (now >> 2) + r * apart < channel_end, ahead, 0 * thread)
                 at = along + r * rows_apart + t
-                read_stored(delta_read, r * QUAD, delta, delta_row + at, valid)
-                read_stored(u_read, r * QUAD, u, u_row + at, valid)
-                read_stored(dy_read, r * QUAD, dy, dy_row + at, valid)
+                read_stored(delta_read, r * QUAD, delta_row, at, valid)
+                read_stored(u_read, r * QUAD, u_row, at, valid)
+                read_stored(dy_read, r * QUAD, dy_row, at, valid)
                 if gated:
-                    read_stored(z_read, r * QUAD, z, z_row + at, valid)
+                    read_stored(z_read, r * QUAD, z_row, at, valid)
                 bias[r] = parameter(delta_bias, channel0 + (now >> 2) + r * apart, channel_end)
             if not many:
                 if varying_B:
@@ -348,7 +352,7 @@ def backward(rows, warps, blocks, *key):
                     read_C(C_next, C_here, 0, C_state, state, t, steps - t, thread)
                 for r in unroll(rows):
                     alive = select(channel0 + row_of(now) + r * apart < channel_end, NS, 0 * thread)
-                    read_own(numbers, checkpoints, at_checkpoint + r * apart * padded, alive)
+                    read_own(numbers, own_checkpoints, at_checkpoint + r * apart * padded, alive)
                     turn(numbers, second)
                     for j in range(NS):
                         h[r * NS + j] = numbers[j]
@@ -397,7 +401,7 @@ def backward(rows, warps, blocks, *key):
                         c = channel + r * apart
                         alive = select(c < channel_end, NS, 0 * thread)
                         at = at_checkpoint + r * apart * padded + block * states_apart
-                        read_own(numbers, checkpoints, at, alive)
+                        read_own(numbers, own_checkpoints, at, alive)
                         turn(numbers, second)
                         for j in range(NS):
                             h[r * NS + j] = numbers[j]
@@ -432,7 +436,7 @@ def backward(rows, warps, blocks, *key):
                 synchronize()
 
                 # the state at the start of each quad
-                for q in range(QUADS):
+                for q in unroll(QUADS, not heavy):
                     for r in unroll(rows):
                         for j in range(NS):
                             numbers[j] = h[r * NS + j]

@@ -22,7 +22,7 @@ from sscan.cuda._primitives import (
 from sscan.cuda._through import THREADS
 from sscan.cuda._unroll import unroll
 
-READS = 8  # stretches at once
+AHEAD = 128  # bytes of stretches that a thread reads at once
 
 
 def through(number):
@@ -31,16 +31,17 @@ def through(number):
     f, reals, size = number_functions(number), planes(number), real.itemsize
     product, decay, rate_of, conj, choose, zero = f.product, f.decay, f.rate, f.conj, f.choose, f.zero
     one_number, one_real = local_array(1, number), local_array(1, real)
-    numbers, steps = local_array(READS, number), local_array(READS, real)
+    ahead = AHEAD // number.itemsize
+    numbers, steps = local_array(ahead, number), local_array(ahead, real)
     read_number, write_number = reader(real, number, 1), writer(real, number, 1)
     read_real, write_real = reader(real, real, 1), writer(real, real, 1)
     nothing = number.type(0)
 
     def kernel(
-        A, ends, sums, entering, out, stretches, channels, dim, state, row_step, first, stretch_step, end_width,
+        A, ends, sums, entering, added, out, stretches, channels, dim, state, row_step, first, stretch_step, end_width,
         sum_width, out_width, back,
     ):  # fmt: skip
-        """``entering`` and A are contiguous. Steps count channels, from the first stretch that is walked.
+        """A, ``entering`` and what is ``added`` behind them are contiguous. Steps count channels, from the first stretch that is walked.
 
         Widths are reals from one channel to the next, which need be no multiple of a number: numbers are addressed by
         reals.
@@ -59,16 +60,19 @@ def through(number):
         if entering != 0:
             read_number(h, entering, index, 1)
         total = zero
-        for begin in range(0, stretches, READS):
-            for k in unroll(READS):
+        for begin in range(0, stretches, ahead):
+            for k in unroll(ahead):
                 stretch = at + min(begin + k, stretches - 1) * stretch_step
                 read_number(x, ends + size * (stretch * end_width + reals * n), 0, 1)
                 read_real(s, sums, stretch * sum_width, 1)
                 there = begin + k < stretches  # else it takes no time, and adds nothing
                 own[k], passed[k] = choose(there, x[0], nothing), select(there, s[0], zero)
-            for k in unroll(READS):
+            for k in unroll(ahead):
                 h[0] = product(decay(passed[k], rate), h[0]) + own[k]
                 total = total + passed[k]
+        if added != 0:
+            read_number(x, added, index, 1)
+            h[0] = h[0] + x[0]
         write_number(out + size * (channel * out_width + reals * n), 0, h, alive)
         if out_width > reals * state:
             s[0] = total
