@@ -3,8 +3,8 @@
     python bench/bench_torch_module.py [--out bench/results/torch-DATE.md] [--d-model 768 2560]
 
 "Sum of its parts" is what a call cannot do without: its matrix products and sscan's kernels, each timed alone on arrays
-of the same shapes and strides. Results are compared with float32 ones before anything is timed; exit code 1 if they are
-wrong. CUDA events, medians.
+of the same shapes and strides. Both are also measured as CUDA graphs, which take the time of the host away. Results are
+compared with float32 ones before anything is timed; exit code 1 if they are wrong. CUDA events, medians.
 """
 
 import argparse
@@ -40,6 +40,20 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
+def in_a_graph(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, captured."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    replay: Callable[[], Any] = graph.replay
+    return replay
+
+
 def host_milliseconds(call: Callable[[], Any]) -> float:
     """Until the call returns, the GPU idle before it."""
     times = []
@@ -71,7 +85,10 @@ def forward(module: Any, x: Any) -> Callable[[], Any]:
     return step
 
 
-def parts(made: Mamba, x: Any) -> tuple[dict[str, float], dict[str, float]]:
+Times = dict[str, float]
+
+
+def parts(made: Mamba, x: Any, prepared: Callable[[Any], Any]) -> tuple[Times, Times]:
     """Milliseconds of every product and kernel of a forward, and of those that the backward adds."""
     with torch.no_grad():
         hidden = x.to(HALF)
@@ -90,10 +107,10 @@ def parts(made: Mamba, x: Any) -> tuple[dict[str, float], dict[str, float]]:
         dout, dx_dbl = torch.randn_like(hidden), torch.randn_like(x_dbl)
         calls = {
             "in_proj": lambda: (applied(w_x_in, hidden.mT), applied(w_z_in, hidden.mT)),
-            "convolution": lambda: sscan.causal_conv1d(x, *taps, None, True),
+            "convolution": lambda: sscan.causal_conv1d(x, *taps),
             "x_proj": lambda: applied(w_x, u),
             "dt_proj": lambda: applied(w_dt, dt),
-            "scan": lambda: sscan.selective_scan(*scanned, True),
+            "scan": lambda: sscan.selective_scan(*scanned),
             "out_proj": lambda: applied_back(w_out, None, y),
         }
         again = {f"{name}, again": calls[name] for name in ("convolution", "x_proj", "dt_proj")}
@@ -110,8 +127,8 @@ def parts(made: Mamba, x: Any) -> tuple[dict[str, float], dict[str, float]]:
             "in_proj, dx": lambda: (applied(w_x_in.t(), x), applied(w_z_in.t(), z)),
             "in_proj, dW": lambda: (torch.bmm(x, hidden), torch.bmm(z, hidden)),
         }
-        of_forward = {name: milliseconds(call) for name, call in calls.items()}
-        return of_forward, {name: milliseconds(call) for name, call in (again | more).items()}
+        of_forward = {name: milliseconds(prepared(call)) for name, call in calls.items()}
+        return of_forward, {name: milliseconds(prepared(call)) for name, call in (again | more).items()}
 
 
 def scan_calls(d_inner: int, batch: int, length: int, scan: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -145,8 +162,7 @@ def measure(d_model: int, batch: int, length: int) -> tuple[list[str], bool]:
     x = torch.randn(batch, length, d_model, device="cuda", requires_grad=True)
     dy = torch.randn(batch, length, d_model, device="cuda", dtype=HALF)
     difference = check(made, x[:1, :256].detach().requires_grad_(), dy[:1, :256].contiguous())
-    of_forward, of_backward = parts(made, x)
-    rows = []
+    rows, ofs = [], []
 
     def add(name: str, calls: tuple[Any, Any], sums: tuple[float, float] | None = None) -> None:
         times = [milliseconds(call) for call in calls]
@@ -157,9 +173,13 @@ def measure(d_model: int, batch: int, length: int) -> tuple[list[str], bool]:
 
     d_inner = 2 * d_model
     add("selective_scan", scan_calls(d_inner, batch, length, selective_scan))
-    total = sum(of_forward.values())
-    sums = (total, total + sum(of_backward.values()))
-    add("Mamba", (forward(made, x), training_step(made, x, dy)), sums)
+    for way, prepared in {"": lambda call: call, ", in a graph": in_a_graph}.items():
+        of_forward, of_backward = parts(made, x, prepared)
+        total = sum(of_forward.values())
+        sums = (total, total + sum(of_backward.values()))
+        add(f"Mamba{way}", (prepared(forward(made, x)), prepared(training_step(made, x, dy))), sums)
+        times = "; ".join(f"{name} {t:.3f}" for name, t in (of_forward | of_backward).items())
+        ofs.append(f"Parts{way}, ms: {times}.")
     made.use_fast_path = False
     add("Mamba, use_fast_path=False", (forward(made, x), training_step(made, x, dy)))
     try:
@@ -171,7 +191,6 @@ def measure(d_model: int, batch: int, length: int) -> tuple[list[str], bool]:
         add("mamba_ssm selective_scan_fn", scan_calls(d_inner, batch, length, selective_scan_fn))
         theirs = Theirs(d_model, device="cuda")
         add("mamba_ssm Mamba", (forward(theirs, x), training_step(theirs, x, dy)))
-    ofs = [f"{name} {t:.3f}" for name, t in (of_forward | of_backward).items()]
     lines = [
         f"## d_model {d_model}, batch {batch}, length {length}",
         "",
@@ -181,7 +200,7 @@ def measure(d_model: int, batch: int, length: int) -> tuple[list[str], bool]:
         "| --- | --- | --- | --- |",
         *rows,
         "",
-        f"Parts, ms: {'; '.join(ofs)}.",
+        "\n\n".join(ofs),
         "",
     ]
     return lines, difference < 0.05

@@ -30,7 +30,7 @@ class SelectiveScanGradients(NamedTuple):
     dinitial_state: Any
 
 
-# What a part of a sequence hands on to the next one; gives what the parts before it hand on. See selective_scan_forward.
+# Takes what a part of a sequence hands on, and gives what the parts before it do: see ``selective_scan_forward``.
 Exchange = Callable[[Any], Any]
 
 

@@ -55,7 +55,7 @@ def splits(backend: str, size: int) -> list[tuple[int, ...]]:
 
     The first ones are long enough for a GPU to cut them further along time.
     """
-    steps = 1000 if backend == "nccl" else 75
+    steps = 400 if backend == "nccl" else 75
     return [(steps,) * size, (200, 99, 0, 2, *[30] * size)[:size], (1, 0, 2, *[0] * size)[:size]]
 
 

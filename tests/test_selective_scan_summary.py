@@ -69,9 +69,7 @@ def test_launches(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
         _, _, checkpoints = selective_scan_forward(**arguments, exchange=lambda _: passages)
         forward = seen.copy()
         seen.clear()
-        selective_scan_backward(
-            arguments["u"], **arguments, checkpoints=checkpoints, exchange=lambda _: passages
-        )
+        selective_scan_backward(arguments["u"], **arguments, checkpoints=checkpoints, exchange=lambda _: passages)
     assert forward == ([] if lane == "cpu" else ["ends", "through", "through", "forward"])
     assert seen[:4] == ([] if lane == "cpu" else ["starts", "through", "through", "backward"])
 
@@ -112,7 +110,7 @@ def test_bad_passages(passages: Any) -> None:
 def test_what_an_exchange_does_not_go_with() -> None:
     arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=10)
     for name, x in (("seq_idx", np.zeros((1, 10), np.int32)), ("cu_seqlens", np.array([0, 10]))):
-        with pytest.raises(ValueError, match="^selective_scan: an exchange goes with neither seq_idx nor cu_seqlens"):
+        with pytest.raises(ValueError, match=r"^selective_scan: an exchange goes with neither seq_idx nor cu_seqlens"):
             selective_scan_forward(**arguments, **{name: x}, exchange=Chain())
-    with pytest.raises(ValueError, match="^selective_scan_backward: an exchange needs checkpoints"):
+    with pytest.raises(ValueError, match=r"^selective_scan_backward: an exchange needs checkpoints"):
         selective_scan_backward(arguments["u"], **arguments, exchange=Chain(back=True))

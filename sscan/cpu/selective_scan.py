@@ -119,7 +119,7 @@ def fill_passage(passage, sums, states, A, entering):
 
 
 def selective_scan_through(A, passages, back, entering, states):
-    """Fill states (batch, dim, state) with what comes out of all passages, and ``entering``, which comes behind them."""
+    """Fill states (batch, dim, state) with what comes out of all passages, plus ``entering`` behind them."""
     states[...] = 0
     for passage in passages[::-1] if back else passages:
         states *= decays_of(passage[..., -1], A.conj() if back else A)

@@ -122,9 +122,9 @@ def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any
     return [like.new_empty(like.shape) for like in arguments[:_DIFFERENTIABLE] if like is not None]
 
 
-# (out, conv_state, ssm_state): what the block makes of x and z, and the states that it ends with, or empty ones. Shapes are those of
-# the block's parameters: x and z (batch, d_inner, length), conv_weight (d_inner, d_conv), out (batch, length, d_model).
-# The weights of the projections have the dtype of x.
+# (out, conv_state, ssm_state): what the block makes of x and z, and the states that it ends with, empty unless they are
+# asked for. Shapes are those of the block's parameters: x and z (batch, d_inner, length), conv_weight
+# (d_inner, d_conv), out (batch, length, d_model). The weights of the projections have the dtype of x.
 mamba_inner = define(
     f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _block(sscan.causal_conv1d, sscan.selective_scan),

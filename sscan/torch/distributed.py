@@ -113,7 +113,7 @@ def selective_scan(
         u, delta, z, B, C = _under_autocast(u, delta, z, B, C)
     across = _Across(group, rank, size)
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    options = {"delta_softplus": delta_softplus, "discretization": discretization}
+    options: dict[str, Any] = {"delta_softplus": delta_softplus, "discretization": discretization}
     if torch.is_grad_enabled():
         y, last_state = _SelectiveScan.apply(across, options, _marker(u), *inputs, initial_state)
     else:

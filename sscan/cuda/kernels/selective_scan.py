@@ -267,7 +267,7 @@ def scan(v, ends_only):
     varying_B, varying_C = v.B != "", v.C != "" and outputs
     constant_B, constant_C = not varying_B, v.C == "" and outputs
     softplus, sigmoid, decay, decay_and_change = f.softplus, f.sigmoid, f.decay, f.decay_and_change
-    product, times, choose, overlap, conj = f.product, f.times, f.choose, f.overlap, f.conj
+    product, times, overlap, conj = f.product, f.times, f.overlap, f.conj
     zero, one, shares, infinite = f.zero, f.one, f.shares, real.type(np.inf)
     none = number.type(0)
 
@@ -339,7 +339,7 @@ def scan(v, ends_only):
         steps_tile, inputs_tile, y_tile, skip_tile = steps_array(), inputs_array(), y_array(), skip_array()
         keep = keep_array()
         B_tile, C_tile = B_array(), C_array()
-        h, rate, per_A, end, b, c = numbers(), numbers(), numbers(), numbers(), numbers(), numbers()
+        h, rate, per_A, b, c = numbers(), numbers(), numbers(), numbers(), numbers()
         bias, skip = of_rows(), of_rows()
         for p in unroll(ROWS):
             bias[p] = parameter(delta_bias, time_channel + p * APART, channel_end)
@@ -378,6 +378,7 @@ def scan(v, ends_only):
             read_C(C_next, C, 0, C_state, state, 0, steps, thread)
         passed = zero
         for t in range(0, steps, TILE):
+            of_tile = zero  # of the step sizes: a sum of sums rounds less than one of all steps
             now = anew(thread)  # made of this, what a tile needs once does not take registers in between
             along = (channel0 + (now >> 3)) * length + (now & (QUADS - 1)) * QUAD
             # step sizes and inputs of the tile, and what goes past the states, to shared memory
@@ -466,9 +467,9 @@ def scan(v, ends_only):
                         if outputs and i == 1 and q > 0:  # the sums of the quad before, while this one is under way
                             settle(y_tile, at_channel + (q - 1) * QUAD + lane, pending, upper, odd, block)
                         if ends_only and (not many or block == 0):
-                            passed = passed + d[i]
+                            of_tile = of_tile + d[i]
                             if resets:
-                                passed = select(keeps[i] < one, infinite, passed)
+                                of_tile = select(keeps[i] < one, infinite, of_tile)
                     for i in unroll(QUAD, heavy):
                         pending[i] = ys[i]
                 if outputs:
@@ -489,6 +490,7 @@ def scan(v, ends_only):
                             ys[i] = ys[i] * (d[i] * sigmoid(d[i]))
                     valid = select(time_channel + p * APART < channel_end, ahead, 0 * thread)
                     write_quad(y, along + p * rows_apart + t, ys, valid)
+            passed = passed + of_tile
             ahead -= TILE
 
         # what it ends in

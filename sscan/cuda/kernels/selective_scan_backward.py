@@ -152,7 +152,7 @@ def backward(rows, warps, blocks, *key):
     softplus, sigmoid, decay, decay_and_change, psi = f.softplus, f.sigmoid, f.decay, f.decay_and_change, f.psi
     product, times, choose, overlap, conj = f.product, f.times, f.choose, f.overlap, f.conj
     overlap_with_rate, of_rate, shares = f.overlap_with_rate, f.of_rate, f.shares
-    zero, one, infinite, ln2 = f.zero, f.one, real.type(np.inf), real.type(math.log(2))
+    zero, one, ln2 = f.zero, f.one, real.type(math.log(2))
     none, turned = number.type(0), NS // 2
 
     stored, read_stored = stored_array(rows * QUAD, storage), stored_reader(storage, QUAD, together)
@@ -741,7 +741,7 @@ def starts(warps, *key):
             passed = zero
             for tile in range(tiles):
                 t = (tiles - 1 - tile) * TILE
-                ahead = steps - t - quad * QUAD
+                ahead, of_tile = steps - t - quad * QUAD, zero
                 valid = select(time_channel < channel_end, ahead, 0 * thread)
                 read_quad(d, delta, along + t, valid)
                 read_quad(e, dy, along + t, valid)
@@ -777,9 +777,10 @@ def starts(warps, *key):
                             if resets:
                                 a = times(a, keeps[i])
                             g[j] = product(conj(a), times(c[j], e[i]) + g[j])
-                        passed = passed + d[i]
+                        of_tile = of_tile + d[i]
                         if resets:
-                            passed = select(keeps[i] < one, infinite, passed)
+                            of_tile = select(keeps[i] < one, infinite, of_tile)
+                passed = passed + of_tile
                 synchronize()
             write_own(part_starts, own * padded + n, g, alive)
             write_real(part_sums, own, passed, select(lane == 0, alive, 0 * thread))

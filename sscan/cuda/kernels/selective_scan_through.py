@@ -38,13 +38,13 @@ def through(number):
     nothing = number.type(0)
 
     def kernel(
-        A, ends, sums, entering, added, out, stretches, channels, dim, state, row_step, first, stretch_step, end_width,
-        sum_width, out_width, back,
+        A, ends, sums, entering, added, out, stretches, channels, dim, state, row_step, first, stretch_step,
+        end_width, sum_width, out_width, back,
     ):  # fmt: skip
-        """A, ``entering`` and what is ``added`` behind them are contiguous. Steps count channels, from the first stretch that is walked.
+        """A, ``entering`` and ``added``, which comes behind all stretches, are contiguous.
 
-        Widths are reals from one channel to the next, which need be no multiple of a number: numbers are addressed by
-        reals.
+        Steps count channels, from the first stretch that is walked. Widths are reals from one channel to the next. They
+        need be no multiples of a number: numbers are addressed by reals.
         """
         h, x, s, own, passed = one_number(), one_number(), one_real(), numbers(), steps()
         index, last = block_index() * THREADS + thread_index(), channels * state - 1
