@@ -395,6 +395,8 @@ class Kernels:
         return run
 
     def _host(self, x: Any) -> Any:
+        if isinstance(x, _arrays.TensorView):
+            x = _arrays.view(x.tensor)
         if isinstance(x, device_double.ndarray):
             return x.host
         return type(x)(*(self._host(part) for part in x)) if isinstance(x, tuple) else x
@@ -544,11 +546,26 @@ def test_pytorch_is_followed(kernels: Kernels, cuda: Cuda, monkeypatch: pytest.M
     assert torch.equal(y, sscan.selective_scan(**torch_problem()))
     # the stand-in's kernels view results, of which real ones want the address
     assert seen == [x.data_ptr() for x in (*given.values(), y) if isinstance(x, torch.Tensor)]
+    assert torch.equal(y, sscan.selective_scan(**given)), "not the same when the call is known"
+    del kernels.calls[2:], made[1:]
     assert [(now["device"], now["stream"]) for _, now in kernels.calls] == [(1, 101), (1, 101)]
     assert cuda.now == {"device": 0, "stream": 0, "allocator": "CuPy's"}
     workspace = kernels.calls[-1][1]["allocator"](64)
     assert (len(made), made[-1].shape, made[-1].dtype) == (2, (64,), torch.uint8)
     assert workspace.mem.host.ctypes.data == made[-1].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64, ml_dtypes.bfloat16])
+def test_how_a_tensor_lies(dtype: Any) -> None:
+    """What kernels ask of a tensor on a GPU is answered without an array of CuPy."""
+    array = np.zeros((3, 4, 5), dtype).swapaxes(0, 1)[..., ::2]
+    tensor = torch.zeros(3, 4, 5, dtype=getattr(torch, np.dtype(dtype).name)).transpose(0, 1)[..., ::2]
+    view = _arrays.TensorView(tensor)
+    assert (view.shape, view.strides, view.ndim) == (array.shape, array.strides, array.ndim)
+    assert (view.dtype, view.itemsize, len(view)) == (array.dtype, array.itemsize, len(array))
+    assert view.data.ptr == tensor.data_ptr()
+    assert view.astype(array.dtype, copy=False) is view
+    assert view.astype(np.complex128)[0, 1, 2] == 0  # by an array
 
 
 def test_jax_arrays_are_kept_until_they_are_read(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 _library = torch.library.Library("sscan", "DEF")
+_kernels: dict[str, Callable[..., Any]] = {}
+_PLAIN = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)  # tensors of which nobody else wants to know
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -20,6 +22,7 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     The kernel serves tensors of every device: the core says what is wrong with one that it does not know.
     """
     name = schema.partition("(")[0]
+    _kernels[name] = kernel
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sscan::{name}", fake, lib=_library)
@@ -42,7 +45,7 @@ def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable
     """
     number = len(op._schema.arguments)
     listed = "List" in str(op._schema.returns[0].type)
-    below = torch._C._after_autograd_keyset
+    below, implementation = torch._C._after_autograd_keyset, _kernels[_name(op)]
 
     class Recorded(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
@@ -63,6 +66,8 @@ def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable
 
     def run(keys: Any, inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
+            if keys.highestPriorityTypeId() in _PLAIN:  # where the dispatcher would come to, but for its time
+                return implementation(*inputs)
             return op.redispatch(keys, *inputs)
 
     # What torch.library.register_autograd would register, but for 100 us that it spends on defaults that no op has.

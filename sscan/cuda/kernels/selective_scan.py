@@ -280,7 +280,9 @@ def scan(v, ends_only):
     load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
     load_numbers = shared_reader(number, NS)
     memory = SharedMemory()
-    steps_array, inputs_array, y_array, skip_array = (memory.array(CHANNELS * ROW, real) for _ in range(4))
+    steps_array, inputs_array, y_array = (memory.array(CHANNELS * ROW, real) for _ in range(3))
+    beside = number != np.complex128  # for which shared memory is too small
+    skip_array = memory.array(CHANNELS * ROW if beside else 1, real)
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
@@ -298,8 +300,8 @@ def scan(v, ends_only):
     def settle(tile, at, values, upper, odd, block):
         """Leave the sums over states of a quad, one in each lane, in shared memory: those of all blocks so far."""
         total = across(values, upper, odd)
-        if many:
-            if block > 0:
+        if many or not beside:
+            if block > 0 or not beside:
                 total = total + shared_get(tile, at)
         shared_set(tile, at, total)
 
@@ -388,7 +390,7 @@ def scan(v, ends_only):
                 if outputs:
                     for i in unroll(QUAD, heavy):
                         ys[i] = skip[p] * x[i]
-                    store_quad(skip_tile, at_quad + p * APART * ROW, ys)
+                    store_quad(skip_tile if beside else y_tile, at_quad + p * APART * ROW, ys)
                 for i in unroll(QUAD, heavy):
                     size = d[i] + bias[p]
                     if delta_softplus != 0:
@@ -481,9 +483,10 @@ def scan(v, ends_only):
             if outputs:
                 for p in unroll(ROWS):
                     load_quad(ys, y_tile, at_quad + p * APART * ROW)
-                    load_quad(x, skip_tile, at_quad + p * APART * ROW)
-                    for i in unroll(QUAD, heavy):
-                        ys[i] = ys[i] + x[i]
+                    if beside:
+                        load_quad(x, skip_tile, at_quad + p * APART * ROW)
+                        for i in unroll(QUAD, heavy):
+                            ys[i] = ys[i] + x[i]
                     if gated:
                         widen(d, z_used, p * QUAD)
                         for i in unroll(QUAD, heavy):
