@@ -25,7 +25,7 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
 import cases  # noqa: E402
-import summary_cases  # noqa: E402
+import exchange_cases  # noqa: E402
 from cases import DIFFERENTIABLE, Case, check_backward, check_forward  # noqa: E402
 
 import sscan  # noqa: E402
@@ -183,16 +183,16 @@ def checks_of(lane: Any, case: Case) -> Iterator[Check]:
         yield functools.partial(check, lane, case)
 
 
-def summaries(op: str | None) -> Iterator[Check]:
-    """Sequences in pieces, put together by what summaries say of them; the first piece is cut along time too."""
+def pieces(op: str | None) -> Iterator[Check]:
+    """Sequences in pieces that hand on passages; the first piece is cut along time too."""
     if op not in (None, "selective_scan"):
         return
     ways = {"there": to_gpu, "home": cupy.asnumpy}
-    for name in summary_cases.PROBLEMS:
-        yield functools.partial(summary_cases.check_pieces, name, (300, 0, 7), **ways)
-    for number in summary_cases.NUMBERS:
+    for name in exchange_cases.PROBLEMS:
+        yield functools.partial(exchange_cases.check_pieces, name, (300, 0, 7), **ways)
+    for number in exchange_cases.NUMBERS:
         for back in (False, True):
-            yield functools.partial(summary_cases.check_through, number, 9, back, **ways)
+            yield functools.partial(exchange_cases.check_through, number, 9, back, **ways)
 
 
 def run(checks: list[Check]) -> list[str]:
@@ -216,7 +216,7 @@ def main() -> int:
     first, every = map(int, given.share.split("/"))
     cupy.cuda.set_allocator(None)  # no pool: every array is one allocation, whose bounds a sanitizer knows
     start, lane = time.perf_counter(), Lane()
-    problems = [*(list(checks_of(lane, case)) for case in chosen(given.op)), *([x] for x in summaries(given.op))]
+    problems = [*(list(checks_of(lane, case)) for case in chosen(given.op)), *([x] for x in pieces(given.op))]
     selected = problems[first::every]
     wrong = run([check for checks in selected for check in checks])
     cupy.cuda.Device().synchronize()

@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 import pytest
 from cases import DIFFERENTIABLE, Array, Case, backward, cases_of, check_backward, check_forward, cotangents, forward
-from summary_cases import NUMBERS, PROBLEMS, check_pieces, check_through
+from exchange_cases import NUMBERS, PROBLEMS, check_pieces, check_through
 
 import sscan
 
@@ -76,7 +76,7 @@ def test_two_runs_agree_bit_for_bit(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_pieces_with_summaries_conform(name: str) -> None:
+def test_pieces_conform(name: str) -> None:
     check_pieces(name, (1000, 0, 7, 300), to_gpu, cupy.asnumpy)
 
 

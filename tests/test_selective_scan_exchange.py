@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import scan_problem
 from emulator import patched
-from summary_cases import NUMBERS, PROBLEMS, Chain, check_pieces, check_through
+from exchange_cases import NUMBERS, PROBLEMS, Chain, check_pieces, check_through
 
 from sscan.cuda import selective_scan as cuda
 from sscan.selective_scan import selective_scan_backward, selective_scan_forward
