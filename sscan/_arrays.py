@@ -347,12 +347,15 @@ def _torch_dtype(dtype: Any) -> Any:
 
 def _torch_metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
     lost = sys.modules["torch"].is_grad_enabled()
-    if any(x is not None and ((lost and x.requires_grad) or x.is_conj() or x.is_neg()) for x in arrays):
-        return None
-    return [
-        None if x is None else (type(x), x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % x.element_size())
-        for x in arrays
-    ]
+    found: list[Any] = []
+    for x in arrays:
+        if x is None:
+            found.append(None)
+        elif (lost and x.requires_grad) or x.is_conj() or x.is_neg():
+            return None
+        else:
+            found.append((type(x), x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % x.element_size()))
+    return found
 
 
 def _torch_view(tensor: Any) -> Any:

@@ -71,6 +71,7 @@ KNOWN_SPILLS = (
         FORWARD(("float32", "float32", "", "float32", True, True, False, 4, True, False)),
         FORWARD(("float32", "complex64", "float32", "float32", False, True, True, 2, True, False)),
         FORWARD(("bfloat16", "complex64", "bfloat16", "", True, True, True, 2, False, True)),
+        FORWARD(("bfloat16", "float32", "bfloat16", "bfloat16", False, False, False, 4, True, True)),
     )),
 )  # fmt: skip
 KNOWN = {kernel: (known.spills, known.fewer) for known in KNOWN_SPILLS for kernel in known.kernels}
