@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import problems
 import torch
 import torch.distributed as dist
+from torch_graph import WAYS
 
 import sscan.torch
 from sscan.torch import distributed
@@ -109,21 +110,6 @@ def milliseconds(call: Callable[[], Any], device: Any, *, together: bool) -> flo
     return statistics.median(times)
 
 
-def in_a_graph(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call, captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    replay: Callable[[], Any] = graph.replay
-    return replay
-
-
 def measured(shape: tuple[int, int, int], dtype: str, device: Any, rank: int, size: int) -> list[str]:
     """Rows of the table, the same on all ranks but for the times of one device, which are the first rank's."""
     arguments, dy = problem_of(shape, DTYPES[dtype], device)
@@ -144,7 +130,7 @@ def measured(shape: tuple[int, int, int], dtype: str, device: Any, rank: int, si
     }
     rows = []
     for name, (alone, together) in calls.items():
-        for way, prepared in {"": lambda call: call, ", in a graph": in_a_graph}.items():
+        for way, prepared in WAYS.items():
             if way and device.type != "cuda":
                 continue
             single = milliseconds(prepared(alone), device, together=False) if rank == 0 else 0.0

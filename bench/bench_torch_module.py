@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch_graph import WAYS
 
 import sscan
 from sscan.torch import Mamba, selective_scan
@@ -40,20 +41,6 @@ def milliseconds(call: Callable[[], Any]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / IN_A_ROW)
     return statistics.median(times)
-
-
-def in_a_graph(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call, captured."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    replay: Callable[[], Any] = graph.replay
-    return replay
 
 
 def host_milliseconds(call: Callable[[], Any]) -> float:
@@ -175,7 +162,7 @@ def measure(d_model: int, batch: int, length: int) -> tuple[list[str], bool]:
 
     d_inner = 2 * d_model
     add("selective_scan", scan_calls(d_inner, batch, length, selective_scan))
-    for way, prepared in {"": lambda call: call, ", in a graph": in_a_graph}.items():
+    for way, prepared in WAYS.items():
         of_forward, of_backward = parts(made, x, prepared)
         total = sum(of_forward.values())
         sums = (total, total + sum(of_backward.values()))
