@@ -56,7 +56,6 @@ KNOWN_SPILLS = (
         BACKWARD((2, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, True, True, 4, False, False)),
         BACKWARD((1, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, False, False, 4, True, True)),
         FORWARD(("float64", "float64", "float64", "float64", False, True, True, 2, True, False)),
-        FORWARD(("float64", "float64", "", "", True, False, False, 2, False, True)),
     )),
     # The same, in kernels whose blocks fit with all the registers that a thread can have.
     Known("sm_80", "", (
@@ -66,8 +65,8 @@ KNOWN_SPILLS = (
     # The same, and fewer blocks suffice.
     Known("", "sm_80", (
         BACKWARD((2, 4, 3, "float32", "float32", "float32", "float32", False, False, False, 2, False, True)),
-        FORWARD(("float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
         FORWARD(("float32", "float32", "float32", "float32", True, True, True, 4, False, False)),
+        FORWARD(("float64", "float64", "", "", True, False, False, 2, False, True)),
         FORWARD(("float32", "float32", "", "float32", True, True, False, 4, True, False)),
         FORWARD(("float32", "complex64", "float32", "float32", False, True, True, 2, True, False)),
         FORWARD(("bfloat16", "complex64", "bfloat16", "", True, True, True, 2, False, True)),

@@ -168,7 +168,8 @@ def readers(number, states, zoh, tile):
 def past_parts(number, states, back):
     """Device function: what becomes of a state on its way through parts, or of its gradient on the way back.
 
-    A few parts are read at once: there is nothing else to do until they are there.
+    A few parts are read at once: there is nothing else to do until they are there. Only the two of complex128 need to be
+    written out here; NVVM does that for the others, and sooner.
     """
     f, real, ahead = number_functions(number), real_of(number), AHEAD // number.itemsize
     read_end, read_sum = reader(real, number, states, True, False), reader(real, real, 1, False, False)
@@ -181,14 +182,14 @@ def past_parts(number, states, back):
         """``count`` parts, whose numbers begin at ``first`` and lie ``apart``."""
         end, passed, ends, sums = one_end(), one_sum(), some_ends(), some_sums()
         for k0 in range(0, count, ahead):
-            for k in unroll(ahead):
+            for k in unroll(ahead, ahead < 4):
                 at, valid = first + (k0 + k) * apart, select(k0 + k < count, alive, 0 * alive)
                 read_end(end, part_ends, at * padded + n, valid)
                 read_sum(passed, part_sums, at, valid)
                 for j in range(states):
                     ends[k * states + j] = end[j]
                 sums[k] = passed[0]
-            for k in unroll(ahead):
+            for k in unroll(ahead, ahead < 4):
                 ended = sums[k] == infinite  # a sequence, in this part
                 for j in range(states):
                     a = decay(select(ended, zero, sums[k]), rate[j])
