@@ -65,7 +65,8 @@ def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
 
 def prefill(model: Any, ids: Any) -> Any:
     """Logits of the token that comes next, and no others."""
-    return model.lm_head(model.backbone(ids, use_cache=False).last_hidden_state[:, -1:])
+    last = model.backbone(ids, use_cache=False).last_hidden_state[:, -1:]  # float32, whatever the weights are
+    return model.lm_head(last.to(model.lm_head.weight.dtype))
 
 
 def main() -> int:

@@ -168,8 +168,8 @@ def readers(number, states, zoh, tile):
 def past_parts(number, states, back):
     """Device function: what becomes of a state on its way through parts, or of its gradient on the way back.
 
-    A few parts are read at once: there is nothing else to do until they are there. Only the two of complex128 need to be
-    written out here; NVVM does that for the others, and sooner.
+    A few parts are read at once: there is nothing else to do until they are there. NVVM writes out the loops over them by
+    itself, but not over the two of complex128.
     """
     f, real, ahead = number_functions(number), real_of(number), AHEAD // number.itemsize
     read_end, read_sum = reader(real, number, states, True, False), reader(real, real, 1, False, False)
@@ -436,47 +436,48 @@ def scan(v, ends_only):
                         read_numbers(b, B, channel * state + n, valid)
                     if constant_C:
                         read_numbers(c, C, channel * state + n, valid)
-                for q in unroll(QUADS, not heavy):
-                    if outputs and q * QUAD % CHECKPOINT == 0:
-                        if checkpoints != 0 and t + q * QUAD < steps:
-                            at = ((t + q * QUAD) >> 4) * dim * padded + n
-                            write_own(own_checkpoints, at, h, alive)
-                    load_quad(d, steps_tile, at_channel + q * QUAD)
-                    load_quad(x, inputs_tile, at_channel + q * QUAD)
-                    if resets:
-                        load_quad(keeps, keep, q * QUAD)
-                    for i in unroll(QUAD, heavy):
-                        at = q * QUAD_SIZE + i * BLOCK + lane * NS
-                        if varying_B:
-                            load_numbers(b, B_tile, at)
-                        if varying_C:
-                            load_numbers(c, C_tile, at)
-                        total = zero
-                        for j in range(NS):
-                            into = times(b[j], x[i])
-                            if zoh:
-                                a, change = decay_and_change(d[i], rate[j])
-                                into = product(product(change, per_A[j]), into)
-                            else:
-                                a = decay(d[i], rate[j])
-                            if resets:
-                                a = times(a, keeps[i])
-                            h[j] = product(a, h[j]) + into
+                for reached in range(0, TILE, CHECKPOINT):  # steps of the tile
+                    at_steps, at_matrix = at_channel + reached, reached // QUAD * QUAD_SIZE + lane * NS
+                    if outputs:
+                        if checkpoints != 0 and t + reached < steps:
+                            write_own(own_checkpoints, ((t + reached) >> 4) * dim * padded + n, h, alive)
+                    for q in unroll(CHECKPOINT // QUAD, not heavy):
+                        load_quad(d, steps_tile, at_steps + q * QUAD)
+                        load_quad(x, inputs_tile, at_steps + q * QUAD)
+                        if resets:
+                            load_quad(keeps, keep, reached + q * QUAD)
+                        for i in unroll(QUAD, heavy):
+                            at = at_matrix + q * QUAD_SIZE + i * BLOCK
+                            if varying_B:
+                                load_numbers(b, B_tile, at)
                             if varying_C:
-                                total = total + overlap(c[j], h[j])
-                            if constant_C:
-                                total = total + shares * overlap(conj(c[j]), h[j])
-                        ys[i] = total
-                        if outputs and i == 1 and q > 0:  # the sums of the quad before, while this one is under way
-                            settle(y_tile, at_channel + (q - 1) * QUAD + lane, pending, upper, odd, block)
-                        if ends_only and (not many or block == 0):
-                            of_tile = of_tile + d[i]
-                            if resets:
-                                of_tile = select(keeps[i] < one, infinite, of_tile)
-                    for i in unroll(QUAD, heavy):
-                        pending[i] = ys[i]
-                if outputs:
-                    settle(y_tile, at_channel + (QUADS - 1) * QUAD + lane, pending, upper, odd, block)
+                                load_numbers(c, C_tile, at)
+                            total = zero
+                            for j in range(NS):
+                                into = times(b[j], x[i])
+                                if zoh:
+                                    a, change = decay_and_change(d[i], rate[j])
+                                    into = product(product(change, per_A[j]), into)
+                                else:
+                                    a = decay(d[i], rate[j])
+                                if resets:
+                                    a = times(a, keeps[i])
+                                h[j] = product(a, h[j]) + into
+                                if varying_C:
+                                    total = total + overlap(c[j], h[j])
+                                if constant_C:
+                                    total = total + shares * overlap(conj(c[j]), h[j])
+                            ys[i] = total
+                            if outputs and i == 1 and q > 0:  # the sums of the quad before, while this one is under way
+                                settle(y_tile, at_steps + (q - 1) * QUAD + lane, pending, upper, odd, block)
+                            if ends_only and (not many or block == 0):
+                                of_tile = of_tile + d[i]
+                                if resets:
+                                    of_tile = select(keeps[i] < one, infinite, of_tile)
+                        for i in unroll(QUAD, heavy):
+                            pending[i] = ys[i]
+                    if outputs:
+                        settle(y_tile, at_steps + CHECKPOINT - QUAD + lane, pending, upper, odd, block)
                 if many:
                     write_own(carry, own * padded + n, h, alive)
                 synchronize()

@@ -32,6 +32,7 @@ def through(number):
     product, decay, rate_of, conj, choose, zero = f.product, f.decay, f.rate, f.conj, f.choose, f.zero
     one_number, one_real = local_array(1, number), local_array(1, real)
     ahead = AHEAD // number.itemsize
+    heavy = real == np.float64  # its exponential is a polynomial: NVVM would leave even short loops as they are
     numbers, steps = local_array(ahead, number), local_array(ahead, real)
     read_number, write_number = reader(real, number, 1), writer(real, number, 1)
     read_real, write_real = reader(real, real, 1), writer(real, real, 1)
@@ -61,13 +62,13 @@ def through(number):
             read_number(h, entering, index, 1)
         total = zero
         for begin in range(0, stretches, ahead):
-            for k in unroll(ahead):
+            for k in unroll(ahead, heavy):
                 stretch = at + min(begin + k, stretches - 1) * stretch_step
                 read_number(x, ends + size * (stretch * end_width + reals * n), 0, 1)
                 read_real(s, sums, stretch * sum_width, 1)
                 there = begin + k < stretches  # else it takes no time, and adds nothing
                 own[k], passed[k] = choose(there, x[0], nothing), select(there, s[0], zero)
-            for k in unroll(ahead):
+            for k in unroll(ahead, heavy):
                 h[0] = product(decay(passed[k], rate), h[0]) + own[k]
                 total = total + passed[k]
         if added != 0:
