@@ -180,6 +180,9 @@ class Emulator:
     def synchronize_warp(self) -> None:
         self.warp_epoch += 1
 
+    def converge(self) -> None:
+        """Nothing, as on newer GPUs: memory is not waited for."""
+
     def _lane(self, x: Any, source: Any) -> Any:  # lanes wait for each other, but memory does not
         return np.broadcast_to(x, (self.threads,))[self.thread // WARP * WARP + source]
 

@@ -30,9 +30,7 @@ class Known(NamedTuple):
     kernels: tuple[Kernel, ...]
 
 
-BACKWARD, FORWARD = (
-    partial(Kernel, *names) for names in (("selective_scan_backward", "backward"), ("selective_scan", "forward"))
-)
+BACKWARD = partial(Kernel, "selective_scan_backward", "backward")
 # Exact: a kernel that is not here keeps everything in registers and gets its blocks, and one that no longer spills has
 # to be taken out.
 KNOWN_SPILLS = (
@@ -41,36 +39,10 @@ KNOWN_SPILLS = (
     Known("sm_80 sm_90 sm_100", "", (
         BACKWARD((1, 2, 4, "float64", "float64", "float64", "float64", True, True, True, 2, True, True)),
     )),
-    # zoh in float32 has room if a multiprocessor has two blocks, not three. sm_80: as below.
-    Known("sm_80", "sm_80 sm_90 sm_100", (
+    # zoh in float32 has room if a multiprocessor has two blocks, not three.
+    Known("", "sm_80 sm_90 sm_100", (
         BACKWARD((1, 4, 3, "float32", "float32", "float32", "float32", True, True, True, 4, False, False)),
         BACKWARD((1, 4, 3, "bfloat16", "complex64", "bfloat16", "", True, True, True, 2, False, True)),
-    )),
-    # For sm_80, and for none of the others, ptxas calls shuffles as functions (__cuda_sm70_shflsync_bfly in the cubin),
-    # which seems to be what takes the registers: the same PTX takes 115 to 168 on sm_90. To do: make ptxas see that
-    # warps do not diverge.
-    Known("sm_80", "sm_80", (
-        BACKWARD((1, 4, 4, "float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
-        BACKWARD((2, 2, 6, "float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
-        BACKWARD((2, 4, 3, "float32", "float32", "float32", "float32", False, True, True, 4, False, False)),
-        BACKWARD((2, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, True, True, 4, False, False)),
-        BACKWARD((1, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, False, False, 4, True, True)),
-        FORWARD(("float64", "float64", "float64", "float64", False, True, True, 2, True, False)),
-    )),
-    # The same, in kernels whose blocks fit with all the registers that a thread can have.
-    Known("sm_80", "", (
-        BACKWARD((1, 2, 3, "float64", "complex128", "float64", "float64", False, True, True, 1, True, False)),
-        FORWARD(("float64", "complex128", "float64", "float64", False, True, True, 1, True, False)),
-    )),
-    # The same, and fewer blocks suffice.
-    Known("", "sm_80", (
-        BACKWARD((2, 4, 3, "float32", "float32", "float32", "float32", False, False, False, 2, False, True)),
-        FORWARD(("float32", "float32", "float32", "float32", True, True, True, 4, False, False)),
-        FORWARD(("float64", "float64", "", "", True, False, False, 2, False, True)),
-        FORWARD(("float32", "float32", "", "float32", True, True, False, 4, True, False)),
-        FORWARD(("float32", "complex64", "float32", "float32", False, True, True, 2, True, False)),
-        FORWARD(("bfloat16", "complex64", "bfloat16", "", True, True, True, 2, False, True)),
-        FORWARD(("bfloat16", "float32", "bfloat16", "bfloat16", False, False, False, 4, True, True)),
     )),
 )  # fmt: skip
 KNOWN = {kernel: (known.spills, known.fewer) for known in KNOWN_SPILLS for kernel in known.kernels}

@@ -27,6 +27,7 @@ import numpy as np
 
 _PACKAGE = Path(__file__).parent
 OLDEST = (8, 0)  # Ampere: the first with bfloat16
+BEFORE_SM_90 = "// before sm_90"  # ends a line of PTX that later GPUs do without
 
 
 class Kernel(NamedTuple):
@@ -69,10 +70,12 @@ def assemble(ptx, capability):
     """A cubin for a compute capability such as (9, 0), and what the assembler says of registers and spills.
 
     The number of blocks that a kernel wants on a multiprocessor at once limits its registers. It is lowered until they
-    suffice: older GPUs need more of them for addresses.
+    suffice.
     """
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
+    if capability >= (9, 0):
+        ptx = re.sub(f".*{BEFORE_SM_90}\n", "", ptx)
     options = LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", ptxas_options=["-v"])
     wanted = re.search(r"\.minnctapersm (\d+)", ptx)
     for blocks in range(int(wanted[1]), 0, -1):

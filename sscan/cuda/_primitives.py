@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from llvmlite import ir
 
+from sscan.cuda._launch import BEFORE_SM_90
 from sscan.cuda._target import cgutils, intrinsic, types
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -198,13 +199,16 @@ def as_real(typingctx, bits):
 # --- threads and barriers --------------------------------------------------------------------------------------------
 
 
+def _read(builder, register):
+    function = f"llvm.nvvm.read.ptx.sreg.{register}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, []), function), [])
+
+
 def _special_register(name, register):
     @primitive(name)
     def index(typingctx):
         def codegen(context, builder, sig, args):
-            kind = ir.FunctionType(_I32, [])
-            function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.nvvm.read.ptx.sreg.{register}")
-            return builder.zext(builder.call(function, []), _I64)
+            return builder.zext(_read(builder, register), _I64)
 
         return types.int64(), codegen
 
@@ -215,13 +219,26 @@ thread_index = _special_register("thread_index", "tid.x")
 block_index = _special_register("block_index", "ctaid.x")
 
 
-def _barrier(name, function, *arguments):
+@primitive("synchronize")
+def synchronize(typingctx):
+    """Wait for all threads of the block."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.barrier0"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _warp_barrier(name, note):
     @primitive(name)
     def wait(typingctx):
         def codegen(context, builder, sig, args):
-            kind = ir.FunctionType(ir.VoidType(), [_I32] * len(arguments))
-            barrier = cgutils.get_or_insert_function(builder.module, kind, function)
-            builder.call(barrier, [ir.Constant(_I32, n) for n in arguments])
+            warp = builder.lshr(_read(builder, "tid.x"), ir.Constant(_I32, 5))
+            kind = ir.FunctionType(ir.VoidType(), [_I32])
+            barrier = ir.InlineAsm(kind, f"bar.sync $0, 32;{note}", "r,~{memory}", side_effect=True)
+            builder.call(barrier, [builder.add(warp, ir.Constant(_I32, 1))], attrs=("convergent",))
             return context.get_dummy_value()
 
         return types.void(), codegen
@@ -229,8 +246,11 @@ def _barrier(name, function, *arguments):
     return wait
 
 
-synchronize = _barrier("synchronize", "llvm.nvvm.barrier0")  # all threads of the block
-synchronize_warp = _barrier("synchronize_warp", "llvm.nvvm.bar.warp.sync", 0xFFFFFFFF)
+# All threads of a warp wait at a barrier of its own; blocks have up to 15 warps. bar.warp.sync tells ptxas less: for
+# GPUs before sm_90 it takes the warps of a loop for divergent unless there is a barrier in it that it knows for
+# aligned, and what shuffles for a call, with twice the registers.
+synchronize_warp = _warp_barrier("synchronize_warp", "")
+converge = _warp_barrier("converge", f" {BEFORE_SM_90}")  # only to tell ptxas; later GPUs do without
 
 
 # --- memory of a thread and of a block -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sscan.cuda._primitives import (
     SharedMemory,
     anew,
     block_index,
+    converge,
     dtype_of,
     local_array,
     planes,
@@ -168,8 +169,8 @@ def readers(number, states, zoh, tile):
 def past_parts(number, states, back):
     """Device function: what becomes of a state on its way through parts, or of its gradient on the way back.
 
-    A few parts are read at once: there is nothing else to do until they are there. NVVM writes out the loops over them by
-    itself, but not over the two of complex128.
+    A few parts are read at once: there is nothing else to do until they are there. NVVM writes out the loops over them,
+    all but the two of complex128.
     """
     f, real, ahead = number_functions(number), real_of(number), AHEAD // number.itemsize
     read_end, read_sum = reader(real, number, states, True, False), reader(real, real, 1, False, False)
@@ -476,8 +477,11 @@ def scan(v, ends_only):
                                     of_tile = select(keeps[i] < one, infinite, of_tile)
                         for i in unroll(QUAD, heavy):
                             pending[i] = ys[i]
+                        if outputs and heavy:
+                            converge()
                     if outputs:
                         settle(y_tile, at_steps + CHECKPOINT - QUAD + lane, pending, upper, odd, block)
+                        converge()
                 if many:
                     write_own(carry, own * padded + n, h, alive)
                 synchronize()
