@@ -3,8 +3,8 @@
     python bench/bench_transformers.py [--device cuda --dtype bfloat16] [--out FILE.md]
 
 The default is the configuration of mamba-130m on the CPU. Three models with the same weights: transformers' own path in
-PyTorch, its fast path with sscan behind it, and sscan's module in the place of its mixers. Logits are compared before
-anything is timed; exit code 1 if they differ.
+PyTorch, its fast path with sscan behind it, and sscan's module in the place of its mixers. Before anything is timed,
+logits are compared with those of transformers' own path in float32; exit code 1 if they are further away than its own.
 """
 
 import argparse
@@ -51,6 +51,13 @@ def models(config: MambaConfig, device: str, dtype: torch.dtype) -> dict[str, An
     return made
 
 
+def exact(model: Any) -> Any:
+    """The model in float32, with the same weights."""
+    made = type(model)(model.config).to(model.device).eval()
+    made.load_state_dict(model.state_dict())
+    return made
+
+
 def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
     """Median. What compiles did so when the logits were compared."""
     times = []
@@ -83,8 +90,9 @@ def main() -> int:
     args = parser.parse_args()
 
     config = MambaConfig(
-        hidden_size=args.d_model, num_hidden_layers=args.layers, state_size=16, vocab_size=50280, use_bias=False
-    )
+        hidden_size=args.d_model, num_hidden_layers=args.layers, state_size=16, vocab_size=50280, use_bias=False,
+        initializer_range=0.02,  # with 0.1, the default, a change of bits grows to another answer in 24 layers
+    )  # fmt: skip
     torch.manual_seed(0)
     made = models(config, args.device, getattr(torch, args.dtype))
     ids = torch.randint(0, 50280, (args.batch, args.length), device=args.device)
@@ -93,14 +101,15 @@ def main() -> int:
         f"{args.dtype}, {args.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; sscan "
         f"{sscan.__version__}, torch {torch.__version__}, transformers {transformers.__version__}. Medians."
     )
-    head = "| mixers | prefill, s | tokens/s | difference of logits |"
+    head = "| mixers | prefill, s | tokens/s | difference of logits from float32 |"
     lines = [about, "", head, "| --- | --- | --- | --- |"]
-    wrong = False
+    wrong, own = False, 0.0
     with torch.no_grad():
-        expected = made["transformers"](ids[:, :64]).logits.float()
+        expected = exact(made["transformers"])(ids[:, :64]).logits
         for name, model in made.items():
             difference = ((model(ids[:, :64]).logits.float() - expected).norm() / expected.norm()).item()
-            wrong |= not difference < (1e-3 if args.dtype == "float32" else 5e-2)
+            own = difference if name == "transformers" else own
+            wrong |= not difference <= own + 1e-3
             repeats = args.slow_repeats if name == "transformers" else args.repeats
             taken = seconds(lambda model=model: prefill(model, ids), args.device, repeats)
             lines.append(f"| {name} | {taken:.3f} | {args.batch * args.length / taken:.0f} | {difference:.1e} |")

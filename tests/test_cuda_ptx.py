@@ -73,6 +73,14 @@ def test_every_kernel_is_in_the_documentation() -> None:
     assert not [kernel for kernel in KERNELS if registers.label(kernel) not in page]
 
 
+def test_lines_for_older_gpus_are_for_them_alone() -> None:
+    head = ".version 8.0\n.target sm_80\n.address_size 64\n.entry f() .maxntid 32, 1, 1 .minnctapersm 1\n"
+    line = f"bar.sync 1, 32; {_launch.BEFORE_SM_90}\n"
+    with_line, without = head + "{\n" + line + "ret;\n}", head + "{\nret;\n}"
+    assert _launch.assemble(with_line, (9, 0))[0] == _launch.assemble(without, (9, 0))[0]
+    assert _launch.assemble(with_line, (8, 0))[0] != _launch.assemble(without, (8, 0))[0]
+
+
 def test_the_assemblers_log_is_understood() -> None:
     log = """ptxas info    : Function properties for kernel
 ptxas         .     24 bytes stack frame, 20 bytes spill stores, 16 bytes spill loads
