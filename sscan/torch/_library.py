@@ -44,6 +44,7 @@ def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable
     the others have none.
     """
     number = len(op._schema.arguments)
+    places = [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
     listed = "List" in str(op._schema.returns[0].type)
     below, implementation = torch._C._after_autograd_keyset, _kernels[_name(op)]
 
@@ -72,7 +73,7 @@ def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable
 
     # What torch.library.register_autograd would register, but for 100 us that it spends on defaults that no op has.
     def kernel(keys: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        if torch.is_grad_enabled() and any(inputs[i] is not None and inputs[i].requires_grad for i in places):
             outputs = Recorded.apply(keys & below, *inputs)
             return list(outputs) if listed else outputs
         return run(keys & below, inputs)
