@@ -199,16 +199,13 @@ def as_real(typingctx, bits):
 # --- threads and barriers --------------------------------------------------------------------------------------------
 
 
-def _read(builder, register):
-    function = f"llvm.nvvm.read.ptx.sreg.{register}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, []), function), [])
-
-
 def _special_register(name, register):
     @primitive(name)
     def index(typingctx):
         def codegen(context, builder, sig, args):
-            return builder.zext(_read(builder, register), _I64)
+            kind = ir.FunctionType(_I32, [])
+            function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.nvvm.read.ptx.sreg.{register}")
+            return builder.zext(builder.call(function, []), _I64)
 
         return types.int64(), codegen
 
@@ -219,26 +216,13 @@ thread_index = _special_register("thread_index", "tid.x")
 block_index = _special_register("block_index", "ctaid.x")
 
 
-@primitive("synchronize")
-def synchronize(typingctx):
-    """Wait for all threads of the block."""
-
-    def codegen(context, builder, sig, args):
-        kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.barrier0"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-def _warp_barrier(name, note):
+def _barrier(name, function, *arguments):
     @primitive(name)
     def wait(typingctx):
         def codegen(context, builder, sig, args):
-            warp = builder.lshr(_read(builder, "tid.x"), ir.Constant(_I32, 5))
-            kind = ir.FunctionType(ir.VoidType(), [_I32])
-            barrier = ir.InlineAsm(kind, f"bar.sync $0, 32;{note}", "r,~{memory}", side_effect=True)
-            builder.call(barrier, [builder.add(warp, ir.Constant(_I32, 1))], attrs=("convergent",))
+            kind = ir.FunctionType(ir.VoidType(), [_I32] * len(arguments))
+            barrier = cgutils.get_or_insert_function(builder.module, kind, function)
+            builder.call(barrier, [ir.Constant(_I32, n) for n in arguments])
             return context.get_dummy_value()
 
         return types.void(), codegen
@@ -246,11 +230,27 @@ def _warp_barrier(name, note):
     return wait
 
 
-# All threads of a warp wait at a barrier of its own; blocks have up to 15 warps. bar.warp.sync tells ptxas less: for
-# GPUs before sm_90 it takes the warps of a loop for divergent unless there is a barrier in it that it knows for
-# aligned, and what shuffles for a call, with twice the registers.
-synchronize_warp = _warp_barrier("synchronize_warp", "")
-converge = _warp_barrier("converge", f" {BEFORE_SM_90}")  # only to tell ptxas; later GPUs do without
+synchronize = _barrier("synchronize", "llvm.nvvm.barrier0")  # all threads of the block
+synchronize_warp = _barrier("synchronize_warp", "llvm.nvvm.bar.warp.sync", 0xFFFFFFFF)
+
+
+@primitive("converge")
+def converge(typingctx):
+    """Nothing has to be waited for, but warps are together, which ptxas should know. Later GPUs do without.
+
+    For GPUs before sm_90 it takes a warp in a loop for divergent unless there is an aligned barrier in the loop (other
+    than bar.warp.sync), and what lanes exchange for a call, with twice the registers. Barrier 1 is complete as soon as
+    any warp arrives.
+    """
+
+    def codegen(context, builder, sig, args):
+        barrier = ir.InlineAsm(
+            ir.FunctionType(ir.VoidType(), []), f"bar.sync 1, 32; {BEFORE_SM_90}", "~{memory}", side_effect=True
+        )
+        builder.call(barrier, [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 # --- memory of a thread and of a block -------------------------------------------------------------------------------

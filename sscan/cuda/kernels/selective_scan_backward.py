@@ -24,6 +24,7 @@ from sscan.cuda._primitives import (
     SharedMemory,
     anew,
     block_index,
+    converge,
     dtype_of,
     local_array,
     planes,
@@ -535,6 +536,7 @@ def backward(rows, warps, blocks, *key):
                     if varying:
                         exchange(more, dB_quad, dC_quad, thread)
                     synchronize_warp()
+                    converge()
                     # lane g of a channel has the sums of step g
                     for r in unroll(rows):
                         at = (first_row + r * apart) * TILE + ((q ^ order) << 2) + lane
