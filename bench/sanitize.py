@@ -189,7 +189,7 @@ def pieces(op: str | None) -> Iterator[Check]:
         return
     ways = {"there": to_gpu, "home": cupy.asnumpy}
     for name in exchange_cases.PROBLEMS:
-        yield functools.partial(exchange_cases.check_pieces, name, (1000, 0, 7, 300), **ways)
+        yield functools.partial(exchange_cases.check_pieces, name, (300, 0, 7), **ways)
     for number in exchange_cases.NUMBERS:
         for back in (False, True):
             yield functools.partial(exchange_cases.check_through, number, 9, back, **ways)
