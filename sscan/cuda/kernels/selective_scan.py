@@ -380,6 +380,7 @@ def scan(v, ends_only):
             read_B(B_next, B, 0, B_state, state, 0, steps, thread)
         if varying_C and not many:
             read_C(C_next, C, 0, C_state, state, 0, steps, thread)
+        kept_steps = steps if checkpoints != 0 else 0  # whose checkpoints are wanted
         passed = zero
         for t in range(0, steps, TILE):
             of_tile = zero  # of the step sizes: a sum of sums rounds less than one of all steps
@@ -437,10 +438,10 @@ def scan(v, ends_only):
                         read_numbers(b, B, channel * state + n, valid)
                     if constant_C:
                         read_numbers(c, C, channel * state + n, valid)
+                at_steps, at_matrix = at_channel, lane * NS
                 for reached in range(0, TILE, CHECKPOINT):  # steps of the tile
-                    at_steps, at_matrix = at_channel + reached, reached // QUAD * QUAD_SIZE + lane * NS
                     if outputs:
-                        if checkpoints != 0 and t + reached < steps:
+                        if t + reached < kept_steps:
                             write_own(own_checkpoints, ((t + reached) >> 4) * dim * padded + n, h, alive)
                     for q in unroll(CHECKPOINT // QUAD, not heavy):
                         load_quad(d, steps_tile, at_steps + q * QUAD)
@@ -482,6 +483,7 @@ def scan(v, ends_only):
                     if outputs:
                         settle(y_tile, at_steps + CHECKPOINT - QUAD + lane, pending, upper, odd, block)
                         converge()
+                    at_steps, at_matrix = at_steps + CHECKPOINT, at_matrix + CHECKPOINT // QUAD * QUAD_SIZE
                 if many:
                     write_own(carry, own * padded + n, h, alive)
                 synchronize()
