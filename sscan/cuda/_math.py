@@ -189,9 +189,9 @@ def _scaled_exponentials(real, f):
 
     f_zero = f.zero
     if single:
-        # exp2_approx is too small on average, on an H200 by 5e-9 to 1e-8 within 2^-8 of an exponent of 0 and by 2e-8 from
-        # there to -1/2, which would add up along slow decays. This much more in the exponent leaves less than 1.4e-8, of
-        # either sign, and still gives 1 for a step of 0.
+        # exp2_approx is too small on average, on an H200 by 5e-9 to 1e-8 within 2^-8 of an exponent of 0 and by 2e-8
+        # from there to -1/2, which would add up along slow decays. This much more in the exponent leaves less than
+        # 1.4e-8, of either sign, and still gives 1 for a step of 0.
         bias = real.type(2e-8)
 
         @device
