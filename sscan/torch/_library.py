@@ -44,7 +44,7 @@ def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable
     the others have none.
     """
     number = len(op._schema.arguments)
-    places = [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+    places = _tensors(op)
     listed = "List" in str(op._schema.returns[0].type)
     below, implementation = torch._C._after_autograd_keyset, _kernels[_name(op)]
 
@@ -85,12 +85,17 @@ def _name(op: Any) -> str:
     return str(op._schema.name).partition("::")[2]
 
 
+def _tensors(op: Any) -> list[int]:
+    """Which of the op's arguments are tensors, or may be."""
+    return [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+
+
 def differentiate_again(backward: Any, composed: Callable[..., Any], constants: int = 0) -> None:
     """Give a backward op gradients: those of a composition, which takes what the op takes but the ``constants``.
 
     These are its last tensors.
     """
-    tensors = sum("Tensor" in str(argument.type) for argument in backward._schema.arguments)
+    tensors = len(_tensors(backward))
 
     def save(inputs: Any, outputs: Any) -> Saved:
         return Saved(inputs[: tensors - constants], inputs[tensors:])
