@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 KERNELS = registers.shipped()
+ROOT = Path(__file__).parent.parent
 
 
 class Known(NamedTuple):
@@ -73,12 +78,56 @@ def test_every_kernel_is_in_the_documentation() -> None:
     assert not [kernel for kernel in KERNELS if registers.label(kernel) not in page]
 
 
+# NumPy 2.5 has no row_stack, and a NumPy that has it can do without.
+WITHOUT_ROW_STACK = """
+import numpy
+if hasattr(numpy, "row_stack"):
+    del numpy.row_stack
+from sscan.cuda import _launch
+_launch.compile_ptx(_launch.Kernel("_sums", "over_parts", ("float32", "float32")))
+assert not hasattr(numpy, "row_stack")
+"""
+
+
+def test_kernels_compile_with_a_numpy_that_numba_cuda_does_not_know() -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_ROW_STACK], check=True, cwd=ROOT)
+
+
 def test_lines_for_older_gpus_are_for_them_alone() -> None:
     head = ".version 8.0\n.target sm_80\n.address_size 64\n.entry f() .maxntid 32, 1, 1 .minnctapersm 1\n"
     line = f"bar.sync 1, 32; {_launch.BEFORE_SM_90}\n"
     with_line, without = head + "{\n" + line + "ret;\n}", head + "{\nret;\n}"
     assert _launch.assemble(with_line, (9, 0))[0] == _launch.assemble(without, (9, 0))[0]
     assert _launch.assemble(with_line, (8, 0))[0] != _launch.assemble(without, (8, 0))[0]
+
+
+class _Linker:
+    """In the place of cuda.core's: says what it is told to, and keeps what it was asked for."""
+
+    def __init__(self, log: str, asked: list[tuple[str, Any]]) -> None:
+        self.log, self.asked = log, asked
+
+    def __call__(self, code: Any, options: Any) -> _Linker:
+        self.asked.append((bytes(code.code).decode(), options))
+        return self
+
+    def link(self, kind: str) -> Any:
+        return SimpleNamespace(code=kind.encode())
+
+    def get_info_log(self) -> str:
+        return self.log
+
+
+@pytest.mark.parametrize(("said", "tried"), [("", [3]), ("0 bytes", [3]), ("10 bytes", [3, 2, 1])])
+def test_blocks_are_given_up_for_spills_that_are_reported_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, said: str, tried: list[int]
+) -> None:
+    asked: list[tuple[str, Any]] = []
+    log = f"ptxas         .     24 bytes stack frame, {said} spill stores, 16 bytes spill loads" if said else ""
+    monkeypatch.setattr("cuda.core.Linker", _Linker(log, asked))
+    _launch.assemble(".version 8.0\n.entry f() .maxntid 32, 1, 1 .minnctapersm 3\n{ret;}", (9, 0))
+    assert [int(re.findall(r"minnctapersm (\d+)", ptx)[0]) for ptx, _ in asked] == tried
+    assert all(options.no_cache for _, options in asked)  # else the second process on a machine gets no log
 
 
 def test_the_assemblers_log_is_understood() -> None:

@@ -1,12 +1,34 @@
 """What the kernels need of numba.cuda. The one file that imports it, so that its successor is a change of one file."""
 
+import contextlib
 import re
+import warnings
 
-from numba import cuda
-from numba.cuda import cgutils, types
-from numba.cuda.extending import intrinsic
+import numpy as np
 
 from sscan.cuda._unroll import written_out
+
+
+@contextlib.contextmanager
+def _numpy_as_numba_cuda_knows_it():
+    """NumPy 2.5 has no row_stack any more, which numba-cuda 0.30 names, and warns of its times without a unit."""
+    lent = not hasattr(np, "row_stack")
+    if lent:
+        np.row_stack = np.vstack  # noqa: NPY201
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        if lent:
+            del np.row_stack  # noqa: NPY201
+
+
+with _numpy_as_numba_cuda_knows_it():
+    from numba import cuda
+    from numba.cuda import cgutils, types
+    from numba.cuda.extending import intrinsic
+    from numba.cuda.np import arrayobj  # noqa: F401  # names row_stack; the first kernel would import it
 
 __all__ = ["cgutils", "compile_ptx", "device", "intrinsic", "types"]
 

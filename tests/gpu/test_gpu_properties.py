@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import cupy
@@ -324,3 +326,21 @@ def test_out_of_memory_passes_through_and_harms_nothing() -> None:
     with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
         sscan.selective_scan_backward(wave, wave, wave, A, B, B)
     assert bits(everything(problem, weights)) == expected
+
+
+# --- Compiled kernels -------------------------------------------------------------------------------------------------
+
+ASSEMBLED = """
+import hashlib
+from sscan.cuda import _launch
+kernel = _launch.Kernel("rms_norm", "forward", ("float32", "", 160, 4, 4))
+cubin, log = _launch.assemble(_launch.compile_ptx(kernel)[0], (9, 0))
+assert " bytes spill stores" in log, log
+print(hashlib.sha256(cubin).hexdigest())
+"""
+
+
+def test_a_kernel_that_another_process_assembled_before_is_the_same() -> None:
+    """The assembler has a cache of its own on machines with a driver."""
+    runs = [subprocess.run([sys.executable, "-c", ASSEMBLED], check=True, stdout=subprocess.PIPE) for _ in range(3)]
+    assert len({run.stdout for run in runs}) == 1
