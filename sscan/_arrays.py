@@ -86,7 +86,7 @@ def _check_updatable(op: str, name: str, array: Any, here: Caller, view: Any) ->
     """TypeError if what is written to the view would fail, or be lost because it had to be a copy."""
     if here.library == "JAX" or (here.device == "cpu" and not view.flags.writeable):
         raise TypeError(f"{op}: {name} is updated in place and must be writeable, got a read-only {here.library} array")
-    if here.library == "NumPy" and view is not array:
+    if here.library == "NumPy" and not array.dtype.isnative:
         raise TypeError(f"{op}: {name} is updated in place and must be in native byte order, got {array.dtype.str}")
     if here.library == "PyTorch" and (array.is_conj() or array.is_neg()):
         raise TypeError(f"{op}: {name} is updated in place and must not be a lazily conjugated or negated tensor")
@@ -158,6 +158,8 @@ def _find_library(array: Any) -> Library | None:
     for module_name, type_name, library in _LIBRARIES:
         module = sys.modules.get(module_name)
         if module is not None and isinstance(array, getattr(module, type_name, ())):
+            if library is NUMPY and type(array) is not np.ndarray:
+                return library  # anybody's class, which is not to be kept alive
             return _known.setdefault(type(array), library)
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         return _known.setdefault(type(array), DLPACK)
@@ -180,19 +182,34 @@ def _nothing(op: str, array: Any, arguments: Any) -> None:
 # --- NumPy ------------------------------------------------------------------------------------------------------------
 
 
-def _numpy_metadata(arrays: tuple[Any, ...]) -> list[Any]:
-    return [None if x is None else (type(x), x.dtype, x.shape, x.strides, x.flags.num) for x in arrays]
+def _numpy_metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
+    found: list[Any] = []
+    for x in arrays:
+        if x is None:
+            found.append(None)
+        elif type(x) is np.ndarray:
+            found.append((x.dtype, x.shape, x.strides, x.flags.num))
+        else:
+            return None
+    return found
 
 
 _NUMPY_CALLER = Caller("NumPy", "cpu", np.empty, _itself)
 
 
 def _numpy_caller(op: str, name: str, array: Any) -> Caller:
+    if type(array) is not np.ndarray and isinstance(array, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(
+            f"{op}: {name} must be a plain array, whose elements all count and which may have any number of axes; "
+            f"got {type(array).__name__}"
+        )
     return _NUMPY_CALLER
 
 
-def _native(array: Array) -> Array:
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+def _numpy_view(array: Array) -> Array:
+    """A plain array, in native byte order."""
+    plain = array if type(array) is np.ndarray else array.view(np.ndarray)
+    return plain if plain.dtype.isnative else plain.astype(plain.dtype.newbyteorder("="))
 
 
 # --- CuPy, in which the arrays of all libraries are viewed on a GPU ---------------------------------------------------
@@ -511,7 +528,7 @@ def _dlpack_caller(op: str, name: str, array: Any) -> Caller:
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-NUMPY = Library(_numpy_caller, _native, _nothing, _numpy_metadata)
+NUMPY = Library(_numpy_caller, _numpy_view, _nothing, _numpy_metadata)
 TORCH = Library(_torch_caller, _torch_view, _torch_surroundings, _torch_metadata, _known_tensor)
 JAX = Library(_jax_caller, _jax_view, _jax_surroundings)
 CUPY = Library(_cupy_caller, _itself, _cupy_surroundings, _cupy_metadata)

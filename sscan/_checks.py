@@ -8,6 +8,7 @@ import itertools
 import math
 import operator
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -45,13 +46,20 @@ def remembered(check: Callable[..., Found]) -> Callable[..., Found]:
     return recall
 
 
+def required(op: str, **arrays: Any) -> None:
+    """TypeError for an array that is None and may not be."""
+    for name, array in arrays.items():
+        if array is None:
+            raise TypeError(f"{op}: {name} is required, got None")
+
+
 def entered(
-    check: Callable[..., Found], writes: tuple[str, ...] = ()
+    check: Callable[..., Found], always: tuple[str, ...], writes: tuple[str, ...] = ()
 ) -> Callable[..., tuple[_arrays.Caller, Any, Found]]:
     """``check(op, views, *options)`` of a named tuple of arrays as they came: (caller, views, what it found).
 
     It is remembered, and so is that the arrays of a call could be entered: then a known call costs one look at the
-    metadata of its arrays, and their views. ``writes`` names what is updated in place.
+    metadata of its arrays, and their views. ``always`` names what every call has, ``writes`` what is updated in place.
     """
     recall = remembered(check)
     known: dict[Any, tuple[_arrays.Caller, bool, Found]] = {}
@@ -64,14 +72,49 @@ def entered(
         if remembered_call is not None:
             caller, are_views, found = remembered_call
             return caller, arrays if are_views else arrays._make(_arrays.views(arrays)), found
+        required(op, **{name: getattr(arrays, name) for name in always})
         caller, made = _arrays.enter(op, writes=writes, **arrays._asdict())
         views = arrays._make(made)
+        for name in writes:
+            _separate(op, name, getattr(views, name))
         found = recall(op, views, *options)
         if key is not None:
             _remember(known, key, (caller, all(map(operator.is_, views, arrays)), found))
         return caller, views, found
 
     return enter
+
+
+def _separate(op: str, name: str, array: Any) -> None:
+    """ValueError if elements of an array may share memory: two of them would be updated in one place.
+
+    Told by the strides alone: from the shortest on, each must lead past all that the ones before it reach.
+    """
+    reach = array.itemsize
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True)):
+        if size > 1 and stride < reach and 0 not in array.shape:
+            raise ValueError(
+                f"{op}: {name} is updated in place and must not overlap itself, got shape {tuple(array.shape)} with "
+                f"strides of {tuple(array.strides)} bytes"
+            )
+        reach += (size - 1) * stride
+
+
+def apart(op: str, arguments: Any, name: str) -> None:
+    """ValueError if the array of this name, which is updated in place, shares memory with another; on the host."""
+    written = getattr(arguments, name)
+    for other, array in zip(arguments._fields, arguments, strict=True):
+        if array is None or array is written or (array.base is None and written.base is not array):  # has its own
+            continue
+        if np.shares_memory(written, array):
+            raise ValueError(f"{op}: {name} is updated in place and must not share memory with {other}")
+
+
+def boolean(op: str, name: str, value: Any) -> bool:
+    """An option that is either on or off; TypeError for anything else, since a string is neither."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{op}: {name} must be True or False, got {reprlib.repr(value)}")
+    return bool(value)
 
 
 def _remember(known: dict[Any, Any], key: Any, found: Any) -> None:
@@ -97,9 +140,11 @@ def sizes(op: str, **arguments: tuple[Any, str]) -> dict[str, int]:
             continue
         shapes = _shapes(forms)
         fitting = next((shape for shape in shapes if len(shape) == array.ndim), None)
-        if fitting is None or not _bind(known, fitting, array.shape):
+        bound = None if fitting is None else _bound(known, fitting, array.shape)
+        if bound is None:
             expected = " or ".join(_spelled(shape, known) for shape in ([fitting] if fitting else shapes))
             raise ValueError(f"{op}: {name} must have shape {expected}, got {array.shape}")
+        known = bound
     return known
 
 
@@ -108,14 +153,16 @@ def _shapes(forms: str) -> list[list[str]]:
     return [[symbol.strip() for symbol in form.split(",") if symbol.strip()] for form in forms.split("|")]
 
 
-def _bind(known: dict[str, int], symbols: list[str], shape: tuple[int, ...]) -> bool:
+def _bound(known: dict[str, int], symbols: list[str], shape: tuple[int, ...]) -> dict[str, int] | None:
+    """The known sizes and those that a shape adds, or None if it does not fit."""
+    bound = dict(known)
     for symbol, size in zip(symbols, shape, strict=True):
         factor, name, offset = _parsed(symbol)
-        if name not in known and factor == 1 and size >= offset:
-            known[name] = size - offset
-        if _evaluated(symbol, known) != size:
-            return False
-    return True
+        if name not in bound and factor == 1 and size >= offset:
+            bound[name] = size - offset
+        if _evaluated(symbol, bound) != size:
+            return None
+    return bound
 
 
 @functools.cache
@@ -131,9 +178,17 @@ def _evaluated(symbol: str, known: dict[str, int]) -> int | None:
 
 
 def _spelled(symbols: list[str], known: dict[str, int]) -> str:
-    spelled = f"({', '.join(symbols)}{',' if len(symbols) == 1 else ''})"
+    """The symbols, and behind them what is known of their sizes: ``(dim, state) = (4, state)``."""
     values = [_evaluated(symbol, known) for symbol in symbols]
-    return spelled if None in values else f"{spelled} = {tuple(values)}"
+    sizes = [symbol if value is None else str(value) for symbol, value in zip(symbols, values, strict=True)]
+    spelled, filled = (f"({', '.join(x)}{',' if len(x) == 1 else ''})" for x in (symbols, sizes))
+    return spelled if sizes == symbols else f"{spelled} = {filled}"
+
+
+def check_groups(op: str, name: str, groups: int, dim: int) -> None:
+    """ValueError unless so many groups of B or C can share the channels."""
+    if groups == 0 or dim % groups:
+        raise ValueError(f"{op}: {name}'s groups must divide dim = {dim}, got {groups}")
 
 
 def storage(op: str, **arrays: Array | None) -> np.dtype[Any]:

@@ -20,7 +20,7 @@ def segments(op: str, batch: int, length: int, seq_idx: Array | None, cu_seqlens
     """
     check_packing(op, batch, seq_idx, cu_seqlens)
     if cu_seqlens is not None:
-        return _packed(op, length, cu_seqlens.astype(np.int64))
+        return _packed(op, length, cu_seqlens)
     return _whole(batch, length) if seq_idx is None or length == 0 else _cut(seq_idx)
 
 
@@ -41,9 +41,14 @@ def _whole(batch: int, length: int) -> Array:
     return np.stack([rows, 0 * rows, np.full(batch, length), rows, rows], axis=1).astype(np.int64)
 
 
-def _packed(op: str, length: int, borders: Array) -> Array:
-    if len(borders) == 0 or borders[0] != 0 or borders[-1] != length or (np.diff(borders) < 0).any():
-        raise ValueError(f"{op}: cu_seqlens must rise from 0 to length = {length}, got {borders.tolist()}")
+def _packed(op: str, length: int, cu_seqlens: Array) -> Array:
+    falls = np.flatnonzero(cu_seqlens[1:] < cu_seqlens[:-1])
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != length or len(falls):
+        got = f"{cu_seqlens[0]} to {cu_seqlens[-1]}"
+        if len(falls):
+            got = f"{cu_seqlens[falls[0]]} before {cu_seqlens[falls[0] + 1]}, at {falls[0]}"
+        raise ValueError(f"{op}: cu_seqlens must rise from 0 to length = {length}, got {got}")
+    borders = cu_seqlens.astype(np.int64)
     sequences = np.arange(len(borders) - 1)
     return np.stack([0 * sequences, borders[:-1], np.diff(borders), sequences, sequences], axis=1)
 

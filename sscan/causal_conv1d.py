@@ -44,7 +44,7 @@ def _is_silu(op: str, activation: str | None) -> bool:
     return activation == "silu"
 
 
-@_checks.entered
+@partial(_checks.entered, always=("x", "weight"))
 def _checked(op: str, a: _Arguments) -> _Plan:
     wave, rows = "batch, dim, length", "batch" if a.cu_seqlens is None else "sequences"
     size = _checks.sizes(
@@ -126,7 +126,7 @@ def causal_conv1d(
     a = _checks.copied(a, plan.copies)
     segments = kernels.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
     y, final_state = caller.empty(a.x.shape, a.x.dtype), None
-    if return_final_state:
+    if _checks.boolean(op, "return_final_state", return_final_state):
         dim, width = a.weight.shape
         final_state = caller.empty((plan.sequences, dim, width - 1), plan.dtype)
     kernels.causal_conv1d_forward(a.x, a.weight, a.bias, silu, segments, a.initial_state, y, final_state)
@@ -177,6 +177,7 @@ def causal_conv1d_backward(
     """
     op = "causal_conv1d_backward"
     silu = _is_silu(op, activation)
+    _checks.required(op, dy=dy)
     caller, given, plan = _checked(
         op, _Arguments(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, dfinal_state)
     )
@@ -208,7 +209,8 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
         float64, float32, float16 or bfloat16.
     conv_state : array (batch, dim, kept), kept >= width - 1
         The inputs so far, newest last; shifted in place to end with x. float32, float16 or bfloat16 (float64 only with
-        float64 x). Updated without a copy if it is contiguous and in the accumulation dtype.
+        float64 x). Updated without a copy if it is contiguous and in the accumulation dtype. Its elements must not
+        share memory with each other, nor with other arguments (which is not looked for on a GPU).
     weight, bias, activation
         As given to `causal_conv1d`.
 
@@ -220,12 +222,15 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
     Raises
     ------
     ValueError, TypeError
-        As `causal_conv1d`; TypeError too if `conv_state` is read-only.
+        As `causal_conv1d`; TypeError too if `conv_state` is read-only, ValueError if it overlaps itself or (on the CPU)
+        another argument.
     """
     op = "causal_conv1d_update"
     silu = _is_silu(op, activation)
     caller, given, copies = _checked_step(op, _Step(x, conv_state, weight, bias))
     kernels = _backends.for_device(op, caller.device)
+    if caller.device == "cpu":
+        _checks.apart(op, given, "conv_state")
     a = _checks.copied(given, copies)
     y = caller.empty(a.x.shape, a.x.dtype)
     kernels.causal_conv1d_update(a.x, a.conv_state, a.weight, a.bias, silu, y)
@@ -241,7 +246,7 @@ class _Step(NamedTuple):
     bias: Any
 
 
-@partial(_checks.entered, writes=("conv_state",))
+@partial(_checks.entered, always=("x", "conv_state", "weight"), writes=("conv_state",))
 def _checked_step(op: str, a: _Step) -> dict[str, np.dtype[Any]]:
     """The copies to make, by argument."""
     size = _checks.sizes(

@@ -36,8 +36,7 @@ def _checked(op: str, delta: Array, A: Array, B: Array, method: str) -> _Problem
     time = "2*length" if is_complex and B.dtype.kind != "c" else "length"
     matrix = "dim, state" if lti else f"dim, state | batch, state, {time} | batch, groups, state, {time}"
     size = _checks.sizes(op, delta=(delta, "dim | batch, dim, length"), A=(A, "dim, state"), B=(B, matrix))
-    if size["dim"] % size.get("groups", 1):
-        raise ValueError(f"{op}: groups must divide dim = {size['dim']}, got {size['groups']}")
+    _checks.check_groups(op, "B", size.get("groups", 1), size["dim"])
     varying_real = B.ndim > 2 and B.dtype.kind != "c"
     real = _checks.accumulation(_checks.storage(op, delta=delta, B=B if varying_real else None))
     dtype = np.result_type(real, np.complex64) if is_complex else real
@@ -98,6 +97,7 @@ def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> Any:
     of threads.
     """
     op = "discretize"
+    _checks.required(op, delta=delta, A=A, B=B)
     caller, (delta, A, B) = _arrays.enter(op, delta=delta, A=A, B=B)
     kernels = _backends.for_device(op, caller.device)
     problem = _checked(op, delta, A, B, method)
@@ -136,6 +136,7 @@ def discretize_backward(
     Sums over batch, time and channels are formed in the accumulation dtype in an order that depends on the shape only.
     """
     op = "discretize_backward"
+    _checks.required(op, dA_bar=dA_bar, dB_bar=dB_bar, delta=delta, A=A, B=B)
     caller, (delta, A, B, *cotangents) = _arrays.enter(op, delta=delta, A=A, B=B, dA_bar=dA_bar, dB_bar=dB_bar)
     kernels = _backends.for_device(op, caller.device)
     problem = _checked(op, delta, A, B, method)

@@ -74,11 +74,13 @@ def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False
     the result is a few numbers for each row, or for each of its parts.
     """
     op = "linear_scan"
+    descending = _checks.boolean(op, "reverse", reverse)
+    _checks.required(op, a=a, b=b)
     caller, (a, b, initial_state) = _arrays.enter(op, a=a, b=b, initial_state=initial_state)
     kernels = _backends.for_device(op, caller.device)
     state = _initial(op, caller, initial_state, a=a, b=b)
     h = caller.empty(b.shape, b.dtype)
-    kernels.linear_scan_forward(_checks.rows(a), _checks.rows(b), state, bool(reverse), _checks.rows(h))
+    kernels.linear_scan_forward(_checks.rows(a), _checks.rows(b), state, descending, _checks.rows(h))
     return caller.leave(h)
 
 
@@ -109,12 +111,14 @@ def linear_scan_backward(
         As `linear_scan`.
     """
     op = "linear_scan_backward"
+    descending = _checks.boolean(op, "reverse", reverse)
+    _checks.required(op, dh=dh, a=a, h=h)
     caller, (a, dh, h, initial_state) = _arrays.enter(op, a=a, dh=dh, h=h, initial_state=initial_state)
     kernels = _backends.for_device(op, caller.device)
     state = _initial(op, caller, initial_state, a=a, dh=dh, h=h)
     da, db, dstate = (caller.empty(array.shape, array.dtype) for array in (a, a, state))
     kernels.linear_scan_backward(
-        _checks.rows(dh), _checks.rows(a), _checks.rows(h), state, bool(reverse),
+        _checks.rows(dh), _checks.rows(a), _checks.rows(h), state, descending,
         _checks.rows(da), _checks.rows(db), dstate,
     )  # fmt: skip
     dinitial_state = None

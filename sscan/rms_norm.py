@@ -1,5 +1,6 @@
 """Root-mean-square normalisation over the last axis, with the residual stream added on the way in."""
 
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,12 +17,14 @@ class RMSNormGradients(NamedTuple):
     dresidual: Any
 
 
-def _weight(op: str, x: Array, weight: Array, eps: float, **also: Array | None) -> Array:
+def _weight(op: str, x: Array, weight: Array, eps: Any, **also: Array | None) -> Array:
     """The weight in the accumulation dtype of x, after the checks; ``also`` are arrays of the shape of x."""
     _checks.same_shape(op, x=x, **also)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: weight must have shape (size,) = {x.shape[-1:]}, got {weight.shape}")
-    if not eps >= 0:
+    if not isinstance(eps, Real):
+        raise TypeError(f"{op}: eps must be a real number, got {type(eps).__name__}")
+    if not float(eps) >= 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps!r}")
     dtype = _checks.accumulation(_checks.storage(op, x=x, dy=also.get("dy")))
     return cast(Array, _checks.parameter(op, "weight", weight, dtype))
@@ -69,6 +72,7 @@ def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> An
     Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467, eq. (4).
     """
     op = "rms_norm"
+    _checks.required(op, x=x, weight=weight)
     caller, (x, weight, residual) = _arrays.enter(op, x=x, weight=weight, residual=residual)
     kernels = _backends.for_device(op, caller.device)
     weight = _weight(op, x, weight, eps, residual=residual)
@@ -114,6 +118,7 @@ def rms_norm_backward(
     dweight is formed in the accumulation dtype as partial sums of fixed groups of rows, added in a fixed order.
     """
     op = "rms_norm_backward"
+    _checks.required(op, dy=dy, x=x, weight=weight)
     caller, views = _arrays.enter(op, dy=dy, x=x, weight=weight, residual=residual, dresidual_out=dresidual_out)
     kernels = _backends.for_device(op, caller.device)
     dy, x, given_weight, residual, dresidual_out = views

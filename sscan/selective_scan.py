@@ -1,6 +1,7 @@
 """The selective scan (Algorithm 2 of Mamba, arXiv 2312.00752): S6, forward and backward."""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -111,7 +112,7 @@ def selective_scan(
     """
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
     problem = _prepare("selective_scan", given, delta_softplus, discretization)
-    if return_last_state:
+    if _checks.boolean("selective_scan", "return_last_state", return_last_state):
         return problem.run(None, problem.empty_last_state())
     y, _ = problem.run(None, None)
     return y
@@ -162,7 +163,8 @@ def selective_scan_forward(
     parts = None
     if exchange is not None:
         problem, parts = problem.exchanged(exchange)
-    checkpoints = problem.empty_checkpoints() if keep_checkpoints else None
+    kept = _checks.boolean("selective_scan", "keep_checkpoints", keep_checkpoints)
+    checkpoints = problem.empty_checkpoints() if kept else None
     y, last_state = problem.run(checkpoints, problem.empty_last_state(), parts)
     return y, last_state, None if checkpoints is None else problem.caller.leave(checkpoints)
 
@@ -208,6 +210,7 @@ def selective_scan_backward(
     The other parameters are those of ``selective_scan``. Between checkpoints the states are recomputed. Sums over
     batch, time and channels are taken in a fixed order: the results are the same bit for bit in every run.
     """
+    _checks.required("selective_scan_backward", dy=dy)
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
     problem = _prepare("selective_scan_backward", given, delta_softplus, discretization)
     parts = None
@@ -306,12 +309,23 @@ class _Problem(NamedTuple):
         return self.caller.empty(self._checkpoints_shape(), self.inputs.A.dtype)
 
     def checked_checkpoints(self, checkpoints: Any) -> Any:
-        """A view of checkpoints that came from outside; ValueError if they are those of other inputs."""
-        view, shape, dtype = _arrays.view(checkpoints), self._checkpoints_shape(), self.inputs.A.dtype
+        """Checkpoints that came from outside as the kernels take them; ValueError if they are those of other inputs."""
+        op, shape, dtype = "selective_scan_backward", self._checkpoints_shape(), self.inputs.A.dtype
+        view = self._view(op, "checkpoints", checkpoints)
         if (view.shape, view.dtype) != (shape, dtype):
             raise ValueError(
-                "selective_scan_backward: checkpoints must be those of selective_scan_forward for the same inputs, "
+                f"{op}: checkpoints must be those of selective_scan_forward for the same inputs, "
                 f"{dtype} of shape {shape}, got {view.dtype} of shape {view.shape}"
+            )
+        return _checks.parameter(op, "checkpoints", view, dtype)
+
+    def _view(self, op: str, name: str, array: Any) -> Any:
+        """The view of an array that came late; TypeError if it is of another library or device than the others."""
+        here, (view,) = _arrays.enter(op, **{name: array})
+        if (here.library, here.device) != (self.caller.library, self.caller.device):
+            raise TypeError(
+                f"{op}: {name} must be a {self.caller.library} array on {self.caller.device}, as the other arrays, got "
+                f"a {here.library} array on {here.device}"
             )
         return view
 
@@ -340,7 +354,7 @@ class _Problem(NamedTuple):
         found = exchange(self.caller.leave(passage))
         if found is None:
             return self, parts
-        passages = _arrays.view(found)
+        passages = self._view(op, "the result of exchange", found)
         if passages.shape[1:] != passage.shape or passages.dtype != real or not passages.flags.c_contiguous:
             raise ValueError(
                 f"{op}: exchange must return contiguous passages, {real} of shape (parts, "
@@ -364,7 +378,7 @@ class _Problem(NamedTuple):
 def _prepare(op: str, given: _Arguments, delta_softplus: bool, discretization: str) -> _Problem:
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
-    softplus, zoh = bool(delta_softplus), discretization == "zoh"
+    softplus, zoh = _checks.boolean(op, "delta_softplus", delta_softplus), discretization == "zoh"
     caller, a, plan = _checked(op, given, softplus, zoh)
     backend = _backends.for_device(op, caller.device)
     if plan.copies:
@@ -374,7 +388,7 @@ def _prepare(op: str, given: _Arguments, delta_softplus: bool, discretization: s
     return _Problem(caller, backend, a, inputs, plan.groups, segments, plan.sequences)
 
 
-@_checks.entered
+@partial(_checks.entered, always=("u", "delta", "A", "B", "C"))
 def _checked(op: str, a: _Arguments, delta_softplus: bool, zoh: bool) -> _Plan:
     is_complex = a.A.dtype.kind == "c"
     sizes = _check_shapes(op, a, is_complex)
@@ -406,8 +420,7 @@ def _check_shapes(op: str, a: _Arguments, is_complex: bool) -> dict[str, int]:
     if 1 not in (groups, others) and groups != others:
         raise ValueError(f"{op}: C must have B's {groups} groups, or one, got {others}")
     for name, count in (("B", groups), ("C", others)):
-        if count == 0 or sizes["dim"] % count:
-            raise ValueError(f"{op}: {name}'s groups must divide dim = {sizes['dim']}, got {count}")
+        _checks.check_groups(op, name, count, sizes["dim"])
     return sizes
 
 
@@ -423,8 +436,8 @@ def _check_dtypes(op: str, a: _Arguments, is_complex: bool) -> dict[str, np.dtyp
                 raise TypeError(f"{op}: {name} must be complex because A is and it is constant, got {array.dtype}")
             copies[name] = _checks.parameter_copy(op, name, array, number)
         elif array.dtype != (number if array.dtype.kind == "c" and is_complex else stored):
-            expected = f"{stored} (interleaved) or {number}" if is_complex else f"the dtype of u, {stored}"
-            raise TypeError(f"{op}: {name} must have dtype {expected}; got {array.dtype}")
+            expected = f"dtype {stored} (interleaved) or {number}" if is_complex else f"the dtype of u, {stored}"
+            raise TypeError(f"{op}: {name} must have {expected}; got {array.dtype}")
         else:
             copies[name] = _checks.time_copy(array)
     for name in ("A", "initial_state", "dlast_state"):

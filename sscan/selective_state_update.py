@@ -22,7 +22,7 @@ class _Arguments(NamedTuple):
     state_batch_indices: Any
 
 
-@partial(_checks.entered, writes=("state",))
+@partial(_checks.entered, always=("state", "x", "dt", "A", "B", "C"), writes=("state",))
 def _checked(op: str, a: _Arguments) -> dict[str, np.dtype[Any]]:
     """The copies to make, by argument."""
     matrix = "batch, state | batch, groups, state"
@@ -31,8 +31,7 @@ def _checked(op: str, a: _Arguments) -> dict[str, np.dtype[Any]]:
         state=(a.state, "slots, dim, state"), B=(a.B, matrix), C=(a.C, matrix), D=(a.D, "dim"), z=(a.z, "batch, dim"),
         dt_bias=(a.dt_bias, "dim"), state_batch_indices=(a.state_batch_indices, "batch"),
     )  # fmt: skip
-    if size["dim"] % size.get("groups", 1):
-        raise ValueError(f"{op}: groups must divide dim = {size['dim']}, got {size['groups']}")
+    _checks.check_groups(op, "B", size.get("groups", 1), size["dim"])
     is_complex = a.A.dtype.kind == "c"
     matrices = {} if is_complex else {"B": a.B, "C": a.C}
     real = _checks.accumulation(_checks.storage(op, x=a.x, dt=a.dt, z=a.z, **matrices))
@@ -71,9 +70,9 @@ def _state_copy(op: str, state: Array, dtype: np.dtype[Any]) -> np.dtype[Any] | 
     return _checks.parameter_copy(op, "state", state, dtype)
 
 
-def _check_slots(op: str, slots: Array, available: int) -> None:
+def _check_slots(op: str, slots: Array | None, available: int) -> None:
     """The values, which only the host can look at without waiting for the GPU."""
-    if slots.size and slots.max() >= available:
+    if slots is not None and slots.size and slots.max() >= available:
         raise ValueError(f"{op}: state_batch_indices must be below the rows of state, {available}, got {slots.max()}")
 
 
@@ -109,7 +108,8 @@ def selective_state_update(
     ----------
     state : array (batch, dim, state), or (slots, dim, state) with `state_batch_indices`
         In the accumulation dtype (complex for complex A) or, for a real A, float16 or bfloat16, to which the new state
-        is then rounded. Updated where it lies; copied and copied back only if its last axis is strided.
+        is then rounded. Updated where it lies; copied and copied back only if its last axis is strided. Its elements
+        must not share memory with each other, nor with other arguments (which is not looked for on a GPU).
     x, dt, z : array (batch, dim)
         Input, step size and gate, all float64, float32, float16 or bfloat16. z may be None.
     A : array (dim, state)
@@ -133,7 +133,8 @@ def selective_state_update(
     Raises
     ------
     ValueError
-        A shape does not fit, or (on the CPU) an index is too large.
+        A shape does not fit; `state` overlaps itself or (on the CPU) another argument; (on the CPU) an index is too
+        large.
     TypeError
         A dtype does not fit; `state` is read-only; arrays of different libraries or devices; a tensor that requires
         grad.
@@ -144,16 +145,18 @@ def selective_state_update(
     and for every number of threads; small steps run on the calling thread alone.
     """
     op = "selective_state_update"
+    softplus = _checks.boolean(op, "dt_softplus", dt_softplus)
     caller, given, copies = _checked(op, _Arguments(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices))
     kernels = _backends.for_device(op, caller.device)
+    on_host = caller.device == "cpu"
+    if on_host:
+        _checks.apart(op, given, "state")
+        _check_slots(op, given.state_batch_indices, len(given.state))
     a = _checks.copied(given, copies)
     slots = a.state_batch_indices
-    on_host = caller.device == "cpu"
-    if on_host and slots is not None:
-        _check_slots(op, slots, len(a.state))
     y = caller.empty(a.x.shape, a.x.dtype)
     kernels.selective_state_update(
-        a.state, slots, a.x, a.dt, a.A, _by_group(a.B), _by_group(a.C), a.D, a.z, a.dt_bias, bool(dt_softplus), y
+        a.state, slots, a.x, a.dt, a.A, _by_group(a.B), _by_group(a.C), a.D, a.z, a.dt_bias, softplus, y
     )
     if a.state is not given.state:
         # Only the rows that were updated: others belong to other threads. A GPU would have to be asked which they are.

@@ -76,6 +76,7 @@ def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "z
     for bit in every run and for every number of threads.
     """
     op = "ssm_kernel"
+    _checks.required(op, delta=delta, A=A, B=B, C=C)
     caller, (delta, A, B, C) = _arrays.enter(op, delta=delta, A=A, B=B, C=C)
     kernels = _backends.for_device(op, caller.device)
     system, C = _checked(op, delta, A, B, C, length, method)
@@ -112,6 +113,7 @@ def ssm_kernel_backward(
         As `ssm_kernel`.
     """
     op = "ssm_kernel_backward"
+    _checks.required(op, dK=dK, delta=delta, A=A, B=B, C=C)
     caller, (given, *system_views) = _arrays.enter(op, dK=dK, delta=delta, A=A, B=B, C=C)
     kernels = _backends.for_device(op, caller.device)
     delta, A, B, C = system_views
@@ -166,6 +168,7 @@ def ssm_convolution(u: Any, kernel: Any) -> Any:
     in every run and for every number of threads.
     """
     op = "ssm_convolution"
+    _checks.required(op, u=u, kernel=kernel)
     caller, (u, kernel) = _arrays.enter(op, u=u, kernel=kernel)
     kernels = _backends.for_device(op, caller.device)
     kernel = _convolution(op, u, kernel)
@@ -196,6 +199,7 @@ def ssm_convolution_backward(dy: Any, u: Any, kernel: Any) -> SSMConvolutionGrad
         As `ssm_convolution`.
     """
     op = "ssm_convolution_backward"
+    _checks.required(op, dy=dy, u=u, kernel=kernel)
     caller, (dy, u, given) = _arrays.enter(op, dy=dy, u=u, kernel=kernel)
     kernels = _backends.for_device(op, caller.device)
     kernel = _convolution(op, u, given, dy)

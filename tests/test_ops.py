@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import re
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +78,13 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], type[Exception], str]] = [
     ("causal_conv1d", "x", lambda x: x[0], ValueError, "x must have shape (batch, dim, length), got (20, 70)"),
     ("causal_conv1d", "x", integers, TypeError, "x must have dtype float64, float32, float16, bfloat16; got int32"),
     ("causal_conv1d", "x", lambda x: x.tolist(), TypeError, "x must be a NumPy, CuPy, PyTorch or JAX array"),
-    ("causal_conv1d", "weight", lambda w: w[1:], ValueError, "weight must have shape (dim, width), got (19, 4)"),
+    (
+        "causal_conv1d",
+        "weight",
+        lambda w: w[1:],
+        ValueError,
+        "weight must have shape (dim, width) = (20, width), got (19, 4)",
+    ),
     (
         "causal_conv1d",
         "weight",
@@ -97,7 +105,7 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], type[Exception], str]] = [
         "seq_idx must have shape (batch, length)",
     ),
     ("causal_conv1d", "seq_idx", lambda _: np.zeros((2, 70)), TypeError, "seq_idx must be integers, got float64"),
-    ("causal_conv1d_update", "x", short, ValueError, "conv_state must have shape (batch, dim, kept)"),
+    ("causal_conv1d_update", "x", short, ValueError, "(batch, dim, kept) = (2, 19, kept), got (2, 20, 3)"),
     ("causal_conv1d_update", "conv_state", short, ValueError, "kept >= width - 1"),
     ("causal_conv1d_update", "conv_state", double, TypeError, "conv_state must have dtype float32"),
     ("causal_conv1d_update", "bias", short, ValueError, "bias must have shape (dim,) = (20,), got (19,)"),
@@ -115,6 +123,18 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], type[Exception], str]] = [
     ("rms_norm", "residual", short, ValueError, "residual must have the shape of x, (2, 7, 40), got (2, 7, 39)"),
     ("rms_norm", "residual", double, TypeError, "residual must have dtype float32"),
     ("rms_norm", "eps", lambda _: -1.0, ValueError, "eps must be at least 0, got -1.0"),
+    ("rms_norm", "eps", lambda _: np.nan, ValueError, "eps must be at least 0, got nan"),
+    ("rms_norm", "eps", lambda _: "1e-5", TypeError, "eps must be a real number, got str"),
+    ("linear_scan", "reverse", lambda _: "no", TypeError, "reverse must be True or False, got 'no'"),
+    ("causal_conv1d", "return_final_state", lambda _: 1, TypeError, "return_final_state must be True or False, got 1"),
+    ("selective_state_update", "dt_softplus", lambda _: None, TypeError, "dt_softplus must be True or False, got None"),
+    (
+        "selective_state_update",
+        "state_batch_indices",
+        lambda _: np.array([0, 1, 2**63], np.uint64),
+        ValueError,
+        f"below the rows of state, 3, got {2**63}",
+    ),
     ("linear_scan", "b", short, ValueError, "b must have the shape of a, (2, 20, 70), got (2, 20, 69)"),
     ("linear_scan", "b", double, TypeError, "b must have the dtype of a, float32; got float64"),
     ("linear_scan", "a", integers, TypeError, "a must have dtype float64, float32"),
@@ -137,7 +157,13 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], type[Exception], str]] = [
         TypeError,
         "B must be complex, like A, got float32",
     ),
-    ("selective_state_update", "B", lambda B: B[:, :, :-1], ValueError, "B must have shape (batch, groups, state)"),
+    (
+        "selective_state_update",
+        "B",
+        lambda B: B[:, :, :-1],
+        ValueError,
+        "B must have shape (batch, groups, state) = (3, groups, 8), got (3, 2, 7)",
+    ),
     (
         "selective_state_update",
         "B",
@@ -155,7 +181,7 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], type[Exception], str]] = [
     ("selective_state_update", "D", short, ValueError, "D must have shape (dim,) = (20,), got (19,)"),
     ("selective_state_update", "z", short, ValueError, "z must have shape (batch, dim) = (3, 20), got (3, 19)"),
     ("selective_state_update", "dt_bias", double, TypeError, "dt_bias must have dtype float32"),
-    ("selective_state_update", "state", short, ValueError, "(slots, dim, state) = (3, 20, 8), got (3, 20, 7)"),
+    ("selective_state_update", "state", short, ValueError, "(slots, dim, state) = (slots, 20, 8), got (3, 20, 7)"),
     ("selective_state_update", "state", double, TypeError, "state must have dtype float32"),
     ("selective_state_update", "state", lambda s: s[:2].copy(), ValueError, "one row for each of x, 3, got 2"),
     (
@@ -189,8 +215,8 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], type[Exception], str]] = [
     ),
     ("discretize", "A", double, TypeError, "A must have dtype float32"),
     ("discretize", "B", double, TypeError, "B must have the dtype of delta, float32; got float64"),
-    ("discretize", "B", lambda B: np.repeat(B, 2, axis=1), ValueError, "groups must divide dim = 6, got 4"),
-    ("discretize", "B", short, ValueError, "(batch, groups, state, length) = (2, 2, 5, 17), got (2, 2, 5, 16)"),
+    ("discretize", "B", lambda B: np.repeat(B, 2, axis=1), ValueError, "B's groups must divide dim = 6, got 4"),
+    ("discretize", "B", short, ValueError, "(batch, groups, state, length) = (2, groups, 5, 17), got (2, 2, 5, 16)"),
     ("ssm_kernel", "length", lambda _: -1, ValueError, "length must be at least 0, got -1"),
     ("ssm_kernel", "length", lambda _: 3.0, TypeError, "length must be an integer, got float"),
     ("ssm_kernel", "C", short, ValueError, "C must have shape (dim, state) = (6, 5), got (6, 4)"),
@@ -225,6 +251,101 @@ def test_error_in_a_gradient(op: str, change: Any, exception: type[Exception]) -
     for name in given:
         with pytest.raises(exception, match=rf"^{op}_backward: {name} must"):
             backward(sscan, op, arguments, {**given, name: change(given[name])})
+
+
+REQUIRED = {
+    "selective_scan": ("base", "u delta A B C"),
+    "causal_conv1d": ("initial state", "x weight"),
+    "causal_conv1d_update": ("base", "x conv_state weight"),
+    "rms_norm": ("residual", "x weight"),
+    "linear_scan": ("initial state", "a b"),
+    "selective_state_update": ("base", "state x dt A B C"),
+    "discretize": ("zoh 2 B", "delta A B"),
+    "ssm_kernel": ("zoh", "delta A B C"),
+    "ssm_convolution": ("base", "u kernel"),
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, (_, names) in REQUIRED.items() for name in names.split()])
+def test_error_for_a_required_argument_that_is_none(op: str, name: str) -> None:
+    arguments = case_of(op, REQUIRED[op][0]).arguments()
+    with pytest.raises(TypeError, match=f"^{op}: {name} is required, got None$"):
+        getattr(sscan, op)(**{**arguments, name: None})
+
+
+BACKWARD_REQUIRED = {
+    "selective_scan": "dy u delta A B C",
+    "causal_conv1d": "dy x weight",
+    "rms_norm": "dy x weight",
+    "linear_scan": "dh a h",
+    "discretize": "dA_bar dB_bar delta A B",
+    "ssm_kernel": "dK delta A B C",
+    "ssm_convolution": "dy u kernel",
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, names in BACKWARD_REQUIRED.items() for name in names.split()]
+)
+def test_error_for_a_required_argument_of_a_gradient_that_is_none(op: str, name: str) -> None:
+    arguments = case_of(op, REQUIRED[op][0]).arguments()
+    outputs = forward(sscan, op, arguments)
+    arguments |= cotangents(outputs)
+    if op == "linear_scan":
+        arguments["h"] = outputs["h"]
+        del arguments["b"]
+    with pytest.raises(TypeError, match=f"^{op}_backward: {name} is required, got None$"):
+        getattr(sscan, f"{op}_backward")(**{**arguments, name: None})
+
+
+class Plain(np.ndarray):
+    """A class of somebody's own."""
+
+
+@pytest.mark.parametrize("op", REQUIRED)
+@pytest.mark.parametrize("kind", [np.ma.MaskedArray, np.matrix])
+def test_error_for_arrays_that_mean_more(op: str, kind: Any) -> None:
+    """A mask that would be ignored, and a class whose slices and products are not those of arrays."""
+    arguments = case_of(op, REQUIRED[op][0]).arguments()
+    arguments = {name: x.copy() if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    for name in REQUIRED[op][1].split():
+        given_ = np.zeros((2, 2), np.float32).view(kind)
+        with pytest.raises(TypeError, match=f"^{op}: {name} must be a plain array, .*; got {kind.__name__}$"):
+            getattr(sscan, op)(**{**arguments, name: given_})
+
+
+@pytest.mark.parametrize("op", REQUIRED)
+def test_arrays_of_ones_own_class_are_arrays(op: str) -> None:
+    arguments = case_of(op, REQUIRED[op][0]).arguments()
+    expected = forward(sscan, op, arguments)
+    own = {name: x.view(Plain) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    for name, x in forward(sscan, op, own).items():
+        np.testing.assert_array_equal(x, expected[name])
+        assert type(x) is (Plain if name == UPDATED.get(op) else np.ndarray)
+
+
+def test_no_class_is_remembered() -> None:
+    kind = type("Passing", (np.ndarray,), {})
+    x, weight = np.ones((2, 3), np.float32), np.ones(3, np.float32)
+    sscan.rms_norm(x.view(kind), weight)
+    sscan.causal_conv1d(x[None].view(kind), x[:, :2].view(kind))
+    reference = weakref.ref(kind)
+    del kind
+    gc.collect()
+    assert reference() is None
+
+
+def test_error_for_a_call_with_nothing() -> None:
+    """Not even a first array, of which the library could be asked."""
+    with pytest.raises(TypeError, match=r"^selective_scan: u is required, got None$"):
+        sscan.selective_scan(None, None, None, None, None)
+
+
+def test_error_for_no_groups() -> None:
+    arguments = case_of("selective_state_update", "groups 2").arguments()
+    arguments |= {name: arguments[name][:, :0] for name in "BC"} | {"state": arguments["state"].copy()}
+    with pytest.raises(ValueError, match=r"^selective_state_update: B's groups must divide dim = 20, got 0$"):
+        sscan.selective_state_update(**arguments)
 
 
 @pytest.mark.parametrize("op", ["causal_conv1d", "causal_conv1d_update"])
@@ -282,6 +403,72 @@ def test_update_refuses_a_read_only_state(op: str) -> None:
     arguments = case_of(op, "base").arguments()
     with pytest.raises(TypeError, match=rf"^{op}: {UPDATED[op]} is updated in place and must be writeable"):
         getattr(sscan, op)(**arguments)
+
+
+OVERLAPPING: dict[str, Callable[[int, int, int], tuple[int, int, int]]] = {
+    "expanded": lambda i, j, k: (0, j, k),
+    "expanded inside": lambda i, j, k: (i, 0, k),
+    "a sliding window": lambda i, j, k: (i, k, k),
+    "half a row apart": lambda i, j, k: (i // 2, j, k),
+    "half a row apart, backwards": lambda i, j, k: (-i // 2, j, k),
+    "halves of numbers": lambda i, j, k: (i, j, k // 2),
+}
+
+
+@updates
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_update_refuses_a_state_that_overlaps_itself(op: str, name: str) -> None:
+    arguments = case_of(op, "base").arguments()
+    memory = np.repeat(arguments[UPDATED[op]], 3, axis=0)[len(arguments["x"]) :]
+    strides = OVERLAPPING[name](*memory.strides)
+    state = np.lib.stride_tricks.as_strided(memory, arguments[UPDATED[op]].shape, strides, writeable=True)
+    with pytest.raises(ValueError, match=f"^{op}: {UPDATED[op]} is updated in place and must not overlap itself, got"):
+        getattr(sscan, op)(**{**arguments, UPDATED[op]: state})
+
+
+@updates
+def test_update_refuses_a_state_that_is_an_input_too(op: str) -> None:
+    arguments = case_of(op, "base").arguments()
+    state = arguments[UPDATED[op]].copy()
+    with pytest.raises(ValueError, match=f"^{op}: {UPDATED[op]} is updated in place and must not share memory with x$"):
+        getattr(sscan, op)(**{**arguments, UPDATED[op]: state, "x": state[:, :, -1]})
+
+
+@updates
+def test_update_refuses_a_state_that_is_a_view_of_an_input(op: str) -> None:
+    x = np.zeros((2, 4), np.float32)
+    parameters = {"weight": x[0, :4, None].repeat(2, 1)}
+    if op == "selective_state_update":
+        parameters = {"dt": x.copy(), "A": np.zeros((4, 1), np.float32), "B": x[:, :1].copy(), "C": x[:, :1].copy()}
+    with pytest.raises(ValueError, match=f"^{op}: {UPDATED[op]} is updated in place and must not share memory with x$"):
+        getattr(sscan, op)(**{UPDATED[op]: x[:, :, None], "x": x, **parameters})
+
+
+@updates
+def test_update_takes_inputs_beside_the_state(op: str) -> None:
+    """In the same memory, interleaved with it, but no element of both."""
+    arguments = case_of(op, "base").arguments()
+    expected, state, x = forward(sscan, op, arguments), arguments[UPDATED[op]], arguments["x"]
+    memory = np.concatenate([x[:, :, None], state], axis=2)
+    y = getattr(sscan, op)(**{**arguments, UPDATED[op]: memory[:, :, 1:], "x": memory[:, :, 0]})
+    np.testing.assert_array_equal(y, expected["y"])
+    np.testing.assert_array_equal(memory[:, :, 1:], expected[UPDATED[op]])
+
+
+@updates
+def test_update_takes_a_state_in_any_order(op: str) -> None:
+    """Axes that are exchanged, reversed or of one element do not overlap."""
+    arguments = case_of(op, "base").arguments()
+    expected = forward(sscan, op, arguments)
+    of_one = {name: x[:1] if name in (UPDATED[op], "x", "dt", "z", "B", "C") else x for name, x in arguments.items()}
+    for given_, arrange in (
+        (arguments, lambda x: np.ascontiguousarray(x.transpose(2, 0, 1)).transpose(1, 2, 0)),
+        (arguments, lambda x: x[::-1].copy()[::-1]),
+        (of_one, lambda x: np.lib.stride_tricks.as_strided(x.copy(), x.shape, (0, *x.strides[1:]), writeable=True)),
+    ):
+        state = arrange(given_[UPDATED[op]])
+        getattr(sscan, op)(**{**given_, UPDATED[op]: state})
+        np.testing.assert_array_equal(state, expected[UPDATED[op]][: len(state)])
 
 
 @pytest.mark.parametrize("stride", [1, 2])

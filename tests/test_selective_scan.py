@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from cases import (
     DTYPES,
     Arguments,
@@ -120,6 +121,26 @@ def test_checkpoints_of_other_inputs_are_refused(packing: dict[str, Any]) -> Non
     for wrong in (checkpoints[:-1], checkpoints.astype(np.float64)):
         with pytest.raises(ValueError, match="checkpoints must be those of selective_scan_forward"):
             sscan.selective_scan_backward(y, **problem, checkpoints=wrong)
+
+
+def test_checkpoints_in_any_memory() -> None:
+    problem = problem_of("float32")
+    y, _, checkpoints = sscan.selective_scan_forward(**problem)
+    expected = gradients(problem, {"dy": y}, checkpoints=checkpoints)
+    read_only, misaligned = checkpoints.copy(), np.empty(checkpoints.nbytes + 1, np.uint8)[1:].view(np.float32)
+    read_only.flags.writeable, misaligned[...] = False, checkpoints
+    for same in (np.repeat(checkpoints, 2)[::2], checkpoints[::-1].copy()[::-1], read_only, misaligned):
+        for name, gradient in gradients(problem, {"dy": y}, checkpoints=same).items():
+            assert_identical(gradient, expected[name], name)
+
+
+def test_checkpoints_are_arrays_of_the_same_library() -> None:
+    problem = problem_of("float32")
+    y, _, checkpoints = sscan.selective_scan_forward(**problem)
+    with pytest.raises(TypeError, match=r"^selective_scan_backward: checkpoints must be a NumPy array on cpu"):
+        sscan.selective_scan_backward(y, **problem, checkpoints=torch.from_numpy(checkpoints))
+    with pytest.raises(TypeError, match=r"^selective_scan_backward: checkpoints must be a NumPy, CuPy, .*; got list"):
+        sscan.selective_scan_backward(y, **problem, checkpoints=checkpoints.tolist())
 
 
 @SETTINGS
@@ -721,7 +742,7 @@ ERRORS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
         {"delta": zeros(2, 6, 63)},
         "delta must have shape (batch, dim, length) = (2, 6, 64), got (2, 6, 63)",
     ),
-    "A": (ValueError, {"A": zeros(5, 16)}, "A must have shape (dim, state), got (5, 16)"),
+    "A": (ValueError, {"A": zeros(5, 16)}, "A must have shape (dim, state) = (6, state), got (5, 16)"),
     "no state": (
         ValueError,
         {"A": zeros(6, 0), "B": zeros(6, 0), "C": zeros(6, 0)},
@@ -730,7 +751,7 @@ ERRORS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "B length": (
         ValueError,
         {"B": zeros(2, 1, 16, 63)},
-        "B must have shape (batch, groups, state, length) = (2, 1, 16, 64), got (2, 1, 16, 63)",
+        "B must have shape (batch, groups, state, length) = (2, groups, 16, 64), got (2, 1, 16, 63)",
     ),
     "B constant": (ValueError, {"B": zeros(6, 15)}, "B must have shape (dim, state) = (6, 16), got (6, 15)"),
     "B rank": (
@@ -746,7 +767,7 @@ ERRORS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "C interleaved": (
         ValueError,
         {"A": zeros(6, 16, dtype=np.complex64), "B": zeros(2, 16, 128)},
-        "C must have shape (batch, groups_of_c, state, 2*length)",
+        "C must have shape (batch, groups_of_c, state, 2*length) = (2, groups_of_c, 16, 128), got (2, 2, 16, 64)",
     ),
     "groups differ": (
         ValueError,
@@ -794,7 +815,7 @@ ERRORS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "B dtype": (
         TypeError,
         {"B": zeros(2, 2, 16, 64, dtype=half)},
-        "B must have dtype the dtype of u, float32; got float16",
+        "B must have the dtype of u, float32; got float16",
     ),
     "A too wide": (
         TypeError,
@@ -824,12 +845,18 @@ ERRORS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "complex B for real A": (
         TypeError,
         {"B": zeros(2, 16, 64, dtype=np.complex64)},
-        "B must have dtype the dtype of u, float32; got complex64",
+        "B must have the dtype of u, float32; got complex64",
     ),
     "complex B too wide": (
         TypeError,
         {"A": zeros(6, 16, dtype=np.complex64), "B": zeros(2, 16, 64, dtype=np.complex128), "C": zeros(2, 16, 128)},
         "B must have dtype float32 (interleaved) or complex64; got complex128",
+    ),
+    "softplus": (TypeError, {"delta_softplus": "no"}, "delta_softplus must be True or False, got 'no'"),
+    "return_last_state": (
+        TypeError,
+        {"return_last_state": "x" * 10**6},
+        "return_last_state must be True or False, got 'xxxxxxxxxxxx...xxxxxxxxxxxxx'",
     ),
     "a list": (TypeError, {"u": [[[1.0]]]}, "u must be a NumPy, CuPy, PyTorch or JAX array, or offer DLPack; got list"),
 }
@@ -844,14 +871,24 @@ def test_errors(name: str) -> None:
     assert message in str(error.value)
 
 
-CU_SEQLENS = {"too short": [0, 63], "too long": [0, 65], "late": [1, 64], "falling": [0, 40, 30, 64]}
+CU_SEQLENS: dict[str, tuple[Array, str]] = {
+    "too short": (np.array([0, 63]), "0 to 63"),
+    "too long": (np.array([0, 65]), "0 to 65"),
+    "late": (np.array([1, 64]), "1 to 64"),
+    "falling": (np.array([0, 40, 30, 64]), "40 before 30, at 1"),
+    "a difference beyond int64": (np.array([0, 2**63 - 1, -(2**63), 64]), f"{2**63 - 1} before {-(2**63)}, at 1"),
+    "beyond int64": (np.array([0, 2**63, 64], np.uint64), f"{2**63} before 64, at 1"),
+    "a million": (np.arange(10**6), "0 to 999999"),
+}
 
 
 @pytest.mark.parametrize("name", CU_SEQLENS)
 def test_errors_of_cu_seqlens(name: str) -> None:
     one = {k: x[:1] if x.ndim > 2 else x for k, x in GOOD.items()}
-    with pytest.raises(ValueError, match=r"selective_scan: cu_seqlens must rise from 0 to length = 64, got \["):
-        sscan.selective_scan(**one, cu_seqlens=np.array(CU_SEQLENS[name]))
+    cu_seqlens, got = CU_SEQLENS[name]
+    expected = f"^selective_scan: cu_seqlens must rise from 0 to length = 64, got {got}$"
+    with pytest.raises(ValueError, match=expected):
+        sscan.selective_scan(**one, cu_seqlens=cu_seqlens)
 
 
 def test_errors_of_packed_states() -> None:
