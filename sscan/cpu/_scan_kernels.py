@@ -6,8 +6,8 @@ time-major and put through softplus once; then a few states at a time stay in re
 
 Names in capitals are scratch memory of one thread. Time-major scratch holds 16 lanes for each step of the chunk,
 row-major scratch 16 steps for each row of a tile. ``padded`` is the number of states, rounded up to whole wide
-numbers; the states that this adds have A = B = C = 0. A complex C is kept as 2 conj(C), so that y = Re(conj(C) h) in
-both cases. A block with fewer than 16 channels has lanes that read zeros and are never written.
+numbers; the states that this adds have A = -1 and B = C = 0. A complex C is kept as 2 conj(C), so that
+y = Re(conj(C) h) in both cases. A block with fewer than 16 channels has lanes that read zeros and are never written.
 """
 
 import functools
@@ -53,6 +53,8 @@ CHUNK = 128  # steps that stay in cache while the states walk over them
 CHECKPOINT = 32  # the same when states are kept for the backward: their distance, and the backward's chunk
 SQUARE = TILE * TILE
 GONE = {4: 120.0, 8: 800.0}  # by bytes of a number: exp of minus this leaves nothing of any state
+
+PADDING_RATE = -1  # of the states that fill up a wide number: with 0 for A an infinite step would make NaN of them
 
 # Merged into the kernel before types are inferred: what is constant in the kernel is constant in the loop.
 inlined = numba.njit(inline="always")
@@ -287,7 +289,7 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         CS = scratch(padded * (chunk if C_varies else TILE), A.dtype)
         BS[:] = 0
         CS[:] = 0
-        R[:] = 0
+        R[:] = PADDING_RATE
         I[:] = 0
         while True:
             task = take(counter)
@@ -591,7 +593,7 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         BS, GB = scratch(padded * T if B_varies else every, A.dtype), scratch(T * size if B_varies else every, A.dtype)
         CS, GC = scratch(padded * T if C_varies else every, A.dtype), scratch(T * size if C_varies else every, A.dtype)
         D_SUM, BIAS_SUM = scratch(most * SQUARE, waves.D.dtype), scratch(most * SQUARE, waves.D.dtype)
-        own.R[:] = 0
+        own.R[:] = PADDING_RATE
         own.I[:] = 0
         own.AA[:] = 0
         while True:

@@ -215,6 +215,7 @@ def discretize_forward(delta, A, B, method, A_bar, B_bar):
     )  # fmt: skip
 
 
+@np.errstate(all="ignore")  # sums of partial sums may overflow, as those that kernels form
 def discretize_backward(dA_bar, dB_bar, delta, A, B, method, ddelta, dA, dB):
     """Fill ddelta, dA and dB; arrays as in ``discretize_forward``."""
     batch, dim, length, state = dA_bar.shape

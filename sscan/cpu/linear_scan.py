@@ -194,11 +194,18 @@ def _flat(array):
     return view(array.reshape(1, 1, -1))
 
 
+def _lines(a, b, initial, descending, adjoint):
+    """How rows are cut, ``shape``, and the state that every line starts from, (lines,), given those of the rows."""
+    rows, length = a.shape
+    shape = length, *cut(rows, length)
+    first = _starts(a, b, initial, descending, adjoint, shape) if shape[1] > 1 else initial
+    if np.isfinite(first).all():
+        return shape, first
+    return (length, 1, -(-length // TILE) * TILE), initial  # the product of a part may overflow where its states do not
+
+
 def _starts(a, b, initial, descending, adjoint, shape):
-    """The state that every line starts from, (lines,), given those that the rows start from."""
     rows, (_, parts, part_length) = len(a), shape
-    if parts == 1:
-        return initial
     per_task = lines_per_task(part_length)
     states, product = np.empty((rows, parts + 1), initial.dtype), np.empty((rows, parts), initial.dtype)
     zeros, last = np.zeros(rows * parts, initial.dtype), np.empty(rows * parts, initial.dtype)
@@ -216,11 +223,8 @@ def linear_scan_forward(a, b, initial_state, reverse, h):
 
     initial_state (rows,) is contiguous, in the accumulation dtype.
     """
-    rows, length = a.shape
-    parts, part_length = cut(rows, length)
-    shape, per_task = (length, parts, part_length), lines_per_task(part_length)
-    first = _starts(a, b, initial_state, reverse, False, shape)
-    last = np.empty_like(first)
+    shape, first = _lines(a, b, initial_state, reverse, False)
+    per_task, last = lines_per_task(shape[2]), np.empty_like(first)
     run(
         scan, -(-len(first) // per_task), view(a[None]), view(b[None]), view(h[None]), _flat(first), _flat(last),
         ABSENT, first[:0], len(first), per_task, shape, reverse, False,
@@ -230,14 +234,13 @@ def linear_scan_forward(a, b, initial_state, reverse, h):
 def linear_scan_backward(dh, a, h, initial_state, reverse, da, db, dinitial_state):
     """Fill da, db and dinitial_state; arrays as in ``linear_scan_forward``."""
     rows, length = a.shape
-    parts, part_length = cut(rows, length)
-    shape, per_task = (length, parts, part_length), lines_per_task(part_length)
-    first = _starts(a, dh, np.zeros_like(initial_state), not reverse, True, shape)
+    shape, first = _lines(a, dh, np.zeros_like(initial_state), not reverse, True)
+    _, parts, part_length = shape
     before = np.empty((rows, parts), initial_state.dtype)
     for part in range(parts):
         border = min((part + 1) * part_length, length) if reverse else part * part_length - 1
         before[:, part] = h[:, border] if 0 <= border < length else initial_state
-    last = np.empty_like(first)
+    per_task, last = lines_per_task(part_length), np.empty_like(first)
     run(
         backward, -(-len(first) // per_task), view(dh[None]), view(a[None]), view(h[None]), view(da[None]),
         view(db[None]), _flat(first), _flat(last), _flat(before), first[:0], len(first), per_task,

@@ -81,13 +81,13 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
         segments = np.column_stack([segments[:, :4], np.full(len(segments), -1)])
         last_state = or_none(None, inputs.A)
     table = parts(segments, groups * blocks_of(inputs.A, groups))
-    if table is not None:
-        segments, initial_state = forward_parts(table, segments, groups, inputs, initial_state)
-    launch_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints)
+    results = y, last_state, checkpoints
+    if table is None or not forward_in_parts(table, segments, groups, inputs, initial_state, *results):
+        launch_forward(segments, groups, inputs, initial_state, *results)
 
 
 def launch_forward(segments, groups, inputs, initial_state, y, last_state, checkpoints):
-    """``selective_scan_forward`` of segments that are split already."""
+    """``selective_scan_forward`` of segments as they are."""
     A, B, C = inputs.A, inputs.B, inputs.C
     (B_view, B_constant), (C_view, C_constant) = both_forms(B, A, groups), both_forms(C, A, groups)
     run(
@@ -102,19 +102,21 @@ def launch_forward(segments, groups, inputs, initial_state, y, last_state, check
 def selective_scan_summary(segments, groups, inputs, initial_state, passage):
     """Fill passage (batch, dim, reals + 1), as ``selective_scan_forward`` hands it on; there are no parts."""
     inputs = with_zeros(inputs.by_group())
-    fill_passage(passage, *ends_of(segments, groups, inputs), inputs.A, initial_state)
+    whole = not all_finite(inputs.u, inputs.delta, inputs.B)
+    fill_passage(passage, *ends_of(segments, groups, inputs, whole), inputs.A, initial_state)
 
 
 def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, passage):
     """Fill passage (batch, dim, reals + 1) for the way back; there are no parts."""
     inputs = with_zeros(inputs.by_group())
-    fill_passage(passage, *starts_of(segments, groups, inputs, dy), inputs.A.conj(), dlast_state)
+    whole = not all_finite(dy, inputs.z, inputs.delta, inputs.C)
+    fill_passage(passage, *starts_of(segments, groups, inputs, dy, whole), inputs.A.conj(), dlast_state)
 
 
 def fill_passage(passage, sums, states, A, entering):
     """Put together what sequences end in by themselves, what is left of what entered them, and their step sizes."""
     if entering is not None:
-        states += decays_of(sums, A) * entering
+        states = behind(entering, sums, A, states)
     passage[..., :-1], passage[..., -1] = states.view(A.real.dtype), sums
 
 
@@ -122,21 +124,26 @@ def selective_scan_through(A, passages, back, entering, states):
     """Fill states (batch, dim, state) with what comes out of all passages, plus ``entering`` behind them."""
     states[...] = 0
     for passage in passages[::-1] if back else passages:
-        states *= decays_of(passage[..., -1], A.conj() if back else A)
-        states += passage[..., :-1].view(A.dtype)
+        states[...] = behind(states, passage[..., -1], A.conj() if back else A, passage[..., :-1].view(A.dtype))
     if entering is not None:
         states += entering
 
 
+@np.errstate(all="ignore")  # sums of partial sums may overflow, as those that kernels form
 def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients, known_parts):
     """Fill ``gradients``, which has the attributes du, ddelta, ... and dinitial_state, None where there is no input."""
     inputs = with_zeros(inputs.by_group())
     dB, dC = gradients.dB.reshape(inputs.B.shape), gradients.dC.reshape(inputs.C.shape)
     gradients = gradients._replace(dB=dB, dC=dC)
+    table = parts(segments, groups * blocks_of(inputs.A, groups))
+    rest = checkpoints, dy, dlast_state, gradients
+    if table is None or not backward_in_parts(table, segments, groups, inputs, *rest):
+        launch_backward(segments, groups, inputs, *rest)
+
+
+def launch_backward(segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
+    """``selective_scan_backward`` of segments as they are."""
     A, B, C = inputs.A, inputs.B, inputs.C
-    table = parts(segments, groups * blocks_of(A, groups))
-    if table is not None:
-        segments, dlast_state = backward_parts(table, segments, groups, inputs, dy, dlast_state)
     bundles = max(1, min(len(segments), TASKS))
     slices = max(1, min(blocks_of(A, groups), -(-TASKS // (bundles * groups))))
     (B_view, B_constant), (C_view, C_constant) = both_forms(B, A, groups), both_forms(C, A, groups)
@@ -190,10 +197,13 @@ def store_numbers(gradient: np.ndarray, total: np.ndarray) -> None:
     gradient[...] = total if gradient.dtype.kind == total.dtype.kind else total.view(total.real.dtype)
 
 
-# --- the split along time
-# -------------------------------------------------------------------------------------------- A part's end state is
-# its own, from zero, plus what is left of its initial state: exp(A sum(delta)) of it. The part's own end state needs
-# only those last steps that are still felt at its end. The backward is the same in reverse.
+# --- the split along time ---------------------------------------------------------------------------------------------
+# A part's end state is its own, from zero, plus what is left of its initial state: exp(A sum(delta)) of it. The part's
+# own end state needs only those last steps that are still felt at its end. The backward is the same in reverse.
+#
+# This is so as long as all numbers are finite. A NaN is felt for ever, and where a state may grow, its two portions can
+# be infinite when their sum is not. So all is done again, without parts, if a state that a part starts from, or has
+# come to when it was walked, is not finite.
 
 BLOCKS = 4  # with fewer, the segments are split
 PARTS = 8  # into parts for about as many blocks
@@ -221,20 +231,29 @@ def parts(segments: np.ndarray, blocks: int) -> np.ndarray | None:
     return np.stack([batch, start + begin, np.minimum(begin + step, whole) - begin, parent, parent], axis=1)
 
 
-def forward_parts(table, segments, groups, inputs, initial_state):
-    """The table for the forward over parts, and the parts' initial states."""
+def forward_in_parts(table, segments, groups, inputs, initial_state, y, last_state, checkpoints):
+    """``launch_forward`` over parts; whether the results may be kept."""
     parent, first, last = relatives(table)
     states = first_rows(first, segments[parent, 3], initial_state, inputs.A)
     carrying = np.flatnonzero(~last)
     sums, ends = ends_of(table[carrying], groups, inputs)
-    for part, decay, end in zip(carrying, decays_of(sums, inputs.A), ends, strict=True):
-        states[part + 1] = decay * states[part] + end
-    return np.column_stack([table[:, :3], np.arange(len(table)), np.where(last, segments[parent, 4], -1)]), states
+    for part, passed, end in zip(carrying, sums, ends, strict=True):
+        states[part + 1] = behind(states[part], passed, inputs.A, end)
+    if not np.isfinite(states).all():
+        return False
+    number, ends = np.arange(len(table)), np.empty_like(states)
+    launch_forward(np.column_stack([table[:, :3], number, number]), groups, inputs, states, y, ends, checkpoints)
+    last_rows(last, segments[parent, 4], ends, last_state)
+    return np.isfinite(ends[carrying]).all()
 
 
-def ends_of(table, groups, inputs):
-    """The sums of the step sizes over stretches, and the states that these end in when they start from zero."""
+def ends_of(table, groups, inputs, whole=False):
+    """The sums of the step sizes over stretches, and the states that these end in when they start from zero.
+
+    ``whole``: all of their steps are walked, also those that are not felt at the end.
+    """
     sums, steps = felt(table, groups, inputs, True)
+    steps = table[:, 2] if whole else steps
     tails = np.column_stack(
         [table[:, 0], table[:, 1] + table[:, 2] - steps, steps, 0 * steps - 1, np.arange(len(table))]
     )
@@ -243,20 +262,29 @@ def ends_of(table, groups, inputs):
     return sums, ends
 
 
-def backward_parts(table, segments, groups, inputs, dy, dlast_state):
-    """The table for the backward over parts, and the gradients of the parts' last states."""
+def backward_in_parts(table, segments, groups, inputs, checkpoints, dy, dlast_state, gradients):
+    """``launch_backward`` over parts; whether the results may be kept."""
     parent, first, last = relatives(table)
-    gradients = first_rows(last, segments[parent, 4], dlast_state, inputs.A)
+    states = first_rows(last, segments[parent, 4], dlast_state, inputs.A)
     carrying = np.flatnonzero(~first)
     sums, starts = starts_of(table[carrying], groups, inputs, dy)
-    for part, decay, start in reversed(list(zip(carrying, decays_of(sums, inputs.A), starts, strict=True))):
-        gradients[part - 1] = decay.conj() * gradients[part] + start
-    return np.column_stack([table[:, :3], np.where(first, segments[parent, 3], -1), np.arange(len(table))]), gradients
+    for part, passed, start in reversed(list(zip(carrying, sums, starts, strict=True))):
+        states[part - 1] = behind(states[part], passed, inputs.A.conj(), start)
+    if not np.isfinite(states).all():
+        return False
+    number, starts = np.arange(len(table)), np.empty_like(states)
+    launch_backward(
+        np.column_stack([table[:, :3], number, number]), groups, inputs, checkpoints, dy, states,
+        gradients._replace(dinitial_state=starts),
+    )  # fmt: skip
+    last_rows(first, segments[parent, 3], starts, gradients.dinitial_state)
+    return np.isfinite(starts[carrying]).all()
 
 
-def starts_of(table, groups, inputs, dy):
+def starts_of(table, groups, inputs, dy, whole=False):
     """The sums of the step sizes over stretches, and the gradients at their starts when none enters at their ends."""
     sums, steps = felt(table, groups, inputs, False)
+    steps = table[:, 2] if whole else steps
     heads = np.column_stack([table[:, :2], steps])
     starts = np.empty((len(table), *inputs.A.shape), inputs.A.dtype)
     C_view, C_constant = both_forms(inputs.C, inputs.A, groups)
@@ -283,6 +311,13 @@ def first_rows(at: np.ndarray, rows: np.ndarray, states: np.ndarray | None, A: n
     return taken
 
 
+def last_rows(at: np.ndarray, rows: np.ndarray, states: np.ndarray, given: np.ndarray | None) -> None:
+    """Fill ``given``, if it is, from the parts that hand their states outside."""
+    outside = at & (rows >= 0)
+    if given is not None and outside.any():
+        given[rows[outside]] = states[outside]
+
+
 def felt(table, groups, inputs, from_end):
     """The sum of step sizes over each part, and how many steps at its end (or start) are felt beyond that end.
 
@@ -293,12 +328,22 @@ def felt(table, groups, inputs, from_end):
     sums, walked = np.empty((len(table), A.shape[0]), dtype), np.empty((len(table), blocks), np.int64)
     waves, gone = waves_of(inputs, groups), GONE[dtype.itemsize]
     run(reach, len(table) * blocks, groups, table, waves, A, gone, from_end, sums, walked)
-    part, channel = np.nonzero(np.isinf(sums))
-    sums[part, channel] = gone / -A.real.max(1)[channel]
+    slowest = -A.real.max(1)
+    part, channel = np.nonzero(np.isinf(sums) & (slowest > 0))
+    sums[part, channel] = gone / slowest[channel]
     return sums, walked.max(axis=1, initial=0)
 
 
-def decays_of(sums, A):
-    """What parts leave of a state, from the sums of their step sizes."""
-    with np.errstate(over="ignore"):
-        return np.exp(sums[..., None] * A).astype(A.dtype)
+@np.errstate(all="ignore")
+def behind(states, sums, A, ends):
+    """States behind a part, from those before it, the sums of its step sizes, and what it ends in from zero.
+
+    The decay is applied in two halves, finite wherever its product with a number is. A state of zero stays zero.
+    """
+    half = np.exp(sums[..., None] / 2 * A).astype(A.dtype)
+    return np.where(states == 0, 0, half * (half * states)) + ends
+
+
+def all_finite(*arrays: np.ndarray | None) -> bool:
+    """Whether there is no NaN and no infinity in any of the arrays."""
+    return all(np.isfinite(x).all() for x in arrays if x is not None)

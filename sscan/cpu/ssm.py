@@ -126,6 +126,7 @@ def over_channels(work, shape):
 # --- what the ops call -----------------------------------------------------------------------------------------------
 
 
+@np.errstate(all="ignore")  # products may overflow, as those that kernels form
 def ssm_kernel_forward(A_bar, B_bar, C, K):
     """Fill K (dim, length), real, from (dim, state) arrays, all contiguous and in one precision."""
     twice = 2 if np.iscomplexobj(A_bar) else 1
@@ -133,6 +134,7 @@ def ssm_kernel_forward(A_bar, B_bar, C, K):
     run(kernel_forward, dim * -(-length // CHUNK), A_bar, twice * C * B_bar, K)
 
 
+@np.errstate(all="ignore")
 def ssm_kernel_backward(dK, A_bar, B_bar, C, dA_bar, dB_bar, dC):
     """Fill dA_bar, dB_bar and dC; arrays as in ``ssm_kernel_forward``."""
     is_complex = np.iscomplexobj(A_bar)

@@ -39,6 +39,7 @@ from sscan.cuda._primitives import (
 from sscan.cuda._target import device
 from sscan.cuda._unroll import unroll
 from sscan.cuda.kernels._segments import read_integer, segment
+from sscan.cuda.kernels.selective_scan_through import behind
 
 THREADS, CHANNELS = 128, 32  # of a block
 LANES = 4  # of a channel
@@ -126,7 +127,8 @@ def readers(number, states, zoh, tile):
     f, real = number_functions(number), real_of(number)
     one_real, read_real, write_one = local_array(1, real), reader(real, real, 1, False, False), writer(real, real, 1)
     read_numbers = reader(real, number, states)
-    nonzero, inverse, rate_of, zero, one = f.nonzero, f.inverse, f.rate, f.zero, f.one
+    nonzero, inverse, rate_of, zero, one, choose = f.nonzero, f.inverse, f.rate, f.zero, f.one, f.choose
+    padding = number.type(-1)  # for states that are not there: an infinite step makes 0 of them, and times 0 it is NaN
 
     @device
     def parameter(address, index, end):
@@ -150,7 +152,7 @@ def readers(number, states, zoh, tile):
         for j in range(states):
             value = rate[j]
             if zoh:
-                value = nonzero(value)
+                value = choose(j < valid, nonzero(value), padding)
                 per_A[j] = inverse(value)
             rate[j] = rate_of(value)
 
@@ -176,7 +178,7 @@ def past_parts(number, states, back):
     read_end, read_sum = reader(real, number, states, True, False), reader(real, real, 1, False, False)
     one_end, one_sum = local_array(states, number), local_array(1, real)
     some_ends, some_sums = local_array(ahead * states, number), local_array(ahead, real)
-    decay, product, choose, conj, zero, infinite = f.decay, f.product, f.choose, f.conj, f.zero, real.type(np.inf)
+    choose, conj, zero, infinite, walked = f.choose, f.conj, f.zero, real.type(np.inf), behind(number)
 
     @device
     def walk(h, rate, part_ends, part_sums, first, apart, count, padded, n, alive):
@@ -193,9 +195,9 @@ def past_parts(number, states, back):
             for k in unroll(ahead, ahead < 4):
                 ended = sums[k] == infinite  # a sequence, in this part
                 for j in range(states):
-                    a = decay(select(ended, zero, sums[k]), rate[j])
-                    left = product(conj(a) if back else a, h[j])
-                    h[j] = choose(ended, ends[k * states + j], left + ends[k * states + j])
+                    through = conj(rate[j]) if back else rate[j]  # whose decay is the conjugate of that of A
+                    after = walked(h[j], select(ended, zero, sums[k]), through, ends[k * states + j])
+                    h[j] = choose(ended, ends[k * states + j], after)
 
     return walk
 

@@ -4,6 +4,8 @@ A thread has one state of one channel and walks the stretches one by one. There 
 waiting for memory, so that several stretches are read at once.
 """
 
+from functools import cache
+
 import numpy as np
 
 from sscan.cuda._launch import Kernel, Shape
@@ -19,17 +21,36 @@ from sscan.cuda._primitives import (
     thread_index,
     writer,
 )
+from sscan.cuda._target import device
 from sscan.cuda._through import THREADS
 from sscan.cuda._unroll import unroll
+from sscan.cuda.kernels._warp import zero_test
 
 AHEAD = 128  # bytes of stretches that a thread reads at once
+
+
+@cache
+def behind(number):
+    """``behind(state, passed, rate, end)``: the state behind a stretch of a sum of step sizes that ends in ``end``.
+
+    The decay is applied in two halves, finite wherever its product with a number is. A state of zero stays zero.
+    """
+    f, is_zero = number_functions(number), zero_test(number)
+    product, decay, choose, half = f.product, f.decay, f.choose, f.one / 2
+
+    @device
+    def behind_stretch(state, passed, rate, end):
+        a = decay(half * passed, rate)
+        return choose(is_zero(state), end, product(a, product(a, state)) + end)
+
+    return behind_stretch
 
 
 def through(number):
     """The state behind all stretches and, where there is room for it behind a channel's states, their step sizes."""
     number, real = np.dtype(number), real_of(np.dtype(number))
     f, reals, size = number_functions(number), planes(number), real.itemsize
-    product, decay, rate_of, conj, choose, zero = f.product, f.decay, f.rate, f.conj, f.choose, f.zero
+    rate_of, conj, choose, zero, walked = f.rate, f.conj, f.choose, f.zero, behind(number)
     one_number, one_real = local_array(1, number), local_array(1, real)
     ahead = AHEAD // number.itemsize
     heavy = real == np.float64  # its exponential is a polynomial: NVVM would leave even short loops as they are
@@ -69,7 +90,7 @@ def through(number):
                 there = begin + k < stretches  # else it takes no time, and adds nothing
                 own[k], passed[k] = choose(there, x[0], nothing), select(there, s[0], zero)
             for k in unroll(ahead, heavy):
-                h[0] = product(decay(passed[k], rate), h[0]) + own[k]
+                h[0] = walked(h[0], passed[k], rate, own[k])
                 total = total + passed[k]
         if added != 0:
             read_number(x, added, index, 1)
