@@ -11,6 +11,7 @@ import pytest
 from cases import Arguments, Case, Generator, cases_of, check_backward, check_forward, scan_problem
 from emulator import emulated
 
+import sscan
 from sscan.cuda import selective_scan
 
 if TYPE_CHECKING:
@@ -73,6 +74,59 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(selective_scan, "SHORTEST", 32)
     yield
     selective_scan._plans.clear()
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("number", ["float32", "complex64"])
+@pytest.mark.parametrize("start", [0.0, 1e-30])
+def test_a_state_that_grows_on_a_split_row(number: str, start: float) -> None:
+    """e^128 for each part is infinite: but of nothing it makes nothing, and of a small state a number."""
+    wave, one = np.zeros((1, 1, 200), np.float32), np.ones((1, 1, 200), number)
+    problem = {"u": wave, "delta": np.full_like(wave, 4.0), "A": np.ones((1, 1), number), "B": one, "C": one}
+    problem["initial_state"] = np.full((1, 1, 1), start, number)
+    problem["delta"][..., 32:] = 0 if start else 4.0
+    problem["u"][..., -1] = 1
+    y, last_state = emulated.selective_scan(**problem, return_last_state=True)
+    expected, state = sscan.selective_scan(
+        **{k: np.repeat(x, 8, 0) if k != "A" else x for k, x in problem.items()}, return_last_state=True
+    )
+    np.testing.assert_allclose(y, expected[:1], rtol=1e-3)
+    np.testing.assert_allclose(last_state, state[:1], rtol=1e-3)
+    dy = np.zeros_like(wave)
+    dy[..., 0] = 1
+    gradients = emulated.selective_scan_backward(dy, **problem)
+    assert all(np.isfinite(x).all() for x in gradients if x is not None)
+    assert gradients.ddelta.any() == bool(start)
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("name", ["u", "delta"])
+def test_what_is_not_finite_stays_in_its_channel(name: str) -> None:
+    problem = scan_problem(np.random.default_rng(0), **{**FEW, "A_scale": 30.0})
+    problem[name] = problem[name].copy()
+    problem[name][0, 1, 3] = np.nan
+    y, last_state = emulated.selective_scan(**problem, return_last_state=True)
+    others = np.arange(5) != 1
+    assert np.isnan(y[0, 1, 3:]).all()
+    assert np.isnan(last_state[0, 1]).all()
+    assert np.isfinite(y[0, others]).all()
+    assert np.isfinite(last_state[0, others]).all()
+
+
+@pytest.mark.parametrize("state", [4, 5, 17])
+def test_an_infinite_step_under_zoh(state: int) -> None:
+    """It forgets everything and leaves -B u / A, whatever fills up the lanes of a channel."""
+    problem = scan_problem(
+        np.random.default_rng(0), batch=1, dim=3, length=40, state=state, discretization="zoh", delta="positive",
+        delta_softplus=False, delta_bias=False, D=False, z=False, B="shared", C="shared",
+    )  # fmt: skip
+    problem["delta"] = problem["delta"].copy()
+    problem["delta"][..., 20] = np.inf
+    y, last_state = emulated.selective_scan(**problem, return_last_state=True)
+    B, C, u = (problem[name][..., 20] for name in "BCu")
+    np.testing.assert_allclose(y[..., 20], (-B[:, None] * C[:, None] / problem["A"] * u[..., None]).sum(-1), rtol=1e-4)
+    assert np.isfinite(y).all()
+    assert np.isfinite(last_state).all()
 
 
 @pytest.mark.usefixtures("short_parts")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from cases import (
     DIFFERENTIABLE,
+    DTYPES,
     Arguments,
     Array,
     Case,
@@ -28,6 +29,7 @@ from cases import (
     convolution_problem,
     cotangents,
     discretize_problem,
+    eps_of,
     forward,
     kernel_problem,
     linear_scan_problem,
@@ -567,6 +569,84 @@ def test_packed_convolution_is_separate_runs(width: int, packing: str) -> None:
     np.testing.assert_allclose(gradients.dweight, sum(back.dweight for back in backs), rtol=1e-4, atol=1e-4)
     dinitial = np.concatenate([back.dinitial_state for back in backs])
     np.testing.assert_array_equal(gradients.dinitial_state, dinitial[: len(gradients.dinitial_state)])
+
+
+# --- Numbers at the ends of their range -------------------------------------------------------------------------------
+
+GROWS = np.concatenate([np.full(140, 2), np.full(884, 0.5)])  # a product of 2^140 at first, in one part
+SHRINKS = np.concatenate([np.full(200, 0.5), np.full(200, 2), np.ones(624)])  # of 2^-200, and then back to 1
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("factors", "start"), [(GROWS, 1e-20), (SHRINKS, 1e38)], ids=["grows", "shrinks"])
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_few_rows_are_as_many(factors: Array, start: float, reverse: bool, dtype: Any) -> None:
+    """What a part makes of a state may be infinite or nothing when what becomes of the state is neither."""
+    a = (factors[::-1] if reverse else factors).astype(dtype)[None]
+    for rows in (1, 3):
+        alone = [np.repeat(x, rows, 0) for x in (a, np.zeros_like(a), np.full(1, start, dtype))]
+        many = [np.repeat(x, 64, 0) for x in (a, np.zeros_like(a), np.full(1, start, dtype))]
+        h, expected = sscan.linear_scan(*alone, reverse), sscan.linear_scan(*many, reverse)
+        steps = np.cumprod(factors.astype(np.longdouble))
+        np.testing.assert_allclose(h[0].real, (start * steps)[:: -1 if reverse else 1], rtol=1e-6, atol=1e-37)
+        np.testing.assert_array_equal(h, expected[:rows])
+        dh = np.zeros_like(alone[0])
+        dh[:, 0 if reverse else -1] = start
+        back = sscan.linear_scan_backward(dh, alone[0], h, alone[2], reverse)
+        among = sscan.linear_scan_backward(np.repeat(dh[:1], 64, 0), many[0], expected, many[2], reverse)
+        for x, y in zip(back, among, strict=True):
+            np.testing.assert_array_equal(x, y[:rows])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
+    a, b = np.full((3, 5000), 0.5, np.float32), np.ones((3, 5000), np.float32)
+    b[1, 7] = value
+    h = sscan.linear_scan(a, b)
+    assert np.isfinite(h[::2]).all()
+    assert np.isfinite(h[1, :7]).all()
+    assert not np.isfinite(h[1, 7:]).any()
+
+
+SIZES = {"float32": (1e30, 3e38, 1e-30, 1e-42), "float64": (1e300, 1.5e308, 1e-300, 1e-320), "bfloat16": (1e30, 1e-30)}
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm_of_any_size(dtype: str, size: float, residual: bool) -> None:
+    """The squares leave the range of numbers, on either side; what is normalised does not, nor do gradients."""
+    rng = np.random.default_rng(0)
+    x = (size * rng.uniform(0.3, 1, (3, 40))).astype(DTYPES[dtype])
+    accumulated = np.float64 if dtype == "float64" else np.float32
+    weight, dy = rng.standard_normal(40).astype(accumulated), rng.standard_normal((3, 40)).astype(x.dtype)
+    stream = np.zeros((3, 40), accumulated) if residual else None
+    result = sscan.rms_norm(x, weight, stream, eps=0.0)
+    y = result[0] if residual else result
+    s = x.astype(np.longdouble)
+    r = 1 / np.sqrt((s * s).mean(-1, keepdims=True))
+    n, g = s * r, dy.astype(np.longdouble) * weight
+    tolerance = {"rtol": 8 * eps_of(x.dtype), "atol": 8 * eps_of(x.dtype)}
+    np.testing.assert_allclose(y.astype(np.longdouble), n * weight, **tolerance)
+    if residual:
+        np.testing.assert_array_equal(result[1], x.astype(accumulated))
+    if size > 1e-38 or (dtype == "float64" and size > 1e-308):  # 1 / x is a number
+        back = sscan.rms_norm_backward(dy, x, weight, stream, 0.0)
+        dx_over_r, found = g - n * (g * n).mean(-1, keepdims=True), back.dx.astype(np.longdouble) / r
+        np.testing.assert_allclose(found.astype(float), dx_over_r.astype(float), **tolerance)
+        np.testing.assert_allclose(back.dweight, (dy.astype(np.longdouble) * n).sum(0).astype(float), **tolerance)
+
+
+def test_rms_norm_of_one() -> None:
+    for size in (1e30, 1e-30, 1.0):
+        x, weight = np.full((1, 8), size, np.float32), np.ones(8, np.float32)
+        np.testing.assert_array_equal(sscan.rms_norm(x, weight, eps=0.0), 1)
+
+
+@pytest.mark.parametrize("eps", [1e-38, 1e-36, 1e-12])
+def test_rms_norm_of_a_small_row_with_eps(eps: float) -> None:
+    x = np.full((1, 16), 1e-25, np.float32)
+    expected = 1e-25 / np.sqrt(1e-50 + eps)
+    np.testing.assert_allclose(sscan.rms_norm(x, np.ones(16, np.float32), eps=eps), expected, rtol=1e-6)
 
 
 # --- What does not depend on the definition ---------------------------------------------------------------------------

@@ -495,6 +495,113 @@ def test_finite_for_all_finite_inputs(kind: str, seed: int) -> None:
         assert np.isfinite(x).all(), name
 
 
+@pytest.mark.parametrize("state", [1, 3, 4, 5, 16, 17])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_infinite_step_under_zoh(state: int, dtype: Any) -> None:
+    """It forgets everything and leaves -B u / A, whatever fills up the vectors that the states are in."""
+    rng = np.random.default_rng(0)
+    A, B, C = -rng.uniform(0.5, 2, (3, state)), rng.standard_normal((1, state, 40)), np.ones((1, state, 40))
+    u, delta = rng.standard_normal((1, 3, 40)), np.full((1, 3, 40), 0.1)
+    delta[..., 20] = np.inf
+    A, B, C, u, delta = (x.astype(dtype) for x in (A, B, C, u, delta))
+    outputs = scan({"u": u, "delta": delta, "A": A, "B": B, "C": C, "discretization": "zoh"})
+    expected = (-B[:, None, :, 20] / A * u[..., 20, None]).sum(-1)
+    np.testing.assert_allclose(outputs["y"][..., 20], expected, rtol=20 * eps_of(dtype))
+    assert np.isfinite(outputs["y"]).all()
+    assert np.isfinite(outputs["last_state"]).all()
+
+
+# --- A row that is split along time is as it is unsplit ---------------------------------------------------------------
+
+
+LONG = 8192  # steps; one batch row of few channels is cut into four parts, eight rows are not
+
+
+def long_problem(A: float | complex = -1.0, **changes: Any) -> Arguments:
+    """One row of two channels, A and a third of it, and a step size of a tenth."""
+    wave, one = np.zeros((1, 2, LONG), np.float32), np.ones((1, 1, LONG), np.float32)
+    number = np.dtype(np.complex64 if isinstance(A, complex) else np.float32)
+    B = np.broadcast_to(one, (1, 1, LONG)).astype(number)
+    return {
+        "u": wave, "delta": np.full_like(wave, 0.1), "A": np.array([[A], [A / 3]], number), "B": B, "C": B,
+        **changes,
+    }  # fmt: skip
+
+
+def alone_and_among_eight(problem: Arguments, weights: dict[str, Array]) -> list[tuple[str, Array, Array]]:
+    """Outputs and gradients of one row, and those of the same row among eight; sums over the batch are an eighth."""
+    eight = {k: np.repeat(x, 8, 0) if isinstance(x, np.ndarray) and k != "A" else x for k, x in problem.items()}
+    found = []
+    for arguments, given_ in ((problem, weights), (eight, {k: np.repeat(x, 8, 0) for k, x in weights.items()})):
+        outputs = scan(arguments)
+        found.append(outputs | gradients(arguments, given_))
+    alone, among = found
+    return [(name, x, among[name][:1] if name != "dA" else among[name] / 8) for name, x in alone.items()]
+
+
+@pytest.mark.parametrize("A", [1.0, 0.5 + 1j], ids=str)
+@pytest.mark.parametrize("start", [0.0, 1e-30])
+def test_a_state_that_grows_on_a_long_row(A: complex, start: float) -> None:
+    """e^(A 205) is infinite, and is what a part makes of a state: but of one that is zero, it makes nothing."""
+    problem = long_problem(A)
+    problem["initial_state"] = np.full((1, 2, 1), start, problem["A"].dtype)
+    problem["u"][..., -1] = 2
+    problem["delta"][..., 1000:] = 0 if start else 0.1
+    dy = np.zeros_like(problem["u"])
+    dy[..., 0] = 1
+    for name, x, expected in alone_and_among_eight(problem, {"dy": dy}):
+        assert np.isfinite(expected).all(), name
+        np.testing.assert_allclose(x, expected, rtol=1e-3, err_msg=name)  # e^100: what rounding 100 costs
+    if not start:
+        np.testing.assert_allclose(scan(problem)["y"][..., -1], 0.2 if A == 1 else 0.4, rtol=1e-6)
+
+
+def test_a_state_that_grows_and_shrinks_on_a_long_row() -> None:
+    """Steps backwards in time: e^200 for a part and e^-200 for the next, with a state that has room for both."""
+    problem = long_problem(initial_state=np.full((1, 2, 1), 1e-30, np.float32))
+    problem["delta"][..., :2048], problem["delta"][..., 2048:4096], problem["delta"][..., 4096:] = -0.04, 0.04, 0
+    dy = np.zeros_like(problem["u"])
+    dy[..., -1] = 1e-30
+    for name, x, expected in alone_and_among_eight(problem, {"dy": dy}):
+        assert np.isfinite(expected).all(), name
+        np.testing.assert_allclose(x, expected, rtol=1e-3, atol=1e-35, err_msg=name)
+    assert scan(problem)["last_state"][0, 0, 0] == pytest.approx(1e-30, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["u", "delta", "B", "dy", "C", "z"])
+@pytest.mark.parametrize("softplus", [True, False])
+def test_what_is_not_finite_stays_in_its_channel(name: str, value: float, softplus: bool) -> None:
+    """To the end, and the last state has it; to the start, in gradients. As in a batch of eight, which is not split."""
+    rng = np.random.default_rng(0)
+    problem = long_problem(u=rng.standard_normal((1, 2, LONG), np.float32), delta_softplus=softplus)
+    problem["z"] = rng.standard_normal((1, 2, LONG), np.float32)
+    weights = {"dy": rng.standard_normal((1, 2, LONG), np.float32)}
+    given_ = weights if name == "dy" else problem
+    given_[name] = given_[name].copy()
+    given_[name][0, 0, 4000 if name in ("dy", "C", "z") else 100] = value
+    for key, x, expected in alone_and_among_eight(problem, weights):
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(expected), err_msg=key)
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(np.isfinite(x), finite, err_msg=key)
+        np.testing.assert_allclose(x[finite], expected[finite], rtol=1e-3, atol=1e-3, err_msg=key)
+    if name == "u":
+        y, last_state = scan(problem).values()
+        assert not np.isfinite(y[0, 0, 100:]).any()
+        assert not np.isfinite(last_state[0, 0]).any()
+        assert np.isfinite(y[0, 1]).all()
+        assert np.isfinite(last_state[0, 1]).all()
+
+
+def test_a_long_row_raises_no_floating_point_errors() -> None:
+    """Even where the user wants to know of all of them: what underflows inside is no affair of theirs."""
+    problem = long_problem(-1000.0, u=np.ones((1, 2, LONG), np.float32), delta_softplus=True)
+    with np.errstate(all="raise"):
+        outputs = scan(problem)
+        result = gradients(problem, {"dy": outputs["y"]})
+    assert np.isfinite(result["dA"]).all()
+
+
 # --- Checks 16, 17 and 18: complex A, forms of B and C, half precision ------------------------------------------------
 
 
@@ -1053,6 +1160,43 @@ def test_memory_does_not_grow_with_the_states_of_all_steps() -> None:
     assert many < few + wave
     every_state = states * wave
     assert int(python(PEAK, "backward", str(states))) < every_state / 3
+
+
+RESULTS_AND_PARTS = """
+    import sys
+    import numpy as np
+    import sscan
+
+    def memory(which):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(which))
+
+    def both(batch, dim, length, state):
+        u = np.ones((batch, dim, length), np.float32)
+        B = np.ones((batch, state, length), np.float32)
+        A = -np.ones((dim, state), np.float32)
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")  # VmHWM begins again
+        before = memory("VmRSS")
+        y, last_state, checkpoints = sscan.selective_scan_forward(u, u, A, B, B, delta_softplus=True)
+        made = sscan.selective_scan_backward(u, u, u, A, B, B, delta_softplus=True, checkpoints=checkpoints)
+        return 1024 * (memory("VmHWM") - before)
+
+    shape = tuple(map(int, sys.argv[1:]))
+    both(1, shape[1], 5000, shape[3])
+    sys.stdout.write(str(both(*shape)))
+"""
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 131072, 16), (1, 16, 65536, 256), (4, 768, 1024, 16)])
+def test_memory_of_forward_and_backward(shape: tuple[int, int, int, int]) -> None:
+    """The formula of docs/numerics.md."""
+    batch, dim, length, state = shape
+    slices = min(dim // 16, -(-16 // batch))
+    results = 3 * dim + 2 * state  # y, du and ddelta, dB and dC
+    expected = 4 * batch * length * (results + dim * state / 32 + 2 * (slices - 1) * state)
+    peak = int(python(RESULTS_AND_PARTS, *map(str, shape)))
+    assert 0.9 * expected < peak < 1.05 * expected + 2e7
 
 
 def test_reference_memory_does_grow() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import scan_problem
 from emulator import patched
-from exchange_cases import NUMBERS, PROBLEMS, Chain, check_pieces, check_through
+from exchange_cases import NUMBERS, PROBLEMS, Chain, check_pieces, check_through, scanned_in_pieces, through
 
 from sscan.cuda import selective_scan as cuda
 from sscan.selective_scan import selective_scan_backward, selective_scan_forward
@@ -81,6 +81,38 @@ def test_no_parts_before() -> None:
     for nothing in (None, np.zeros((0, 1, 5, 5), np.float32)):
         y, _, _ = selective_scan_forward(**arguments, exchange=lambda _, nothing=nothing: nothing)
         np.testing.assert_allclose(y, alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "B", "dy", "C", "z"])
+def test_what_is_not_finite_reaches_all_pieces(name: str) -> None:
+    """However long ago it was, and however fast states decay; and no other channel."""
+    arguments = scan_problem(np.random.default_rng(0), batch=1, dim=3, state=4, length=350, A_scale=30.0)
+    given = {"dy": np.ones_like(arguments["u"])}
+    back = name in ("dy", "C", "z")
+    changed = given if back and name == "dy" else arguments
+    changed[name] = changed[name].copy()
+    changed[name][0, 0, 340 if back else 3] = np.nan
+    given["dlast_state"] = np.zeros((1, 3, 4), np.float32)
+    arguments["initial_state"] = np.zeros((1, 3, 4), np.float32)
+    found = scanned_in_pieces(arguments, given, (300, 50) if not back else (50, 300))
+    whole = np.isnan(found["du"][0, 0, :340]).all() if back else np.isnan(found["y"][0, 0, 3:]).all()
+    assert whole
+    state = found["dinitial_state"] if back else found["last_state"]
+    assert np.isnan(state[0, 0]).any()
+    if name not in ("B", "C"):
+        assert np.isfinite(state[0, 1:]).all()
+        assert np.isfinite(found["y"][0, 1:]).all()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_state_that_grows_goes_through_passages(back: bool) -> None:
+    """e^120 of it is infinite: of nothing it makes nothing, and of 1e-30 a number. Then it shrinks again."""
+    A, passages = np.ones((2, 1), np.float32), np.zeros((3, 1, 2, 2), np.float32)
+    passages[2, 0, 0, 0], passages[0, 0, 1, 0] = 0.25, 1e-30
+    passages[:, 0, :, 1] = np.array([0, 120, -120])[:, None]
+    passages = np.ascontiguousarray(passages[::-1]) if back else passages
+    found = through(A, passages, back, np.zeros((1, 2, 1), np.float32), np.zeros((1, 2, 0), np.float32))
+    np.testing.assert_allclose(found[0, :, 0], [0.25, 1e-30], rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(0, 5), (2, 0)])

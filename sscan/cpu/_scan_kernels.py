@@ -576,8 +576,8 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         """One task: some blocks of one group (a slice) in some segments (a bundle).
 
         The task sums dB and dC over its channels and dA, dD, dbias over its segments, always in the same order, and
-        is the only one to write that part of the partial sums: slices of dB and dC (a view, the strides of planes and
-        slices), bundles of the others.
+        is the only one to write that part of the partial sums: slices of dB and dC (a view of the first one, the stride
+        of planes, and the distances of all slices from the first), bundles of the others.
         """
         environment = flush_subnormals()
         (dim, state), step, T = A.shape, states_per_step(A), CHECKPOINT
@@ -648,9 +648,9 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                             store_gate_gradient(adjoint.YT, chunk, waves, dy, dz, block, time, steps)
                     block = block_of(block0, batch, groups, dim)
                     if B_varies:
-                        store_lane_sums(GB, size, state, dB[0], part * dB[2], dB[1], block, time, steps)
+                        store_lane_sums(GB, size, state, dB[0], dB[2][part], dB[1], block, time, steps)
                     if C_varies:
-                        store_lane_sums(GC, size, state, dC[0], part * dC[2], dC[1], block, time, steps)
+                        store_lane_sums(GC, size, state, dC[0], dC[2][part], dC[1], block, time, steps)
                 if initial >= 0:
                     move_blocks(own.CARRY, size, dinitial_state, initial, groups, block0, block1, False)
             move_blocks(own.GA, size, dA, bundle, groups, block0, block1, False)

@@ -2,7 +2,9 @@
 
 Few rows are cut into parts of equal length (but for the last), lines of their own. What a part makes of the state
 before it is affine, h -> P h + S: a first pass finds P and S of every part, which are carried from part to part, and a
-second pass writes the result. How rows are cut depends on their number and length only.
+second pass writes the result. How rows are cut depends on their number and length only. P may leave the range of
+numbers where the states do not, so that a part does not end in what the next one started from: then all is done again,
+uncut.
 
 Lines advance in tiles of 16 steps, transposed so that a vector holds one step of 16 lines. Where a line is shorter than
 its neighbours it is padded with a = 1 and b = 0, which leave the state alone.
@@ -194,18 +196,17 @@ def _flat(array):
     return view(array.reshape(1, 1, -1))
 
 
-def _lines(a, b, initial, descending, adjoint):
-    """How rows are cut, ``shape``, and the state that every line starts from, (lines,), given those of the rows."""
-    rows, length = a.shape
-    shape = length, *cut(rows, length)
-    first = _starts(a, b, initial, descending, adjoint, shape) if shape[1] > 1 else initial
-    if np.isfinite(first).all():
-        return shape, first
-    return (length, 1, -(-length // TILE) * TILE), initial  # the product of a part may overflow where its states do not
+def _shapes(rows, length):
+    """How rows are laid out, (length, parts, part_length): cut, and as they are."""
+    yield length, *cut(rows, length)
+    yield length, 1, -(-length // TILE) * TILE
 
 
 def _starts(a, b, initial, descending, adjoint, shape):
+    """The state that every line starts from, (rows, parts), given those that the rows start from."""
     rows, (_, parts, part_length) = len(a), shape
+    if parts == 1:
+        return initial[:, None]
     per_task = lines_per_task(part_length)
     states, product = np.empty((rows, parts + 1), initial.dtype), np.empty((rows, parts), initial.dtype)
     zeros, last = np.zeros(rows * parts, initial.dtype), np.empty(rows * parts, initial.dtype)
@@ -215,7 +216,19 @@ def _starts(a, b, initial, descending, adjoint, shape):
     )  # fmt: skip
     states[:, :parts], states[:, parts] = last.reshape(rows, parts), initial
     run(combine, 1, product, states, descending)
-    return np.ascontiguousarray(states[:, :parts]).reshape(-1)
+    return np.ascontiguousarray(states[:, :parts])
+
+
+@np.errstate(all="ignore")
+def _agree(first, last, descending):
+    """Whether parts end in what the next ones started from, but for rounding: all (rows, parts).
+
+    They do not if the product of a part has overflown, or has become 0 and would have grown again, and the states
+    themselves have not.
+    """
+    ends, starts = (last[:, 1:], first[:, :-1]) if descending else (last[:, :-1], first[:, 1:])
+    largest = np.abs(ends).max(axis=1, initial=0, keepdims=True)
+    return bool((np.abs(ends - starts) <= 1e-3 * largest).all())
 
 
 def linear_scan_forward(a, b, initial_state, reverse, h):
@@ -223,27 +236,32 @@ def linear_scan_forward(a, b, initial_state, reverse, h):
 
     initial_state (rows,) is contiguous, in the accumulation dtype.
     """
-    shape, first = _lines(a, b, initial_state, reverse, False)
-    per_task, last = lines_per_task(shape[2]), np.empty_like(first)
-    run(
-        scan, -(-len(first) // per_task), view(a[None]), view(b[None]), view(h[None]), _flat(first), _flat(last),
-        ABSENT, first[:0], len(first), per_task, shape, reverse, False,
-    )  # fmt: skip
+    for shape in _shapes(*a.shape):
+        first, per_task = _starts(a, b, initial_state, reverse, False, shape), lines_per_task(shape[2])
+        last = np.empty_like(first)
+        run(
+            scan, -(-first.size // per_task), view(a[None]), view(b[None]), view(h[None]), _flat(first), _flat(last),
+            ABSENT, initial_state[:0], first.size, per_task, shape, reverse, False,
+        )  # fmt: skip
+        if _agree(first, last, reverse):
+            return
 
 
 def linear_scan_backward(dh, a, h, initial_state, reverse, da, db, dinitial_state):
     """Fill da, db and dinitial_state; arrays as in ``linear_scan_forward``."""
     rows, length = a.shape
-    shape, first = _lines(a, dh, np.zeros_like(initial_state), not reverse, True)
-    _, parts, part_length = shape
-    before = np.empty((rows, parts), initial_state.dtype)
-    for part in range(parts):
-        border = min((part + 1) * part_length, length) if reverse else part * part_length - 1
-        before[:, part] = h[:, border] if 0 <= border < length else initial_state
-    per_task, last = lines_per_task(part_length), np.empty_like(first)
-    run(
-        backward, -(-len(first) // per_task), view(dh[None]), view(a[None]), view(h[None]), view(da[None]),
-        view(db[None]), _flat(first), _flat(last), _flat(before), first[:0], len(first), per_task,
-        shape, not reverse,
-    )  # fmt: skip
-    dinitial_state[...] = last.reshape(rows, parts)[:, -1 if reverse else 0]
+    for shape in _shapes(rows, length):
+        _, parts, part_length = shape
+        first = _starts(a, dh, np.zeros_like(initial_state), not reverse, True, shape)
+        before, last, per_task = np.empty_like(first), np.empty_like(first), lines_per_task(part_length)
+        for part in range(parts):
+            border = min((part + 1) * part_length, length) if reverse else part * part_length - 1
+            before[:, part] = h[:, border] if 0 <= border < length else initial_state
+        run(
+            backward, -(-first.size // per_task), view(dh[None]), view(a[None]), view(h[None]), view(da[None]),
+            view(db[None]), _flat(first), _flat(last), _flat(before), initial_state[:0], first.size, per_task,
+            shape, not reverse,
+        )  # fmt: skip
+        dinitial_state[...] = last[:, -1 if reverse else 0]
+        if _agree(first, last, not reverse):
+            return

@@ -48,32 +48,56 @@ def total_of(x, lanes):
     return total
 
 
+@register_jitable
+def inverse_root(S, total, eps, size, limits):
+    """(r, scale) = 1 / sqrt(mean(S^2) + eps) twice, from the sum of squares.
+
+    If that has left its ``limits``, S is divided by a number of its size: what r S is stays as it was, and scale is r
+    over that number. A row of zeros without eps, and what is not finite, are left alone.
+    """
+    one, size = S.dtype.type(1), S.dtype.type(size)
+    x = total / size + eps
+    if limits[0] <= x <= limits[1]:
+        r = one / math.sqrt(x)
+        return r, r
+    most = math.sqrt(eps)
+    for k in range(len(S)):
+        most = max(most, abs(S[k]))
+    if not (most > 0 and most <= limits[1]):
+        return one / math.sqrt(x), one / math.sqrt(x)
+    square = S.dtype.type(0)
+    for k in range(len(S)):
+        S[k] /= most
+        square += S[k] * S[k]
+    r = one / math.sqrt(square / size + eps / most / most)
+    return r, r / most
+
+
 @kernel
-def forward(counter, tasks, x, residual, y, residual_out, weight, eps, rows, size, per_task):
+def forward(counter, tasks, x, residual, y, residual_out, weight, eps, rows, size, per_task, limits):
     """One task: ``per_task`` rows."""
     S, R = scratch(len(weight), weight.dtype), scratch(len(weight), weight.dtype)
     wide = states_per_step(S) * TILE
     Y, lanes = scratch(len(weight), weight.dtype), scratch(wide, weight.dtype)
     S[:] = 0  # what lies past the row stays zero
     R[:] = 0
-    one = weight.dtype.type(1)
     while True:
         task = take(counter)
         if task >= tasks:
             break
         for row in range(task * per_task, min((task + 1) * per_task, rows)):
-            square = total_of(load_sum(S, R, x, residual, row, size), lanes) / weight.dtype.type(size)
-            r = repeat(splat(one / math.sqrt(square + weight.dtype.type(eps))), load_wide(S, 0))
+            total = total_of(load_sum(S, R, x, residual, row, size), lanes)
+            if residual_out.address:
+                write_numbers(S, 0, residual_out, start(residual_out, 0, 0, row, 0), size)
+            r = repeat(splat(inverse_root(S, total, eps, size, limits)[0]), load_wide(S, 0))
             for k in range(0, size, wide):
                 store_wide(Y, k, load_wide(S, k) * r * load_wide(weight, k))
             write_numbers(Y, 0, y, start(y, 0, 0, row, 0), size)
-            if residual_out.address:
-                write_numbers(S, 0, residual_out, start(residual_out, 0, 0, row, 0), size)
 
 
 @kernel
 def backward(
-    counter, tasks, dy, x, residual, dresidual_out, dx, dresidual, partials, weight, eps, rows, size, per_task
+    counter, tasks, dy, x, residual, dresidual_out, dx, dresidual, partials, weight, eps, rows, size, per_task, limits
 ):  # fmt: skip
     """One task: ``per_task`` rows, whose sum for dweight is partials[task]."""
     S, R = scratch(len(weight), weight.dtype), scratch(len(weight), weight.dtype)
@@ -83,16 +107,15 @@ def backward(
     S[:] = 0  # what lies past the row stays zero
     R[:] = 0
     DY[:] = 0
-    one = weight.dtype.type(1)
     while True:
         task = take(counter)
         if task >= tasks:
             break
         DW[:] = 0
         for row in range(task * per_task, min((task + 1) * per_task, rows)):
-            square = total_of(load_sum(S, R, x, residual, row, size), lanes) / weight.dtype.type(size)
-            scale = one / math.sqrt(square + weight.dtype.type(eps))
-            r = repeat(splat(scale), load_wide(S, 0))
+            total = total_of(load_sum(S, R, x, residual, row, size), lanes)
+            root, scale = inverse_root(S, total, eps, size, limits)
+            r, scales = repeat(splat(root), load_wide(S, 0)), repeat(splat(scale), load_wide(S, 0))
             read_numbers(DY, 0, dy, start(dy, 0, 0, row, 0), size)
             dot = constant(r, 0.0)
             for k in range(0, size, wide):
@@ -103,7 +126,7 @@ def backward(
             for k in range(0, size, wide):
                 n, d = load_wide(S, k) * r, load_wide(DY, k)
                 store_wide(DW, k, fma(d, n, load_wide(DW, k)))
-                d = r * (d * load_wide(weight, k) - n * mean)
+                d = scales * (d * load_wide(weight, k) - n * mean)
                 if dresidual_out.address:
                     d = d + load_wide(R, k)
                 store_wide(DY, k, d)
@@ -125,12 +148,19 @@ def _padded(weight):
     return np.append(weight, np.zeros(-len(weight) % (4 * TILE) or 4 * TILE * (len(weight) == 0), weight.dtype))
 
 
+def _numbers(eps, dtype):
+    """eps in the accumulation dtype, and between which limits a mean of squares has all of its digits."""
+    info = np.finfo(dtype)
+    return dtype.type(eps), (dtype.type(info.tiny / info.eps), info.max)
+
+
 def rms_norm_forward(x, weight, residual, eps, y, residual_out):
     """Fill y and residual_out (unless None) from x and residual (or None), all (rows, size)."""
     rows, size = x.shape
     per_task = max(1, TASK // max(1, size))
     views = _view(x), _view(residual), _view(y), _view(residual_out)
-    run(forward, -(-rows // per_task), *views, _padded(weight), eps, rows, size, per_task)
+    eps, limits = _numbers(eps, weight.dtype)
+    run(forward, -(-rows // per_task), *views, _padded(weight), eps, rows, size, per_task, limits)
 
 
 @np.errstate(all="ignore")  # sums of partial sums may overflow, as those that kernels form
@@ -140,5 +170,6 @@ def rms_norm_backward(dy, x, weight, residual, eps, dresidual_out, dx, dweight, 
     per_task = max(BACKWARD_ROWS, BACKWARD_TASK // max(1, size))
     views = (_view(array) for array in (dy, x, residual, dresidual_out, dx, dresidual))
     partials = np.empty((-(-rows // per_task), size), weight.dtype)
-    run(backward, len(partials), *views, partials, _padded(weight), eps, rows, size, per_task)
+    eps, limits = _numbers(eps, weight.dtype)
+    run(backward, len(partials), *views, partials, _padded(weight), eps, rows, size, per_task, limits)
     partials.sum(axis=0, out=dweight)

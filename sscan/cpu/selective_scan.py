@@ -147,7 +147,7 @@ def launch_backward(segments, groups, inputs, checkpoints, dy, dlast_state, grad
     bundles = max(1, min(len(segments), TASKS))
     slices = max(1, min(blocks_of(A, groups), -(-TASKS // (bundles * groups))))
     (B_view, B_constant), (C_view, C_constant) = both_forms(B, A, groups), both_forms(C, A, groups)
-    B_sums, C_sums = (Sums(x, A, groups, inputs.u.shape[2], bundles, slices) for x in (B, C))
+    B_sums, C_sums = (Sums(x, A, groups, inputs.u.shape[2], bundles, slices) for x in (gradients.dB, gradients.dC))
     A_sums = np.empty((bundles, *A.shape), A.dtype)
     D_sums, bias_sums = np.empty((2, bundles, A.shape[0]), inputs.D.dtype)
     run(
@@ -162,32 +162,43 @@ def launch_backward(segments, groups, inputs, checkpoints, dy, dlast_state, grad
     for gradient, sums in ((gradients.dD, D_sums), (gradients.ddelta_bias, bias_sums)):
         if gradient is not None:
             gradient[...] = sums.sum(0)
-    store_numbers(gradients.dB, B_sums.total())
-    store_numbers(gradients.dC, twice_conj_array(C_sums.total()))
+    B_sums.store(False)
+    C_sums.store(True)
 
 
 class Sums:
-    """Partial sums of the backward kernel for dB or dC: one for each slice if it varies, for each bundle if not."""
+    """Partial sums of the backward kernel for dB or dC: one for each slice if it varies, for each bundle if not.
 
-    def __init__(self, like: np.ndarray, A: np.ndarray, groups: int, length: int, bundles: int, slices: int) -> None:
-        self.varies, real = like.ndim == 4, A.real.dtype
+    The first slice lies in the gradient itself, if that has the form of the sums.
+    """
+
+    def __init__(
+        self, gradient: np.ndarray, A: np.ndarray, groups: int, length: int, bundles: int, slices: int
+    ) -> None:
+        self.gradient, self.varies, real = gradient, gradient.ndim == 4, A.real.dtype
+        shape = (gradient.shape[0] if self.varies else 0, groups, A.shape[1], length)
         planes = 2 if A.dtype.kind == "c" else 1
-        batch = like.shape[0] if self.varies else 0
-        self.sums = np.empty((slices, planes, batch, groups, A.shape[1], length), real)
-        self.varying = (view(self.sums[0, 0]), self.sums.strides[1], self.sums.strides[0])
+        self.begun = planes == 1 and gradient.shape == shape and (slices == 1 or gradient.dtype == real)
+        self.sums = np.empty((slices - self.begun, planes, *shape), real)
+        places = [gradient] * self.begun + [slice_sums[0] for slice_sums in self.sums]
+        offsets = np.array([place.ctypes.data - places[0].ctypes.data for place in places])
+        self.varying = (view(places[0]), self.sums.strides[1], offsets)
         self.constant = np.empty((0, 0, 0) if self.varies else (bundles, *A.shape), A.dtype)
 
-    def total(self) -> np.ndarray:
-        """All partial sums added up in order, as real or complex numbers."""
-        if not self.varies:
-            return self.constant.sum(0)
-        planes = self.sums.sum(0) if len(self.sums) > 1 else self.sums[0]
-        return planes[0] + 1j * planes[1] if len(planes) == 2 else planes[0]
-
-
-def twice_conj_array(dC: np.ndarray) -> np.ndarray:
-    """From the gradient of what stands for C in the kernels to that of C."""
-    return 2 * dC.conj() if dC.dtype.kind == "c" else dC
+    def store(self, of_C: bool) -> None:
+        """Add up all partial sums in order, and round the total to the gradient."""
+        if self.begun:
+            for (others,) in self.sums:
+                self.gradient += others
+            return
+        if self.varies:
+            planes = self.sums[0]
+            for others in self.sums[1:]:
+                planes += others
+            total = planes[0] + 1j * planes[1] if len(planes) == 2 else planes[0]
+        else:
+            total = self.constant.sum(0)
+        store_numbers(self.gradient, 2 * total.conj() if of_C and total.dtype.kind == "c" else total)
 
 
 def store_numbers(gradient: np.ndarray, total: np.ndarray) -> None:
