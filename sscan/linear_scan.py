@@ -70,8 +70,10 @@ def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False
     Notes
     -----
     The state stays in the accumulation dtype; h is rounded once. Few long rows are cut along time, in a way that
-    depends on the shape only: the result is the same, bit for bit, for every run and number of threads. Memory beyond
-    the result is a few numbers for each row, or for each of its parts.
+    depends on the shape only: the result is the same, bit for bit, for every run and number of threads, but a row alone
+    may round otherwise than among many. Memory beyond the result is a few numbers for each row, or for each of its
+    parts. On the CPU h is finite wherever the recurrence is, step by step; on a GPU products of a must be too, along
+    stretches of some hundred steps.
     """
     op = "linear_scan"
     descending = _checks.boolean(op, "reverse", reverse)

@@ -69,6 +69,7 @@ def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> An
     Notes
     -----
     Arithmetic is in the accumulation dtype. The result is the same, bit for bit, for every run and number of threads.
+    On the CPU rows may be of any size; on a GPU the mean of their squares must fit the accumulation dtype.
     Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467, eq. (4).
     """
     op = "rms_norm"

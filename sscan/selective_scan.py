@@ -107,8 +107,9 @@ def selective_scan(
     Notes
     -----
     Arithmetic is in the accumulation dtype throughout; results are rounded once. They are the same bit for bit in every
-    run and for every number of threads. Memory beyond the results: a few kilobytes for each thread. Inputs may have any
-    strides; one with a strided last axis is copied. No input is written.
+    run and for every number of threads; a row alone may round otherwise than in a batch. Memory beyond the results: a
+    few kilobytes for each thread. Inputs may have any strides; one with a strided last axis is copied. No input is
+    written.
     """
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
     problem = _prepare("selective_scan", given, delta_softplus, discretization)
@@ -199,7 +200,8 @@ def selective_scan_backward(
     dlast_state : (batch, dim, state) or (sequences, dim, state)
         Gradient with respect to the last state, in A's dtype; None is zero.
     checkpoints
-        What ``selective_scan_forward`` returned for the same inputs; without it the forward is run again.
+        What ``selective_scan_forward`` returned for the same inputs; without it the forward is run again. Copied if not
+        contiguous.
     exchange : callable, optional
         As for ``selective_scan_forward``, for the way back: a passage has the gradient at the start of the part when
         nothing but ``dlast_state`` enters it at its end, and those of all parts behind this one are returned. Needs
