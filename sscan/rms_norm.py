@@ -1,6 +1,5 @@
 """Root-mean-square normalisation over the last axis, with the residual stream added on the way in."""
 
-from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,9 +21,9 @@ def _weight(op: str, x: Array, weight: Array, eps: Any, **also: Array | None) ->
     _checks.same_shape(op, x=x, **also)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: weight must have shape (size,) = {x.shape[-1:]}, got {weight.shape}")
-    if not isinstance(eps, Real):
+    if not isinstance(eps, (float, int, np.floating, np.integer)):
         raise TypeError(f"{op}: eps must be a real number, got {type(eps).__name__}")
-    if not float(eps) >= 0:
+    if not eps >= 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps!r}")
     dtype = _checks.accumulation(_checks.storage(op, x=x, dy=also.get("dy")))
     return cast(Array, _checks.parameter(op, "weight", weight, dtype))

@@ -517,12 +517,18 @@ def store_gate_gradient(YT, chunk, waves, dy, dz, block, time, steps):
 
 
 @register_jitable
-def store_lane_sums(S, size, state, target, slice_offset, plane, block, time, steps):
+def slice_offset(sums, part):
+    """Bytes from the first slice of dB or dC to this one."""
+    return sums[2] + (part - 1) * sums[3] if part > 0 else 0
+
+
+@register_jitable
+def store_lane_sums(S, size, state, target, offset, plane, block, time, steps):
     """Sum the lanes of S for each state and step of a chunk into one or two (batch, groups, state, length) planes."""
     flat = reals(S)
     stride = size * (flat.size // S.size)
     for n in range(state):
-        here = start(target, block.batch, block.group, n, time) + slice_offset
+        here = start(target, block.batch, block.group, n, time) + offset
         for t in range(0, steps, TILE):
             count, lanes, to = min(TILE, steps - t), t * stride + lanes_of(S, n), here + t * target.item
             write(to, count, target.item, target.storage, lane_sums(flat, lanes, stride))
@@ -577,7 +583,7 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 
         The task sums dB and dC over its channels and dA, dD, dbias over its segments, always in the same order, and
         is the only one to write that part of the partial sums: slices of dB and dC (a view of the first one, the stride
-        of planes, and the distances of all slices from the first), bundles of the others.
+        of planes, the offset of the second slice and the stride of those behind it), bundles of the others.
         """
         environment = flush_subnormals()
         (dim, state), step, T = A.shape, states_per_step(A), CHECKPOINT
@@ -648,9 +654,9 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                             store_gate_gradient(adjoint.YT, chunk, waves, dy, dz, block, time, steps)
                     block = block_of(block0, batch, groups, dim)
                     if B_varies:
-                        store_lane_sums(GB, size, state, dB[0], dB[2][part], dB[1], block, time, steps)
+                        store_lane_sums(GB, size, state, dB[0], slice_offset(dB, part), dB[1], block, time, steps)
                     if C_varies:
-                        store_lane_sums(GC, size, state, dC[0], dC[2][part], dC[1], block, time, steps)
+                        store_lane_sums(GC, size, state, dC[0], slice_offset(dC, part), dC[1], block, time, steps)
                 if initial >= 0:
                     move_blocks(own.CARRY, size, dinitial_state, initial, groups, block0, block1, False)
             move_blocks(own.GA, size, dA, bundle, groups, block0, block1, False)

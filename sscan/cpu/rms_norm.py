@@ -3,6 +3,7 @@
 Arrays are (rows, size) with unit stride along a row; ``weight`` is padded with zeros to whole wide vectors.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -148,10 +149,11 @@ def _padded(weight):
     return np.append(weight, np.zeros(-len(weight) % (4 * TILE) or 4 * TILE * (len(weight) == 0), weight.dtype))
 
 
-def _numbers(eps, dtype):
-    """eps in the accumulation dtype, and between which limits a mean of squares has all of its digits."""
+@functools.cache
+def _limits(dtype):
+    """Between which a mean of squares has all of its digits."""
     info = np.finfo(dtype)
-    return dtype.type(eps), (dtype.type(info.tiny / info.eps), info.max)
+    return info.tiny / info.eps, info.max
 
 
 def rms_norm_forward(x, weight, residual, eps, y, residual_out):
@@ -159,7 +161,7 @@ def rms_norm_forward(x, weight, residual, eps, y, residual_out):
     rows, size = x.shape
     per_task = max(1, TASK // max(1, size))
     views = _view(x), _view(residual), _view(y), _view(residual_out)
-    eps, limits = _numbers(eps, weight.dtype)
+    eps, limits = weight.dtype.type(eps), _limits(weight.dtype)
     run(forward, -(-rows // per_task), *views, _padded(weight), eps, rows, size, per_task, limits)
 
 
@@ -170,6 +172,6 @@ def rms_norm_backward(dy, x, weight, residual, eps, dresidual_out, dx, dweight, 
     per_task = max(BACKWARD_ROWS, BACKWARD_TASK // max(1, size))
     views = (_view(array) for array in (dy, x, residual, dresidual_out, dx, dresidual))
     partials = np.empty((-(-rows // per_task), size), weight.dtype)
-    eps, limits = _numbers(eps, weight.dtype)
+    eps, limits = weight.dtype.type(eps), _limits(weight.dtype)
     run(backward, len(partials), *views, partials, _padded(weight), eps, rows, size, per_task, limits)
     partials.sum(axis=0, out=dweight)

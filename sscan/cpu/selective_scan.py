@@ -180,9 +180,9 @@ class Sums:
         planes = 2 if A.dtype.kind == "c" else 1
         self.begun = planes == 1 and gradient.shape == shape and (slices == 1 or gradient.dtype == real)
         self.sums = np.empty((slices - self.begun, planes, *shape), real)
-        places = [gradient] * self.begun + [slice_sums[0] for slice_sums in self.sums]
-        offsets = np.array([place.ctypes.data - places[0].ctypes.data for place in places])
-        self.varying = (view(places[0]), self.sums.strides[1], offsets)
+        stride, plane = self.sums.strides[:2]
+        first = view(gradient if self.begun else self.sums[0, 0])
+        self.varying = first, plane, self.sums.ctypes.data - first.address if self.begun else stride, stride
         self.constant = np.empty((0, 0, 0) if self.varies else (bundles, *A.shape), A.dtype)
 
     def store(self, of_C: bool) -> None:
