@@ -119,22 +119,23 @@ def test_gradients_are_difference_quotients() -> None:
     inputs = (x, z, *leaves, conv_state, ssm_state)
 
     def op(*given: Any) -> Any:
-        return mamba_inner(*given, None, None, True, True)
+        return mamba_inner(*given, None, None, mask, True, True)
 
-    assert torch.autograd.gradcheck(op, inputs)
-    assert torch.autograd.gradgradcheck(op, inputs)
+    for mask in (None, torch.tensor([[1, 0, 1, 1]])):
+        assert torch.autograd.gradcheck(op, inputs)
+        assert torch.autograd.gradgradcheck(op, inputs)
 
 
 def test_op_keeps_the_rules_of_torch() -> None:
     made, (conv_state, ssm_state) = block(), states_of(block())
-    x, z = made._project_in(hidden())
+    x, z = (torch.randn(BATCH, made.d_inner, LENGTH, dtype=torch.float64) for _ in range(2))
     weights = [
         made.conv1d.weight.squeeze(1), None, made.x_proj.weight, made.dt_proj.weight, made.out_proj.weight, None,
         made._A(), made.D, made.dt_proj.bias,
     ]  # fmt: skip
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, z, *weights)]
-    for return_states in (True, False):
-        torch.library.opcheck(mamba_inner, (*leaves, conv_state, ssm_state, None, None, True, return_states))
+    for return_states, mask in ((True, None), (False, torch.ones(BATCH, LENGTH))):
+        torch.library.opcheck(mamba_inner, (*leaves, conv_state, ssm_state, None, None, mask, True, return_states))
 
 
 def test_step_by_step() -> None:

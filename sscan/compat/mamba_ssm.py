@@ -142,7 +142,7 @@ def mamba_inner_fn(
     if checkpoint_lvl == 1 and not A.is_complex() and all(extra is None for extra in extras):
         out, _, _ = mamba_inner(
             x, z, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, D,
-            delta_bias, None, None, None, None, delta_softplus, False,
+            delta_bias, None, None, None, None, None, delta_softplus, False,
         )  # fmt: skip
         return out
     u = causal_conv1d(x, conv1d_weight, conv1d_bias, "silu")

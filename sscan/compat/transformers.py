@@ -1,9 +1,11 @@
-"""sscan's Mamba block in the place of the mixers of transformers' Mamba models (transformers 5)."""
+"""sscan's Mamba block in the place of the mixers of transformers' Mamba models (transformers 5.15 and later)."""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn import functional
 
 from sscan.torch.mamba import Mamba
@@ -11,61 +13,79 @@ from sscan.torch.mamba import Mamba
 if TYPE_CHECKING:
     from torch import nn
 
+OLDEST = "5.15"  # the first whose cache keeps what is read here
+
 
 class Mixer(Mamba):
     """:class:`sscan.torch.Mamba`, called as ``MambaBlock`` of transformers calls its mixer."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Any, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
+        self, hidden_states: Any, cache: Any = None, attention_mask: Any = None, *, cache_params: Any = None
     ) -> Any:
-        """Apply the block, from the states in ``cache_params`` and into them.
+        """Apply the block, from the states in ``cache`` and into them; ``cache_params`` is its name up to 5.23.
 
-        A mask (batch, length or more) counts for the last ``length`` tokens, and must be of padding on the left: where
-        it changes, a new sequence starts.
+        Its arguments are those that blocks are known to give; another one is an error. As in transformers, tokens whose ``attention_mask`` is 0 enter neither convolution nor scan, wherever they are.
+        A mask (batch, length or more) counts for the last ``length`` tokens.
         """
-        length = hidden_states.shape[1]
-        seq_idx = None if attention_mask is None else attention_mask[:, -length:].int()
-        if cache_params is None:
-            return super().forward(hidden_states, seq_idx=seq_idx)
-        cache = cache_params.layers[self.layer_idx]
-        states = (cache.conv_states[0], cache.recurrent_states[0]) if cache.has_previous_state[0] else None
-        if states is not None and length == 1:
+        if cache is not None and cache_params is not None:
+            raise TypeError("Mixer: cache and cache_params are one argument under two names; give one of them")
+        cache = cache_params if cache is None else cache
+        mask = None if attention_mask is None else self._of_last_tokens(attention_mask, hidden_states)
+        if cache is None:
+            return self._mix(hidden_states, None, False, mask=mask)[0]
+        layer = cache.layers[self.layer_idx]
+        if layer.record_past:
+            raise ValueError("Mixer: a cache that records its past, to be cropped, cannot take back states of a scan")
+        states = (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
+        if states is not None and torch.is_grad_enabled():
+            states = tuple(state.clone() for state in states)  # the cache changes its own in place
+        elif states is not None and mask is None and hidden_states.shape[1] == 1:
             return self.step(hidden_states, *states)[0]
-        out, (conv_state, ssm_state) = super().forward(
-            hidden_states, initial_states=states, return_final_states=True, seq_idx=seq_idx
-        )
-        cache_params.update_conv_state(  # which keeps d_conv columns, one more than matter
+        out, (conv_state, ssm_state) = self._mix(hidden_states, states, True, mask=mask)
+        cache.update_conv_state(  # which keeps d_conv columns, one more than matter
             functional.pad(conv_state, (1, 0)), self.layer_idx, conv_kernel_size=self.d_conv
         )
-        cache_params.update_recurrent_state(ssm_state, self.layer_idx)
+        cache.update_recurrent_state(ssm_state, self.layer_idx)
         return out
+
+    def _of_last_tokens(self, mask: Any, hidden: Any) -> Any:
+        batch, length, _ = hidden.shape
+        if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+            raise ValueError(
+                f"Mixer: attention_mask must have shape (batch, length or more) = ({batch}, {length} or more), got "
+                f"{tuple(mask.shape)}"
+            )
+        return mask[:, mask.shape[1] - length :]
 
 
 def replace_mixers(model: nn.Module) -> int:
-    """Put a :class:`Mixer` with the same parameters in the place of every ``MambaMixer`` of a model; how many.
+    """Make every ``MambaMixer`` of a model a :class:`Mixer`; how many there were.
 
-    The model keeps its parameters, names and checkpoints. No other class of mixers is touched, not even one that is
-    derived from it.
+    They stay the same objects, with the same parameters in the same order, and with whatever adapters, quantised layers
+    or hooks there are in them. No other class of mixers is touched, not even one that is derived from it.
     """
-    places = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if type(child).__name__ == "MambaMixer"
-    ]
-    for module, name, child in places:
-        setattr(module, name, _as_ours(child))
-    return len(places)
+    mixers = [module for module in model.modules() if type(module).__name__ == "MambaMixer"]
+    for mixer in mixers:
+        _check(mixer)
+    for mixer in mixers:
+        _make_ours(mixer)
+    return len(mixers)
 
 
-def _as_ours(mixer: Any) -> Mixer:
+def _check(mixer: Any) -> None:
+    installed = version("transformers")
+    if [int(part) for part in installed.split(".")[:2]] < [int(part) for part in OLDEST.split(".")]:
+        raise RuntimeError(f"replace_mixers: transformers must be {OLDEST} or later, got {installed}")
     if mixer.activation not in ("silu", "swish"):
         raise ValueError(f"replace_mixers: the activation of a mixer must be 'silu', got {mixer.activation!r}")
-    made = Mixer(
-        mixer.hidden_size, mixer.ssm_state_size, mixer.conv_kernel_size,
-        expand=mixer.intermediate_size / mixer.hidden_size, dt_rank=mixer.time_step_rank,
-        conv_bias=mixer.use_conv_bias, bias=mixer.use_bias, layer_idx=mixer.layer_idx, device="meta",
-    )  # fmt: skip
-    made.load_state_dict(mixer.state_dict(keep_vars=True), assign=True)
-    made.train(mixer.training)
-    return made
+    if "forward" in mixer.__dict__ and not hasattr(mixer, "_hf_hook"):
+        raise ValueError("replace_mixers: the forward of a mixer was replaced by something else; replace mixers first")
+
+
+def _make_ours(mixer: Any) -> None:
+    mixer.d_model, mixer.d_state, mixer.d_conv = mixer.hidden_size, mixer.ssm_state_size, mixer.conv_kernel_size
+    mixer.d_inner, mixer.dt_rank = mixer.intermediate_size, mixer.time_step_rank
+    mixer.expand, mixer.use_fast_path = mixer.d_inner / mixer.d_model, True
+    mixer.__class__ = Mixer
+    if hasattr(mixer, "_hf_hook"):  # accelerate's, which keeps there what it calls between its own
+        mixer._old_forward = Mixer.forward.__get__(mixer)

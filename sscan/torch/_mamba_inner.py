@@ -19,7 +19,7 @@ from sscan.torch._library import Saved, cast_under_autocast, define, differentia
 _ARGUMENTS = """
     Tensor x, Tensor z, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight,
     Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A, Tensor? D, Tensor? delta_bias, Tensor? conv_state,
-    Tensor? ssm_state, Tensor? seq_idx, Tensor? cu_seqlens, bool delta_softplus, bool return_states
+    Tensor? ssm_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor? mask, bool delta_softplus, bool return_states
 """
 _DIFFERENTIABLE = 13  # of the arguments, the first
 
@@ -30,10 +30,11 @@ def _block(causal_conv1d: Any, selective_scan: Any) -> Any:
     def block(
         x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
         out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
-        cu_seqlens: Any, delta_softplus: bool, return_states: bool,
+        cu_seqlens: Any, mask: Any, delta_softplus: bool, return_states: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
         u = causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, return_states, seq_idx, cu_seqlens)
         u, conv_state = u if return_states else (u, x.new_empty(0))
+        u = masked(u, mask)
         dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
         y = selective_scan(
             u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, return_states,
@@ -45,8 +46,13 @@ def _block(causal_conv1d: Any, selective_scan: Any) -> Any:
     return block
 
 
-# Of ops that keep their inputs: more memory, less time, and second derivatives.
-composed = _block(ops.causal_conv1d, ops.selective_scan)
+# Of ops that are differentiable any number of times, for second derivatives.
+_composed_block = _block(ops.causal_conv1d, ops.selective_scan)
+
+
+def masked(u: Any, mask: Any) -> Any:
+    """What the convolution made, with zeros at the steps where the mask (batch, length) is 0."""
+    return u if mask is None else u * mask[:, None].to(u.dtype)
 
 
 def projections(u: Any, x_proj_weight: Any, dt_proj_weight: Any, A: Any) -> Any:
@@ -75,7 +81,7 @@ def _weight_gradient(dout: Any, x: Any) -> Any:
 
 
 def _fake(*arguments: Any) -> tuple[Any, ...]:
-    x, _, conv_weight, _, _, _, out_proj_weight, _, A, *_, cu_seqlens, _, return_states = arguments
+    x, _, conv_weight, _, _, _, out_proj_weight, _, A, *_, cu_seqlens, _, _, return_states = arguments
     batch, d_inner, length = x.shape
     out, sequences = x.new_empty((batch, length, out_proj_weight.shape[0])), batch
     if not return_states:
@@ -93,9 +99,10 @@ def _backward_kernel(
     dout: Any, dconv_state: Any, dssm_state: Any,
     x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
     out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
-    cu_seqlens: Any, delta_softplus: bool, return_states: bool,
+    cu_seqlens: Any, mask: Any, delta_softplus: bool, return_states: bool,
 ) -> list[Any]:  # fmt: skip
     u = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, False, seq_idx, cu_seqlens)
+    u = masked(u, mask)
     dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
     scanned = (u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus)
     packing = {"initial_state": ssm_state, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
@@ -108,7 +115,7 @@ def _backward_kernel(
     dx_dbl = torch.cat([applied(dt_proj_weight.t(), scan.ddelta), scan.dB, scan.dC], 1)
     du = scan.du.baddbmm_(x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
     conv = sscan.causal_conv1d_backward(
-        du, x, conv_weight, conv_bias, "silu", conv_state, seq_idx, cu_seqlens, dconv_state
+        masked(du, mask), x, conv_weight, conv_bias, "silu", conv_state, seq_idx, cu_seqlens, dconv_state
     )
     gradients = [
         conv.dx, scan.dz, conv.dweight, conv.dbias, _weight_gradient(dx_dbl, u), _weight_gradient(scan.ddelta, dt),
@@ -124,7 +131,8 @@ def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any
 
 # (out, conv_state, ssm_state): what the block makes of x and z, and the states that it ends with, empty unless they are
 # asked for. Shapes are those of the block's parameters: x and z (batch, d_inner, length), conv_weight
-# (d_inner, d_conv), out (batch, length, d_model). The weights of the projections have the dtype of x.
+# (d_inner, d_conv), out (batch, length, d_model). The weights of the projections have the dtype of x. Where the mask
+# (batch, length) is 0, nothing enters the scan.
 mamba_inner = define(
     f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _block(sscan.causal_conv1d, sscan.selective_scan),
@@ -145,7 +153,7 @@ def _saved(inputs: Any, outputs: Any) -> Saved:
 def _gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
     inputs, packing = tensors[:_DIFFERENTIABLE], tensors[_DIFFERENTIABLE:]
     if torch.is_grad_enabled():  # there will be second derivatives
-        return pulled_back(composed, inputs, (*packing, *options), cotangents)
+        return pulled_back(_composed_block, inputs, (*packing, *options), cotangents)
     dout, *dstates = cotangents
     if dout is None:
         x, out_proj_weight = inputs[0], inputs[6]

@@ -7,12 +7,58 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
-from sscan.torch._mamba_inner import applied, composed, mamba_inner
-from sscan.torch.ops import causal_conv1d_update, selective_state_update
+from sscan.torch import _registered
+from sscan.torch._mamba_inner import applied, applied_back, mamba_inner, masked
+from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
 
 States = tuple[Any, Any]
+Weights = tuple[Any, Any]  # weight and bias of a part
+
+# The parts of a block, and the class whose call sscan knows how to do without.
+_PARTS = {"in_proj": nn.Linear, "conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear, "out_proj": nn.Linear}
+_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
+
+
+def _plain(part: Any, kind: type) -> Weights | None:
+    """Weight and bias of a part, if a call of it is what its class makes of them, and nothing else.
+
+    Not so with hooks, nor with a forward of its own, as accelerate puts it there to offload weights; nor for another
+    class, as adapters, quantised layers and parametrisations have; nor for a weight that computes by itself.
+    """
+    if (
+        type(part) is kind
+        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+        and "forward" not in part.__dict__
+        and (kind is nn.Linear or _is_causal(part))
+    ):
+        parameters = part._parameters  # at a tenth of the time that the attributes take
+        if "bias" in parameters and type(parameters.get("weight")) in _TENSORS:
+            return parameters["weight"], parameters["bias"]
+    return None
+
+
+def _is_causal(conv: Any) -> bool:
+    (width,) = conv.kernel_size
+    return (  # type: ignore[no-any-return]
+        conv.groups == conv.in_channels and conv.padding == (width - 1,) and conv.padding_mode == "zeros"
+        and conv.stride == conv.dilation == (1,)
+    )  # fmt: skip
+
+
+def _in_one_dtype(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype, if there is one, and the first is not in float64.
+
+    Before autocast would, which casts each operand of each product anew, and an expanded one row by row.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if x is None else x.to(dtype) for x in tensors)
 
 
 class Mamba(nn.Module):  # type: ignore[misc]
@@ -21,6 +67,10 @@ class Mamba(nn.Module):  # type: ignore[misc]
     Constructor, initial values, names of parameters, ``forward``, ``step`` and ``allocate_inference_cache`` are those
     of ``mamba_ssm.Mamba``, so that checkpoints and code carry over. Beyond it: initial states and packed sequences,
     the CPU, ``torch.compile(fullgraph=True)``, second derivatives, and ``bias=True`` trains.
+
+    ``in_proj``, ``conv1d``, ``x_proj``, ``dt_proj`` and ``out_proj`` are called, in ``forward`` as in ``step``, whatever
+    stands there: adapters, quantised or offloaded layers, layers with hooks or parametrisations. What is a plain
+    ``nn.Linear`` or ``nn.Conv1d`` without any of these may be read instead.
 
     Parameters
     ----------
@@ -36,8 +86,8 @@ class Mamba(nn.Module):  # type: ignore[misc]
     conv_bias, bias : bool
         Whether the convolution, and the projections in and out, have one.
     use_fast_path : bool
-        True keeps only the output of the input projection for the backward, which makes the rest again. False keeps
-        the inputs of every op: more memory, less time.
+        True keeps only the output of the input projection for the backward, which makes the rest again, as long as all
+        five parts are plain. False, or another part, keeps the inputs of every op: more memory, less time.
     layer_idx : int, optional
         The key of this layer in ``inference_params.key_value_memory_dict``.
     device, dtype
@@ -81,6 +131,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **made
         )
+        self.activation, self.act = "silu", nn.SiLU()  # for subclasses with a forward of their own; not used here
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **made)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **made)
         wide = torch.promote_types(self.dt_proj.weight.dtype, torch.float32)
@@ -143,79 +194,193 @@ class Mamba(nn.Module):  # type: ignore[misc]
             if initial_states is not None or return_final_states:
                 raise ValueError("Mamba: inference_params bring states of their own; give them or initial_states")
             return self._infer(hidden_states, inference_params, seq_idx, cu_seqlens)
-        x, z = self._project_in(hidden_states)
+        out, final_states = self._mix(hidden_states, initial_states, return_final_states, seq_idx, cu_seqlens)
+        return (out, final_states) if return_final_states else out
+
+    def _mix(
+        self, hidden: Any, initial_states: States | None, return_final_states: bool, seq_idx: Any = None,
+        cu_seqlens: Any = None, mask: Any = None,
+    ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+        """The output, and the final states if they are asked for; nothing enters where the mask (batch, length) is 0.
+
+        One op behind the input projection if all parts are plain, else part by part.
+        """
+        plain = self._plain_parts(hidden)
+        if mask is not None:
+            hidden = hidden * mask[..., None].to(hidden.dtype)
         conv_state, ssm_state = (None, None) if initial_states is None else initial_states
         if conv_state is not None:
-            conv_state = conv_state[..., conv_state.shape[-1] - (self.d_conv - 1) :]
-        inner = mamba_inner if self.use_fast_path else composed
-        out, *final_states = inner(
-            x, z, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
-            self.out_proj.weight, self.out_proj.bias, self._A(), self.D, self.dt_proj.bias,
-            conv_state, ssm_state, seq_idx, cu_seqlens, True, return_final_states,
+            conv_state = self._last_inputs(conv_state)
+        x, z = self._project_in(plain["in_proj"], hidden)
+        rest = (conv_state, ssm_state, seq_idx, cu_seqlens, mask)
+        if not self.use_fast_path or None in plain.values() or plain["x_proj"][1] is not None:
+            return self._part_by_part(plain, x, z, *rest)
+        (conv_weight, conv_bias), (x_proj_weight, _), (dt_proj_weight, delta_bias), out_proj = list(plain.values())[1:]
+        out, *final_states = mamba_inner(
+            x, z, conv_weight.squeeze(1), conv_bias, x_proj_weight, dt_proj_weight, *out_proj, self._A(), self.D,
+            delta_bias, *rest, True, return_final_states,
         )  # fmt: skip
-        return (out, tuple(final_states)) if return_final_states else out
+        return out, tuple(final_states)
 
-    def _project_in(self, hidden: Any) -> list[Any]:
-        """x and z, (batch, d_inner, length) each, from two products: their gradients need not be joined."""
-        weight, bias, device = self.in_proj.weight, self.in_proj.bias, hidden.device.type
-        if torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64:
-            # Before autocast would, which casts each operand of each product anew, and an expanded one row by row.
-            dtype = torch.get_autocast_dtype(device)
-            hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+    def _last_inputs(self, conv_state: Any) -> Any:
+        """The columns that the next steps need, d_conv - 1 of those that there are."""
+        kept = self.d_conv - 1
+        if conv_state.shape[-1] < kept:
+            raise ValueError(f"Mamba: conv_state must have {kept} columns or more, got {tuple(conv_state.shape)}")
+        return conv_state[..., conv_state.shape[-1] - kept :]
+
+    def _plain_parts(self, hidden: Any) -> dict[str, Any]:
+        """Weight and bias of every part that may be read instead of called, and None for the others.
+
+        TypeError for a parameter that is not where the input is: PyTorch multiplies with meta tensors without a word.
+        """
+        device = hidden.device
+        if device.type not in ("cpu", "cuda"):
+            raise TypeError(f"Mamba: hidden_states must be on cpu or cuda, got a tensor on {device}")
+        if _has_any_global_hook():
+            plain = dict.fromkeys(_PARTS)
+        else:
+            parts = self._modules
+            plain = {name: _plain(parts.get(name), kind) for name, kind in _PARTS.items()}
+        own = self._parameters
+        for pair in (*plain.values(), (own.get("A_log"), own.get("D"))):
+            if pair is not None:
+                for x in pair:
+                    if x is not None and x.device != device:
+                        self._refuse_device(device, x)
+        return plain
+
+    def _refuse_device(self, device: Any, parameter: Any) -> None:
+        name = next(name for name, x in self.named_parameters() if x is parameter)
+        raise TypeError(
+            f"Mamba: {name} must be on {device}, where hidden_states is, got a tensor on {parameter.device}"
+        )
+
+    def _project_in(self, weights: Weights | None, hidden: Any) -> Any:
+        """x and z, (batch, d_inner, length) each, if possible from two products: their gradients need not be joined."""
+        if weights is None:
+            return self._product("in_proj", None, hidden.mT).chunk(2, 1)
+        hidden, weight, bias = _in_one_dtype(hidden, *weights)
         biases = (None, None) if bias is None else bias.chunk(2)
         return [applied(w, hidden.mT, b) for w, b in zip(weight.chunk(2), biases, strict=True)]
+
+    def _product(self, name: str, weights: Weights | None, x: Any) -> Any:
+        """What a projection makes of x (batch, in, length): (batch, out, length), with steps of time as neighbours."""
+        if weights is None:
+            return getattr(self, name)(x.mT).mT.contiguous()
+        x, weight, bias = _in_one_dtype(x, *weights)
+        return applied(weight, x, bias)
+
+    def _part_by_part(
+        self, plain: dict[str, Any], x: Any, z: Any, conv_state: Any, ssm_state: Any, seq_idx: Any, cu_seqlens: Any,
+        mask: Any,
+    ) -> tuple[Any, tuple[Any, Any]]:  # fmt: skip
+        u, conv_state = self._convolve(plain["conv1d"], x, conv_state, seq_idx, cu_seqlens)
+        u = masked(u, mask)
+        dt, B, C = self._split(self._product("x_proj", plain["x_proj"], u))
+        dt_proj, delta_bias = plain["dt_proj"], None
+        if dt_proj is not None:  # the scan adds the bias, in its own precision
+            dt_proj, delta_bias = (dt_proj[0], None), dt_proj[1]
+        delta = self._product("dt_proj", dt_proj, dt)
+        # Without checkpoints, which can be larger than all else that is kept: the backward makes them again.
+        y, ssm_state, _ = _registered.selective_scan(
+            u, delta, self._A(), B, C, self.D, z, delta_bias, ssm_state, seq_idx, cu_seqlens, True, "mamba", True, False
+        )
+        if plain["out_proj"] is None:
+            return self.out_proj(y.mT), (conv_state, ssm_state)
+        y, weight, bias = _in_one_dtype(y, *plain["out_proj"])
+        return applied_back(weight, bias, y), (conv_state, ssm_state)
+
+    def _convolve(self, weights: Weights | None, x: Any, conv_state: Any, seq_idx: Any, cu_seqlens: Any) -> Any:
+        if weights is not None:
+            weight, bias = weights
+            return causal_conv1d(x, weight.squeeze(1), bias, "silu", conv_state, True, seq_idx, cu_seqlens)
+        if seq_idx is not None or cu_seqlens is not None:
+            raise ValueError("Mamba: seq_idx and cu_seqlens need a plain nn.Conv1d at conv1d, without hooks")
+        length, kept = x.shape[2], self.d_conv - 1
+        if conv_state is None:
+            u, inputs = self.conv1d(x)[..., :length], functional.pad(x[..., max(length - kept, 0) :], (kept, 0))
+        else:
+            inputs = torch.cat([conv_state.to(x.dtype), x], 2)
+            u = self.conv1d(inputs)[..., kept : kept + length]
+        return functional.silu(u), inputs[..., inputs.shape[2] - kept :]
+
+    def _split(self, x_dbl: Any) -> Any:
+        """dt, B and C, which the projection of the channels puts one behind the other."""
+        return x_dbl.split([self.dt_rank, self.d_state, self.d_state], 1)
 
     def _A(self) -> Any:
         """The diagonal of the state matrix: always negative, so that no state grows by itself."""
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
-    def _infer(self, hidden_states: Any, inference_params: Any, seq_idx: Any, cu_seqlens: Any) -> Any:
+    def _refuse_gradients(self, what: str, *tensors: Any) -> None:
+        """TypeError if gradients are recorded: states that are updated in place carry none."""
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.parameters())):
+            raise TypeError(
+                f"Mamba: {what} updates states in place, which loses gradients; use torch.no_grad(), or forward with "
+                f"initial_states and return_final_states, which is differentiable"
+            )
+
+    def _infer(self, hidden: Any, inference_params: Any, seq_idx: Any, cu_seqlens: Any) -> Any:
         cache, begins = inference_params.key_value_memory_dict, inference_params.seqlen_offset == 0
         if self.layer_idx is None:
             raise ValueError("Mamba: inference_params need a layer_idx, the layer's key in them; got None")
+        self._refuse_gradients("forward with inference_params", hidden)
+        sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if self.layer_idx not in cache:
-            cache[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], hidden_states.shape[1])
-        states = cache[self.layer_idx]
-        if hidden_states.shape[1] == 1 and not begins:
-            return self.step(hidden_states, *states)[0]
-        out, final_states = self(
-            hidden_states, initial_states=None if begins else states, return_final_states=True,
-            seq_idx=seq_idx, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
-        with torch.no_grad():
-            conv_state, ssm_state = states
-            conv_state[..., : conv_state.shape[-1] - (self.d_conv - 1)] = 0
-            conv_state[..., conv_state.shape[-1] - (self.d_conv - 1) :] = final_states[0]
-            ssm_state.copy_(final_states[1])
+            cache[self.layer_idx] = self.allocate_inference_cache(sequences, hidden.shape[1])
+        conv_state, ssm_state = states = cache[self.layer_idx]
+        if not conv_state.shape[0] == ssm_state.shape[0] == sequences:
+            raise ValueError(
+                f"Mamba: inference_params must have states of {sequences} sequences, as hidden_states has, got "
+                f"{tuple(conv_state.shape)} and {tuple(ssm_state.shape)}"
+            )
+        if hidden.shape[1] == 1 and not begins and seq_idx is None and cu_seqlens is None:
+            return self.step(hidden, *states)[0]
+        out, (last_inputs, last_state) = self._mix(hidden, None if begins else states, True, seq_idx, cu_seqlens)
+        conv_state.zero_()
+        self._last_inputs(conv_state).copy_(last_inputs)
+        ssm_state.copy_(last_state)
         return out
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, hidden_states: Any, conv_state: Any, ssm_state: Any) -> tuple[Any, Any, Any]:
         """One token, hidden_states (batch, 1, d_model): its output, and the states, which are updated in place.
 
-        Not differentiable. conv_state (batch, d_inner, d_conv - 1 or more) and ssm_state (batch, d_inner, d_state) are
-        what ``allocate_inference_cache`` gave, or the final states of ``forward``.
+        conv_state (batch, d_inner, d_conv - 1 or more) and ssm_state (batch, d_inner, d_state) are what
+        ``allocate_inference_cache`` gave, or the final states of ``forward``. Not differentiable: TypeError for what
+        requires grad, except under ``torch.no_grad()``.
         """
         if hidden_states.ndim != 3 or hidden_states.shape[1] != 1:
             raise ValueError(
                 f"Mamba.step: hidden_states must have shape (batch, 1, d_model), got {tuple(hidden_states.shape)}"
             )
+        self._refuse_gradients("step", hidden_states, conv_state, ssm_state)
+        plain = self._plain_parts(hidden_states)
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, 1)
-        x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], 1)
-        dt = functional.linear(dt, self.dt_proj.weight)
-        y = selective_state_update(ssm_state, x, dt, self._A(), B, C, self.D, z, self.dt_proj.bias, True)
+        x = self._convolve_next(plain["conv1d"], x, conv_state)
+        dt, B, C = self._split(self.x_proj(x))
+        if plain["dt_proj"] is None:
+            dt, dt_bias = self.dt_proj(dt), None
+        else:
+            weight, dt_bias = plain["dt_proj"]
+            dt = functional.linear(dt, weight)
+        y = selective_state_update(ssm_state, x, dt, self._A(), B, C, self.D, z, dt_bias, True)
         return self.out_proj(y)[:, None], conv_state, ssm_state
 
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: Any = None, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def _convolve_next(self, weights: Weights | None, x: Any, conv_state: Any) -> Any:
+        if weights is not None:
+            weight, bias = weights
+            return causal_conv1d_update(x, conv_state, weight.squeeze(1), bias, "silu")
+        inputs = torch.cat([self._last_inputs(conv_state).to(x.dtype), x[..., None]], 2)
+        conv_state.copy_(torch.cat([conv_state, x[..., None]], 2)[..., 1:])
+        return functional.silu(self.conv1d(inputs)[..., self.d_conv - 1])
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: Any = None) -> tuple[Any, Any]:
         """The states before the first token, zeros: conv_state (.., d_conv) and ssm_state (.., d_state).
 
         Their size does not depend on ``max_seqlen``. Without a ``dtype``, conv_state has that of the weights, and
         ssm_state is at least float32, because its rounding errors add up over a sequence.
         """
-        weight, A_log = self.conv1d.weight, self.A_log
-        conv_state = weight.new_zeros((batch_size, self.d_inner, self.d_conv), dtype=dtype or weight.dtype)
-        wide = torch.promote_types(A_log.dtype, torch.float32)
-        return conv_state, A_log.new_zeros((batch_size, self.d_inner, self.d_state), dtype=dtype or wide)
+        made, wide = self.A_log.new_zeros, torch.promote_types(self.A_log.dtype, torch.float32)
+        conv_state = made((batch_size, self.d_inner, self.d_conv), dtype=dtype or self.conv1d.weight.dtype)
+        return conv_state, made((batch_size, self.d_inner, self.d_state), dtype=dtype or wide)
