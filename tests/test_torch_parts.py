@@ -357,17 +357,24 @@ def test_accelerate(offload: Callable[[Any, Path], Any], fast: bool, tmp_path: P
     assert made[1].in_proj.weight.device.type == "meta"
 
 
-@paths
-def test_fsdp(fast: bool, tmp_path: Path) -> None:
-    """Two ranks of FSDP2, each with half of the batch: gradients of the whole."""
-    run_ranks(2, str(WORKER), str(tmp_path), str(fast))
-    made, x = block(torch.float32, use_fast_path=fast), hidden(torch.float32)
-    made(x).square().mean().backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}")
-        assert found.keys() == dict(made.named_parameters()).keys()
-        for name, p in made.named_parameters():
-            torch.testing.assert_close(found[name], p.grad)
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What came of everything on every rank: starting processes takes longer than all they do."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(2, str(WORKER), str(folder))
+    return [torch.load(folder / f"rank{rank}") for rank in range(2)]
+
+
+@pytest.mark.parametrize("way", ["one op", "part by part", "parts by themselves"])
+def test_fsdp(way: str, of_ranks: list[dict[str, Any]]) -> None:
+    """FSDP2, each rank with half of the batch: gradients of the whole."""
+    made = block(torch.float32)
+    made(hidden(torch.float32)).square().mean().backward()
+    expected = {name: p.grad for name, p in made.named_parameters()}
+    for found in of_ranks:
+        assert found[way].keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[way][name], gradient)
 
 
 # --- Devices ----------------------------------------------------------------------------------------------------------
@@ -386,9 +393,15 @@ def test_a_parameter_that_was_not_loaded(missing: str, fast: bool) -> None:
         made.step(x[:, :1], torch.zeros(2, 20, 4), torch.zeros(2, 20, 4))
 
 
-def test_nothing_is_computed_on_meta() -> None:
-    with pytest.raises(TypeError, match="Mamba: hidden_states must be on cpu or cuda, got a tensor on meta"):
-        block(device="meta")(hidden().to("meta"))
+@paths
+def test_shapes_on_meta(fast: bool) -> None:
+    made, x = block(torch.bfloat16, device="meta", use_fast_path=fast), hidden(torch.bfloat16).to("meta")
+    out, states = made(x, return_final_states=True)
+    out.sum().backward()
+    assert [(t.device.type, t.dtype, tuple(t.shape)) for t in (out, *states, made.x_proj.weight.grad)] == [
+        ("meta", torch.bfloat16, (2, LENGTH, D_MODEL)), ("meta", torch.bfloat16, (2, 20, 3)),
+        ("meta", torch.float32, (2, 20, 4)), ("meta", torch.bfloat16, (9, 20)),
+    ]  # fmt: skip
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

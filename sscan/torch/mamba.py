@@ -55,7 +55,7 @@ def _in_one_dtype(*tensors: Any) -> tuple[Any, ...]:
     Before autocast would, which casts each operand of each product anew, and an expanded one row by row.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if x is None else x.to(dtype) for x in tensors)
@@ -235,8 +235,6 @@ class Mamba(nn.Module):  # type: ignore[misc]
         TypeError for a parameter that is not where the input is: PyTorch multiplies with meta tensors without a word.
         """
         device = hidden.device
-        if device.type not in ("cpu", "cuda"):
-            raise TypeError(f"Mamba: hidden_states must be on cpu or cuda, got a tensor on {device}")
         if _has_any_global_hook():
             plain = dict.fromkeys(_PARTS)
         else:
