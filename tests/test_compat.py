@@ -1,21 +1,16 @@
-"""``sscan.compat``: the import names, the functions behind them, and transformers' Mamba on its fast path."""
+"""``sscan.compat``: the import names, and the functions behind them."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
-from cases import assert_within, eps_of
 
 import sscan
 import sscan.compat
@@ -30,7 +25,6 @@ from sscan.compat.mamba_ssm import (
     selective_scan_ref,
     selective_state_update,
 )
-from sscan.compat.transformers import replace_mixers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -392,183 +386,3 @@ def test_extension_module(gated: bool) -> None:
     ours = dict(u=du, delta=ddelta, A=dA, B=dB, C=dC, D=dD, delta_bias=dbias, **({"z": dz} if gated else {}))
     for name, gradient in zip(inputs, expected, strict=True):
         torch.testing.assert_close(ours[name], gradient)
-
-
-# --- transformers -----------------------------------------------------------------------------------------------------
-
-
-def modeling(name: str) -> Any:
-    """A copy of transformers' Mamba, which chooses its kernels now."""
-    found = importlib.util.find_spec("transformers.models.mamba.modeling_mamba")
-    spec = importlib.util.spec_from_file_location(f"transformers.models.mamba.{name}", found.origin)  # type: ignore
-    made = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules[spec.name] = made  # type: ignore[union-attr]
-    spec.loader.exec_module(made)  # type: ignore[union-attr]
-    return made
-
-
-KERNELS = {
-    "mamba_inner_fn": sscan.compat.mamba_ssm,
-    "selective_scan_fn": sscan.compat.mamba_ssm,
-    "selective_state_update": sscan.compat.mamba_ssm,
-    "causal_conv1d_fn": sscan.compat.causal_conv1d,
-    "causal_conv1d_update": sscan.compat.causal_conv1d,
-}
-
-
-@contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """How often each of our functions is called, by those who take it from its module from now on."""
-    calls = dict.fromkeys(KERNELS, 0)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in KERNELS.items():
-            function = getattr(module, name)
-
-            def counting(*args: Any, function: Any = function, name: str = name, **kwargs: Any) -> Any:
-                calls[name] += 1
-                return function(*args, **kwargs)
-
-            wrapper = functools.wraps(function)(counting)
-            patch.setattr(module, name, wrapper)
-        yield calls
-
-
-@pytest.fixture(scope="module")
-def models() -> Any:
-    """The same random model on its slow path, on its fast path, and the slow one in float64; calls of the fast one."""
-    from transformers import MambaConfig
-
-    config = MambaConfig(
-        vocab_size=89, hidden_size=32, state_size=8, num_hidden_layers=3, pad_token_id=0, bos_token_id=1,
-        eos_token_id=None,
-    )  # fmt: skip
-    slow = modeling("slow_modeling")
-    with counted() as calls:
-        sscan.compat.install()
-        fast = modeling("fast_modeling")
-        sscan.compat.uninstall()
-    exact = modeling("exact_modeling")
-    # The norm computes in float32 whatever its input.
-    exact.MambaRMSNorm.forward = lambda self, x: self.weight * x * torch.rsqrt((x * x).mean(-1, True) + 1e-5)
-    config.residual_in_fp32 = False
-    torch.manual_seed(0)
-    made = [module.MambaForCausalLM(config).eval() for module in (slow, fast, exact)]
-    for other in made[1:]:
-        other.load_state_dict(made[0].state_dict())
-    return *made[:2], made[2].double(), calls
-
-
-def ids(batch: int = 2, length: int = 33) -> Any:
-    return torch.randint(1, 89, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_transformers_takes_its_fast_path(models: Any, training: bool) -> None:
-    """Logits and gradients err no more than those of the slow path; training takes the fused function."""
-    *three, calls = models
-    results = []
-    before = dict(calls)
-    for model in three:
-        model.train(training).zero_grad()
-        out = model(ids(), labels=ids(), use_cache=False)
-        out.loss.backward()
-        results.append([out.logits, *(p.grad for p in model.parameters())])
-        model.eval()
-    made = {name: calls[name] - before[name] for name in calls}
-    used = {"mamba_inner_fn"} if training else {"selective_scan_fn", "causal_conv1d_fn"}
-    assert made == {name: 3 if name in used else 0 for name in calls}
-    for name, slow, fast, exact in zip(["logits", *dict(three[0].named_parameters())], *results, strict=True):
-        arrays = [x.detach().numpy() for x in (fast, slow, exact)]
-        assert_within(*arrays, eps_of(np.float32), name)
-
-
-def test_transformers_generates_the_same(models: Any) -> None:
-    slow, fast, _, calls = models
-    mask = torch.ones_like(ids())
-    mask[0, :9] = 0
-    before = calls["selective_state_update"]
-    for given in ({}, {"attention_mask": mask}):
-        expected = slow.generate(ids(), max_new_tokens=9, do_sample=False, **given)
-        assert torch.equal(fast.generate(ids(), max_new_tokens=9, do_sample=False, **given), expected)
-    assert calls["selective_state_update"] - before == 2 * 8 * 3  # for all but the first token of each
-
-
-def test_transformers_compiles_on_its_fast_path(models: Any) -> None:
-    fast = models[1]
-    compiled = torch.compile(fast.train(), fullgraph=True, backend="aot_eager")
-    try:
-        found, expected = (model(ids(), use_cache=False).logits for model in (compiled, fast))
-        torch.testing.assert_close(found, expected)
-        found.sum().backward()
-    finally:
-        fast.eval()
-
-
-def test_transformers_is_faster(models: Any) -> None:
-    """By far: the slow path takes a step of Python for every token."""
-    slow, fast, *_ = models
-    long = ids(1, 600)
-    seconds = []
-    with torch.no_grad():
-        for model in (fast, slow):
-            model(long[:, :8])
-            start = time.perf_counter()
-            model(long)
-            seconds.append(time.perf_counter() - start)
-    assert seconds[0] < seconds[1]
-
-
-def test_availability_is_asked_again() -> None:
-    from transformers.utils import import_utils
-
-    cuda = pytest.MonkeyPatch()
-    cuda.setattr(import_utils, "is_torch_cuda_available", lambda: True)
-    try:
-        sscan.compat.uninstall()
-        assert not import_utils.is_mamba_ssm_available()
-        with_names = sscan.compat.install()
-        assert import_utils.is_mamba_ssm_available()
-        assert import_utils.is_causal_conv1d_available()
-        assert not import_utils.is_mamba_2_ssm_available()
-        with_names.undo()
-        assert not import_utils.is_mamba_ssm_available()
-    finally:
-        cuda.undo()
-        for name in ("is_mamba_ssm_available", "is_causal_conv1d_available", "is_mamba_2_ssm_available"):
-            getattr(import_utils, name).cache_clear()
-
-
-@pytest.mark.usefixtures("models")
-def test_says_who_came_too_early() -> None:
-    modeling("modeling_early")
-    made = sscan.compat.install()
-    made.undo()
-    assert "transformers.models.mamba.modeling_early" in made.too_late
-    assert "imported before, and do not use it" in str(made)
-    del sys.modules["transformers.models.mamba.modeling_early"]
-
-
-def test_mixers_of_transformers_are_replaced(models: Any) -> None:
-    """The module in the place of the mixer: the same parameters, logits, tokens; with padding on the left too."""
-    slow = models[0]
-    module = sys.modules[type(slow).__module__]
-    ours = module.MambaForCausalLM(slow.config).eval()
-    ours.load_state_dict(slow.state_dict())
-    parameters = dict(ours.named_parameters())
-    assert replace_mixers(ours) == 3
-    assert replace_mixers(ours) == 0
-    assert {name: p is parameters[name] for name, p in ours.named_parameters()} == dict.fromkeys(parameters, True)
-    mask = torch.ones_like(ids())
-    mask[0, :9] = 0
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids()).logits, slow(ids()).logits, rtol=1e-4, atol=1e-5)
-        found, expected = (model(ids(), attention_mask=mask).logits for model in (ours, slow))
-    torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
-    for given in ({}, {"attention_mask": mask}):
-        expected = slow.generate(ids(), max_new_tokens=9, do_sample=False, **given)
-        assert torch.equal(ours.generate(ids(), max_new_tokens=9, do_sample=False, **given), expected)
-    ours.config.hidden_act = "gelu"
-    other = module.MambaForCausalLM(ours.config)
-    ours.config.hidden_act = "silu"
-    with pytest.raises(ValueError, match="activation of a mixer must be 'silu', got 'gelu'"):
-        replace_mixers(other)

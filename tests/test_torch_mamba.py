@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from cases import assert_within, eps_of
 
 import sscan.nn
 from sscan.compat.mamba_ssm import mamba_inner_ref
-from sscan.torch import Mamba
+from sscan.torch import Mamba, causal_conv1d
 from sscan.torch._mamba_inner import mamba_inner
 
 BATCH, LENGTH, D_MODEL = 2, 19, 10
@@ -138,14 +139,15 @@ def test_op_keeps_the_rules_of_torch() -> None:
         torch.library.opcheck(mamba_inner, (*leaves, conv_state, ssm_state, None, None, mask, True, return_states))
 
 
+@torch.no_grad()
 def test_step_by_step() -> None:
     made, x = block(bias=True), hidden()
     out, final_states = made(x, return_final_states=True)
     states = made.allocate_inference_cache(BATCH, LENGTH)
     stepped = torch.cat([made.step(x[:, t : t + 1], *states)[0] for t in range(LENGTH)], 1)
-    torch.testing.assert_close(stepped, out.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(states[0][..., 1:], final_states[0].detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(states[1], final_states[1].detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(stepped, out, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(states[0][..., 1:], final_states[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(states[1], final_states[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, LENGTH - 1, LENGTH])
@@ -244,12 +246,17 @@ def test_exports() -> None:
 
 
 def test_parameters_are_those_of_mamba_ssm() -> None:
+    """In their order too, by which optimizers know them; and the modules without parameters."""
     made = Mamba(48, bias=True)
-    assert {name: tuple(p.shape) for name, p in made.state_dict().items()} == {
-        "in_proj.weight": (192, 48), "in_proj.bias": (192,), "conv1d.weight": (96, 1, 4), "conv1d.bias": (96,),
-        "x_proj.weight": (35, 96), "dt_proj.weight": (96, 3), "dt_proj.bias": (96,), "A_log": (96, 16), "D": (96,),
-        "out_proj.weight": (48, 96), "out_proj.bias": (48,),
-    }  # fmt: skip
+    assert [(name, tuple(p.shape)) for name, p in made.named_parameters()] == [
+        ("A_log", (96, 16)), ("D", (96,)), ("in_proj.weight", (192, 48)), ("in_proj.bias", (192,)),
+        ("conv1d.weight", (96, 1, 4)), ("conv1d.bias", (96,)), ("x_proj.weight", (35, 96)),
+        ("dt_proj.weight", (96, 3)), ("dt_proj.bias", (96,)), ("out_proj.weight", (48, 96)), ("out_proj.bias", (48,)),
+    ]  # fmt: skip
+    assert list(made.state_dict()) == [name for name, _ in made.named_parameters()]
+    assert [name for name, _ in made.named_children()] == ["in_proj", "conv1d", "act", "x_proj", "dt_proj", "out_proj"]
+    assert made.activation == "silu"
+    assert type(made.act) is torch.nn.SiLU
     half = Mamba(48, dtype=torch.bfloat16)
     assert {name for name, p in half.named_parameters() if p.dtype is torch.float32} == {"A_log", "D"}
     other = Mamba(48, bias=True)
@@ -261,37 +268,139 @@ def test_parameters_are_those_of_mamba_ssm() -> None:
     assert torch.equal(on_meta(x), made(x))
 
 
-def test_initial_values() -> None:
+def test_defaults_are_those_of_mamba_ssm() -> None:
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(Mamba).parameters.items() if name != "d_model"
+    }
+    assert defaults == {
+        "d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "dt_min": 0.001, "dt_max": 0.1, "dt_init": "random",
+        "dt_scale": 1.0, "dt_init_floor": 1e-4, "conv_bias": True, "bias": False, "use_fast_path": True,
+        "layer_idx": None, "device": None, "dtype": None,
+    }  # fmt: skip
+    made = Mamba(40)
+    assert (made.d_inner, made.dt_rank, made.conv1d.kernel_size, made.d_state) == (80, 3, (4,), 16)
+    assert made.conv1d.bias is not None
+    assert made.in_proj.bias is made.out_proj.bias is made.x_proj.bias is None
+
+
+def uniform(x: Any, low: float, high: float) -> None:
+    """Within the bounds, near both, and with the mean and deviation of a uniform distribution, to four errors."""
+    assert low <= x.min() < low + 0.02 * (high - low)
+    assert high >= x.max() > high - 0.02 * (high - low)
+    of_width, errors = (x - low) / (high - low), 4 / len(x.flatten()) ** 0.5
+    assert abs(of_width.mean() - 0.5) < 0.29 * errors
+    assert abs(of_width.std() - 12**-0.5) < 0.29 * errors
+
+
+@pytest.mark.parametrize(
+    ("options", "low", "high", "scale"),
+    [
+        ({}, 1e-3, 0.1, 1.0),
+        ({"dt_min": 0.01, "dt_max": 0.2, "dt_scale": 0.5}, 0.01, 0.2, 0.5),
+        ({"dt_min": 1e-6, "dt_max": 1e-3}, 1e-6, 1e-3, 1.0),  # some below the floor of 1e-4
+        ({"dt_min": 0.01, "dt_max": 0.2, "dt_init_floor": 0.02, "dtype": torch.float64}, 0.01, 0.2, 1.0),
+    ],
+    ids=str,
+)
+def test_initial_values(options: dict[str, Any], low: float, high: float, scale: float) -> None:
     torch.manual_seed(0)
-    made = Mamba(512, dt_min=0.01, dt_max=0.2, dt_init_floor=0.02)
-    step = torch.nn.functional.softplus(made.dt_proj.bias)
-    assert 0.02 - 1e-6 <= step.min() <= step.max() <= 0.2 + 1e-6
-    logs = (step[step > 0.0201].log() - math.log(0.0201)) / (math.log(0.2) - math.log(0.0201))
-    assert abs(logs.mean() - 0.5) < 0.05
-    assert abs(logs.std() - 12**-0.5) < 0.03  # of a uniform distribution
-    assert abs((step < 0.0201).float().mean() - math.log(2) / math.log(20)) < 0.05
-    bound = 32**-0.5
-    assert 0.95 * bound < made.dt_proj.weight.abs().max() <= bound
-    torch.testing.assert_close(torch.exp(made.A_log), torch.arange(1.0, 17).expand(1024, 16))
-    assert torch.equal(made.D, torch.ones(1024))
-    assert made.A_log._no_weight_decay
-    assert made.D._no_weight_decay
-    assert made.dt_proj.bias._no_reinit
+    made = Mamba(512, **options)
+    floor = options.get("dt_init_floor", 1e-4)
+    step = torch.nn.functional.softplus(made.dt_proj.bias.detach().double())
+    raised = step < floor * (1 + 1e-5)
+    assert step.min() > floor * (1 - 1e-5)
+    share = max(math.log(floor / low) / math.log(high / low), 0)
+    assert abs(raised.double().mean() - share) <= 4 * (share / 1024) ** 0.5
+    slack = 1 + 1e-5  # of float32
+    uniform(step[~raised].log(), math.log(max(low, floor) / slack), math.log(high * slack))
+    bound = scale * 32**-0.5
+    uniform(made.dt_proj.weight.detach().double(), -bound * slack, bound * slack)
+    for part in (made.in_proj, made.x_proj, made.out_proj):  # as PyTorch starts them
+        bound = part.in_features**-0.5
+        uniform(part.weight.detach().double(), -bound * slack, bound * slack)
+    uniform(made.conv1d.weight.detach().double(), -0.5 * slack, 0.5 * slack)
+    uniform(made.conv1d.bias.detach().double(), -0.5 * slack, 0.5 * slack)
+    torch.testing.assert_close(torch.exp(made.A_log), torch.arange(1.0, 17).expand(1024, 16).to(made.A_log))
+    assert torch.equal(made.D, torch.ones_like(made.D))
+
+
+def test_constant_initial_values() -> None:
     constant = Mamba(64, dt_init="constant", dt_scale=2.0)
     assert torch.equal(constant.dt_proj.weight, torch.full((128, 4), 1.0))
+    assert torch.equal(Mamba(64, dt_init="constant").dt_proj.weight, torch.full((128, 4), 0.5))
 
 
+def test_marks_for_other_code() -> None:
+    """Which parameters code for mamba_ssm leaves alone when it makes new values or lets weights decay."""
+    marked = {
+        mark: {name for name, p in Mamba(16, bias=True).named_parameters() if getattr(p, mark, False)}
+        for mark in ("_no_reinit", "_no_weight_decay")
+    }
+    assert marked == {"_no_reinit": {"dt_proj.bias"}, "_no_weight_decay": {"A_log", "D"}}
+
+
+def test_a_subclass_with_a_forward_of_its_own() -> None:
+    class Own(Mamba):
+        def forward(self, hidden_states: Any) -> Any:
+            x, _ = self.in_proj(hidden_states).mT.chunk(2, 1)
+            assert self.activation in ("silu", "swish")
+            return self.act(self.conv1d(x)[..., : hidden_states.shape[1]])
+
+    torch.manual_seed(0)
+    made, x = Own(16, d_state=4), torch.randn(2, 5, 16)
+    u = causal_conv1d(made.in_proj(x).mT[:, :32], made.conv1d.weight[:, 0], made.conv1d.bias, "silu")
+    torch.testing.assert_close(made(x), u)
+
+
+@torch.no_grad()
 def test_inference_params() -> None:
     """Prefill, several tokens at once, then one at a time: the states live in mamba_ssm's dictionary."""
     made, x = block(layer_idx=3), hidden().detach()
-    expected = made(x).detach()
+    expected = made(x)
     params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
     outs = []
     for begin, end in ((0, 2), (2, 9), (9, 10), (10, LENGTH)):
         params.seqlen_offset = begin
-        outs.append(made(x[:, begin:end], inference_params=params).detach())
+        outs.append(made(x[:, begin:end], inference_params=params))
     torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-10, atol=1e-12)
     assert [tuple(state.shape) for state in params.key_value_memory_dict[3]] == [(BATCH, 20, 4), (BATCH, 20, 4)]
+    params.seqlen_offset = 0
+    with pytest.raises(ValueError, match=r"must have states of 1 sequences, as hidden_states has, got \(2, 20, 4\)"):
+        made(x[:1], inference_params=params)
+
+
+@torch.no_grad()
+def test_inference_params_of_packed_sequences() -> None:
+    """A packed prompt, with a state for each sequence; then steps of all; and one token that is a sequence's first."""
+    made, x = block(layer_idx=0), hidden(batch=1).detach()
+    expected = torch.cat([made(x[:, :4])[:, -1:], made(x[:, 4:18])[:, -1:]])
+    params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    made(torch.cat([x[:, :3], x[:, 4:17]], 1), inference_params=params, cu_seqlens=torch.tensor([0, 3, 16]))
+    params.seqlen_offset = 1
+    found = made(torch.cat([x[:, 3:4], x[:, 17:18]]), inference_params=params)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    found = made(x[:, 18:], inference_params=params, cu_seqlens=torch.tensor([0, 0, 1]))
+    torch.testing.assert_close(found, made(x[:, 4:])[:, -1:], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", ["input", "parameter", "state"])
+def test_states_in_place_lose_no_gradient_in_silence(trained: str) -> None:
+    made, x = block(layer_idx=0).requires_grad_(trained == "parameter"), hidden().detach()
+    x.requires_grad_(trained == "input")
+    states = made.allocate_inference_cache(BATCH, 1)
+    states[1].requires_grad_(trained == "state")
+    with pytest.raises(TypeError, match="Mamba: step updates states in place, which loses gradients.*initial_states"):
+        made.step(x[:, :1], *states)
+    with torch.no_grad():
+        made.step(x[:, :1], *states)
+    params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    if trained != "state":
+        with pytest.raises(TypeError, match="Mamba: forward with inference_params updates .*initial_states"):
+            made(x, inference_params=params)
+        assert not params.key_value_memory_dict
+    made.requires_grad_(False)
+    made(x.detach(), inference_params=params)
+    made.step(x[:, :1].detach(), *params.key_value_memory_dict[0])  # nothing could be lost
 
 
 def test_cache_keeps_states_wide() -> None:
@@ -309,7 +418,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"step: hidden_states must have shape \(batch, 1, d_model\), got \(2, 19"):
         made.step(x, *made.allocate_inference_cache(BATCH, 1))
     params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
-    with pytest.raises(ValueError, match="layer_idx"):
+    with pytest.raises(ValueError, match="layer_idx"), torch.no_grad():
         made(x, inference_params=params)
     with pytest.raises(ValueError, match="inference_params bring states"):
         made(x, inference_params=params, return_final_states=True)

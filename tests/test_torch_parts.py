@@ -260,7 +260,9 @@ def test_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found, states = other(x, return_final_states=True)
         assert (found.dtype, states[0].dtype, states[1].dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-        assert (found.float() - expected).norm() < 0.03 * expected.norm()  # eight bits in each of five products in a row
+        assert (
+            found.float() - expected
+        ).norm() < 0.03 * expected.norm()  # eight bits in each of five products in a row
 
 
 def test_packed_sequences_need_a_plain_convolution() -> None:
@@ -475,5 +477,3 @@ def test_part_by_part_keeps_every_array_once_under_autocast() -> None:
     weights = sum(p.nbytes for p in made.parameters())
     along_time = 8 * 16 * 2 * (64 + 6 * 128 + 4 + 2 * 16)
     assert kept < 2 * weights + along_time + 8 * 16 * 4
-
-
