@@ -1,4 +1,4 @@
-"""One command each: `nox -s test`, `lint`, `types`, `docs`, `bench`, and `lowest` for the oldest dependencies."""
+"""One command each: `nox -s test`, `lint`, `types`, `docs`, `bench`; `lowest` and `transformers` for other releases."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def test(session: nox.Session) -> None:
     """The tests; arguments after `--` go to pytest."""
     install(session, "test")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("release", ["oldest", "newest"], ids=["oldest", "newest"])
+def transformers(session: nox.Session, release: str) -> None:
+    """The tests with transformers, on the oldest release that pyproject.toml allows and on the newest there is."""
+    install(session, "test")
+    (bound,) = (line for line in nox.project.dependency_groups(PROJECT, "test") if line.startswith("transformers>="))
+    session.install("--upgrade", bound.replace(">=", "==") if release == "oldest" else bound)
+    session.run("pytest", "tests/test_transformers.py", *session.posargs)
 
 
 @nox.session

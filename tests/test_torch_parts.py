@@ -260,9 +260,7 @@ def test_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found, states = other(x, return_final_states=True)
         assert (found.dtype, states[0].dtype, states[1].dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-        assert (
-            found.float() - expected
-        ).norm() < 0.03 * expected.norm()  # eight bits in each of five products in a row
+        assert (found.float() - expected).norm() < 0.03 * expected.norm()  # eight bits in each of five products
 
 
 def test_packed_sequences_need_a_plain_convolution() -> None:
@@ -272,7 +270,7 @@ def test_packed_sequences_need_a_plain_convolution() -> None:
     made.in_proj.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(made(x, seq_idx=seq_idx), expected, rtol=1e-10, atol=1e-12)
     made.conv1d.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="seq_idx and cu_seqlens need a plain nn.Conv1d at conv1d"):
+    with pytest.raises(ValueError, match=r"seq_idx and cu_seqlens need a plain nn\.Conv1d at conv1d"):
         made(x, seq_idx=seq_idx)
     few = torch.zeros(2, 20, 2, dtype=torch.float64), torch.zeros(2, 20, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"conv_state must have 3 columns or more, got \(2, 20, 2\)"):
@@ -410,7 +408,7 @@ def test_shapes_on_meta(fast: bool) -> None:
 
 
 class TheirScan(torch.autograd.Function):
-    """mamba_ssm's scan, as far as it is about memory: the inputs, the output before the gate, and states at intervals."""
+    """mamba_ssm's scan as it keeps things: the inputs, the output before the gate, states at intervals."""
 
     @staticmethod
     def forward(ctx: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any) -> Any:

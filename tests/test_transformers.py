@@ -290,7 +290,7 @@ def test_generates_the_same(pair: Any) -> None:
 @pytest.mark.parametrize("chunks", [(4, 29), (9, 24), (12, 1, 20), (1, 1, 31), (33,)], ids=str)
 @pytest.mark.parametrize("whole_mask", [True, False])
 def test_padding_in_chunks(pair: Any, chunks: tuple[int, ...], whole_mask: bool) -> None:
-    """A row with padding on the left, in parts with a cache, is the row alone; the mask is of all tokens, or the part."""
+    """A row with padding on the left, in parts with a cache, is the row alone; the mask is of all tokens, or a part."""
     theirs, ours = pair
     alone, other = theirs(ids()[:1, 9:], use_cache=False).logits, theirs(ids()[1:], use_cache=False).logits
     cache, found, begin = None, [], 0
@@ -449,5 +449,5 @@ def test_refuses_what_it_does_not_know(pair: Any, models: Any, monkeypatch: pyte
         replace_mixers(model)
     assert Mixer not in {type(layer.mixer) for layer in model.backbone.layers}, "none is replaced unless all can be"
     monkeypatch.setattr(sscan.compat.transformers, "version", lambda _: "5.14.1")
-    with pytest.raises(RuntimeError, match="transformers must be 5.15 or later, got 5.14.1"):
+    with pytest.raises(RuntimeError, match=r"transformers must be 5\.15 or later, got 5\.14\.1"):
         replace_mixers(theirs)

@@ -24,8 +24,9 @@ class Mixer(Mamba):
     ) -> Any:
         """Apply the block, from the states in ``cache`` and into them; ``cache_params`` is its name up to 5.23.
 
-        Its arguments are those that blocks are known to give; another one is an error. As in transformers, tokens whose ``attention_mask`` is 0 enter neither convolution nor scan, wherever they are.
-        A mask (batch, length or more) counts for the last ``length`` tokens.
+        As in transformers, tokens whose ``attention_mask`` is 0 enter neither convolution nor scan, wherever they are.
+        A mask (batch, length or more) counts for the last ``length`` tokens. There are no other arguments, so what a
+        later release gives is an error rather than ignored.
         """
         if cache is not None and cache_params is not None:
             raise TypeError("Mixer: cache and cache_params are one argument under two names; give one of them")

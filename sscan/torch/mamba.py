@@ -23,7 +23,7 @@ _PARTS = {"in_proj": nn.Linear, "conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_pr
 _TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
 
 
-def _plain(part: Any, kind: type) -> Weights | None:
+def _plain(part: Any, kind: Any) -> Weights | None:
     """Weight and bias of a part, if a call of it is what its class makes of them, and nothing else.
 
     Not so with hooks, nor with a forward of its own, as accelerate puts it there to offload weights; nor for another
@@ -68,9 +68,9 @@ class Mamba(nn.Module):  # type: ignore[misc]
     of ``mamba_ssm.Mamba``, so that checkpoints and code carry over. Beyond it: initial states and packed sequences,
     the CPU, ``torch.compile(fullgraph=True)``, second derivatives, and ``bias=True`` trains.
 
-    ``in_proj``, ``conv1d``, ``x_proj``, ``dt_proj`` and ``out_proj`` are called, in ``forward`` as in ``step``, whatever
-    stands there: adapters, quantised or offloaded layers, layers with hooks or parametrisations. What is a plain
-    ``nn.Linear`` or ``nn.Conv1d`` without any of these may be read instead.
+    Whatever stands at ``in_proj``, ``conv1d``, ``x_proj``, ``dt_proj`` and ``out_proj`` is called, in ``forward`` as in
+    ``step``: adapters, quantised or offloaded layers, layers with hooks or parametrisations. Of a plain ``nn.Linear``
+    or ``nn.Conv1d`` without any of these, weight and bias may be read instead.
 
     Parameters
     ----------
