@@ -314,6 +314,23 @@ def test_peft(parts: tuple[str, ...], fast: bool) -> None:
     assert ops_of(lambda: merged(x)) == (FUSED if fast else SEPARATE)
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")  # which cannot be merged
+def test_peft_of_the_convolution() -> None:
+    config = peft.LoraConfig(r=20, target_modules=["conv1d"], init_lora_weights=False)
+    adapted = peft.get_peft_model(nn.Sequential(block()), config).double()
+    made, x = adapted.base_model.model[0], hidden()
+    assert (made(x) - block()(x)).abs().max() > 1e-3
+    assert_is_what_its_parts_make(made, x)
+
+
+def test_other_parameters_for_a_call() -> None:
+    made, x = block(), hidden()
+    given = {name: 1.1 * p.detach() for name, p in made.named_parameters()}
+    found = torch.func.functional_call(made, given, (x,))
+    made.load_state_dict(given)
+    assert torch.equal(found, made(x))
+
+
 def test_quantised_layers() -> None:
     """Products in 8 bits: as far from those in float32 as the same block that calls its parts, within one step each."""
     made, x = block(torch.float32), hidden(torch.float32)
