@@ -473,9 +473,12 @@ def kept_by(function: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("called", [(), PROJECTIONS], ids=["read", "called"])
-def test_part_by_part_keeps_no_more_than_mamba_ssm(dtype: torch.dtype, batch: int, called: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("d_state", [16, 64])
+def test_part_by_part_keeps_no_more_than_mamba_ssm(
+    dtype: torch.dtype, batch: int, called: tuple[str, ...], d_state: int
+) -> None:
     torch.manual_seed(0)
-    made = Mamba(64, dtype=dtype, use_fast_path=False)
+    made = Mamba(64, d_state=d_state, dtype=dtype, use_fast_path=False)
     x = torch.randn(batch, 512, 64, dtype=dtype, requires_grad=True)
     theirs = kept_by(lambda: their_slow_path(made, x))
     for name in called:
