@@ -13,7 +13,7 @@ from sscan.torch.mamba import Mamba
 if TYPE_CHECKING:
     from torch import nn
 
-OLDEST = "5.15"  # the first whose cache keeps what is read here
+OLDEST = "5.15"  # that is tested; caches of 5.13 and before keep their states in another form
 
 
 class Mixer(Mamba):
