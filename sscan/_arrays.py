@@ -255,15 +255,56 @@ def _cupy_surroundings(op: str, array: Any, arguments: Any) -> contextlib.Abstra
 
 
 def _torch_caller(op: str, name: str, tensor: Any) -> Caller:
-    torch = sys.modules["torch"]
-    if tensor.requires_grad and torch.is_grad_enabled():
+    check_tensor(op, name, tensor)
+    if not _has_memory(tensor):
+        kind = "on meta" if tensor.is_meta else "without memory (freed, fake, or inside a transformation)"
+        raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got one {kind}")
+    if tensor.requires_grad and sys.modules["torch"].is_grad_enabled():
         raise TypeError(
             f"{op}: {name} requires grad, which this function would lose; use sscan.torch or torch.no_grad()"
         )
-    device = tensor.device
-    if device.type not in ("cpu", "cuda") or tensor.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got {tensor.layout} on {device}")
-    return _torch_on(device.type, device.index)
+    if has_tangent(tensor):
+        raise TypeError(f"{op}: {name} has a tangent, which would be lost: there are no forward-mode derivatives")
+    return _torch_on(tensor.device.type, tensor.device.index)
+
+
+def check_tensor(op: str, name: str, tensor: Any) -> None:
+    """TypeError for a tensor that kernels cannot read, whether it has data or only says what they would be like."""
+    if tensor.layout is not sys.modules["torch"].strided:
+        kind = f"a {str(tensor.layout).removeprefix('torch.')} one"
+    elif tensor.is_nested:
+        kind = "a nested one"
+    elif tensor.is_quantized:
+        kind = "a quantized one"
+    elif tensor.device.type not in ("cpu", "cuda", "meta"):
+        kind = f"one on {tensor.device}"
+    elif str(tensor.dtype).removeprefix("torch.") not in _TORCH_DTYPES:
+        raise TypeError(f"{op}: {name} has the dtype {tensor.dtype}, which is not supported")
+    else:
+        return
+    raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got {kind}")
+
+
+_TORCH_DTYPES = {
+    "float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool",
+    "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+}  # fmt: skip
+
+
+def _has_memory(tensor: Any) -> bool:
+    """Whether what the tensor says of itself lies at its address.
+
+    NumPy would give memory of its own for an address of 0, and nobody has written that. A storage may have been freed,
+    and tensors that are fake, zero by definition, wrapped by a transformation or of a class with a dispatch of its own
+    never had one.
+    """
+    dispatch = sys.modules["torch"]._C
+    if dispatch._dispatch_keys(tensor).has(dispatch.DispatchKey.Python):
+        return False
+    try:
+        return bool(tensor.data_ptr()) or not tensor.numel()
+    except RuntimeError:
+        return False
 
 
 @functools.cache
@@ -321,7 +362,7 @@ class TensorView:
     @property
     def dtype(self) -> np.dtype[Any]:
         """NumPy's."""
-        return _numpy_dtype(self.tensor.dtype)
+        return numpy_dtype(self.tensor.dtype)
 
     def astype(self, dtype: Any, order: str = "K", copy: bool = True) -> Any:
         """Itself, or a CuPy array."""
@@ -352,7 +393,8 @@ def _leave_tensor(result: Any) -> Any:
 
 
 @functools.cache
-def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
+def numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    """NumPy's, for one of PyTorch that has passed ``check_tensor``."""
     name = str(dtype).removeprefix("torch.")
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
@@ -362,16 +404,26 @@ def _torch_dtype(dtype: Any) -> Any:
     return getattr(sys.modules["torch"], np.dtype(dtype).name)
 
 
+def has_tangent(tensor: Any) -> bool:
+    """Whether forward-mode derivatives are being made with respect to the tensor."""
+    forward = sys.modules["torch"].autograd.forward_ad
+    return forward._current_level >= 0 and forward.unpack_dual(tensor).tangent is not None
+
+
 def _torch_metadata(arrays: tuple[Any, ...]) -> list[Any] | None:
-    lost = sys.modules["torch"].is_grad_enabled()
+    torch: Any = sys.modules["torch"]
+    if torch.autograd.forward_ad._current_level >= 0:
+        return None
+    lost = torch.is_grad_enabled()
     found: list[Any] = []
     for x in arrays:
         if x is None:
             found.append(None)
-        elif (lost and x.requires_grad) or x.is_conj() or x.is_neg():
+            continue
+        address = x.data_ptr()
+        if (lost and x.requires_grad) or x.is_conj() or x.is_neg() or (not address and x.numel()):
             return None
-        else:
-            found.append((type(x), x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % x.element_size()))
+        found.append((type(x), x.dtype, x.shape, x.stride(), x.device, address % x.element_size()))
     return found
 
 
@@ -382,8 +434,29 @@ def _torch_view(tensor: Any) -> Any:
     if tensor.is_cuda:  # a bare capsule: CuPy's stream is PyTorch's, there is nothing to wait for
         return sys.modules["cupy"].from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
     if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+        return np.from_dlpack(_Lent(tensor.view(torch.int16))).view(ml_dtypes.bfloat16)
+    return np.from_dlpack(_Lent(tensor))
+
+
+class _Lent:
+    """A tensor that NumPy asks for its memory.
+
+    ``Tensor.numpy`` would keep the storage from being resized, for ever; a capsule leaves the tensor as it was, as FSDP
+    needs it.
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(
+        self, *, stream: None = None, max_version: Any = None, dl_device: Any = None, copy: Any = None
+    ) -> Any:
+        return sys.modules["torch"]._C._to_dlpack_versioned(self.tensor)  # NumPy makes the unversioned read-only
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # kDLCPU
 
 
 def _known_tensor(tensor: Any) -> Any:

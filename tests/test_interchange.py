@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from cases import DIFFERENTIABLE, Array, Case, backward, case_of, check_backward, check_forward, cotangents, forward
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import sscan
 import sscan.cpu
@@ -294,19 +296,58 @@ def test_mixed_libraries() -> None:
         sscan.selective_scan(**{**given, "z": Minimal(given["z"])})
 
 
+def freed(x: Any) -> Any:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def fake(x: Any) -> Any:
+    with FakeTensorMode() as mode:
+        return mode.from_tensor(x)
+
+
 REFUSED = {
-    "meta": lambda x: x.to("meta"),
-    "sparse": lambda x: x.to_sparse(),
+    "on meta": lambda x: x.to("meta"),
+    "a sparse_coo": lambda x: x.to_sparse(),
+    "a quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "a nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "without memory: freed": freed,
+    "without memory: fake": fake,
+    "without memory: zero": lambda x: torch._efficientzerotensor(x.shape),
+    "without memory: of a class of its own": lambda x: TwoTensor(x, x),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("kind", REFUSED)
-def test_tensors_without_memory_of_their_own(kind: str) -> None:
+def test_tensors_that_kernels_cannot_read(kind: str) -> None:
+    """NumPy would give a tensor without memory some of its own, with whatever lies there."""
     given = torch_problem()
+    sscan.selective_scan(**given)
     given["u"] = REFUSED[kind](given["u"])
-    expected = r"^selective_scan: u must be a dense tensor on cpu or cuda, got torch\.\w+ on \w+$"
+    what = kind.partition(":")[0]
+    expected = f"^selective_scan: u must be a dense tensor on cpu or cuda, got (one {what}|{what} one)"
     with pytest.raises(TypeError, match=expected):
         sscan.selective_scan(**given)
+
+
+def test_a_tensor_is_viewed_as_it_lies() -> None:
+    """Every dtype and layout, without a copy and writeable; and the tensor may be resized afterwards."""
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool, torch.uint16, torch.int64):
+        whole = torch.arange(24).reshape(2, 3, 4).to(dtype)
+        for tensor in (whole, whole[:, ::2, 1:].mT, whole[:, :1].expand(2, 5, 4), whole[:0], whole[1, 2, 3]):
+            view = _arrays.view(tensor)
+            assert np.array_equal(view.astype(complex), tensor.to(torch.complex128).numpy())
+            assert view.flags.writeable
+            if tensor.numel():
+                assert view.ctypes.data == tensor.data_ptr()
+        view.fill(1)
+        assert whole[1, 2, 3] == 1
+        del view
+        whole.resize_(1000)
 
 
 @pytest.mark.parametrize("value", [3.0, [1.0, 2.0], "u", object()], ids=["float", "list", "str", "object"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -26,7 +27,7 @@ from cases import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -547,20 +548,37 @@ def test_compiled_autocast() -> None:
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
+
+def freed(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+DENSE = r"^selective_scan: z must be a dense tensor on cpu or cuda, got "
 BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "meta": (
-        lambda x: x.to("meta"),
-        TypeError,
-        r"^selective_scan: z must be a dense tensor on cpu or cuda, got .*meta",
-    ),
+    "meta": (lambda x: x.to("meta"), TypeError, "^selective_scan: all tensors must .*; u is on cpu, z on meta$"),
     "dtype": (torch.Tensor.double, TypeError, r"^selective_scan: z must have the dtype of u, float32; got float64"),
     "shape": (lambda x: x[:1], ValueError, r"^selective_scan: z must have shape .* = \(2, 3, 20\), got \(1, 3, 20\)"),
-    "sparse": (torch.Tensor.to_sparse, Exception, r"selective_scan.*(z must be a dense tensor|Sparse)"),
-    "library": (torch.Tensor.numpy, RuntimeError, r"argument 'z' but instead found type 'ndarray'"),
-}
+    "sparse": (torch.Tensor.to_sparse, TypeError, DENSE + "a sparse_coo one$"),
+    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), TypeError, DENSE + "a quantized one$"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), TypeError, DENSE + "a nested one$"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), TypeError, DENSE + "a nested one$"
+    ),
+    "fp8": (
+        lambda x: x.to(torch.float8_e4m3fn), TypeError,
+        r"^selective_scan: z has the dtype torch.float8_e4m3fn, which is not supported$",
+    ),
+    "freed": (freed, TypeError, DENSE + "one without memory"),
+    "library": (torch.Tensor.numpy, TypeError, "^selective_scan: z must be a torch.Tensor, got ndarray$"),
+    "list": (torch.Tensor.tolist, TypeError, "^selective_scan: z must be a torch.Tensor, got list$"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BAD)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
 def test_bad_input_is_named(kind: str) -> None:
     change, error, message = BAD[kind]
     arguments = problem("selective_scan", dim=3, length=20)
@@ -569,10 +587,152 @@ def test_bad_input_is_named(kind: str) -> None:
 
 
 @pytest.mark.parametrize("op", [*DIFFERENTIABLE, *UPDATED])
-def test_meta_tensors_are_named(op: str) -> None:
-    arguments = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in problem(op).items()}
-    with pytest.raises(TypeError, match=rf"^{op}: \w+ must be a dense tensor on cpu or cuda, got one on meta$"):
-        getattr(sscan.torch, op)(**arguments)
+def test_every_argument_is_named(op: str) -> None:
+    """None for a required one too, which PyTorch hands on without a word."""
+    arguments = problem(op)
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor):
+            required = inspect.signature(getattr(sscan.torch, op)).parameters[name].default is inspect.Parameter.empty
+            for bad in ([1.0], None) if required else ([1.0],):
+                with pytest.raises(TypeError, match=f"^{op}: {name} must be a torch.Tensor, got {type(bad).__name__}$"):
+                    getattr(sscan.torch, op)(**arguments | {name: bad})
+
+
+# --- Tensors without memory -------------------------------------------------------------------------------------------
+
+
+def registered_tensors(op: Any) -> list[int]:
+    return [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+
+
+def registered_ops() -> list[Any]:
+    """Every op of torch.library that sscan defines, the backwards too."""
+    names = {name.removeprefix("sscan::") for name in torch._C._dispatch_get_all_op_names() if name[:7] == "sscan::"}
+    assert {"selective_scan", "selective_scan_backward", "mamba_inner", "mamba_inner_backward"} <= names
+    return [getattr(torch.ops.sscan, name).default for name in sorted(names)]
+
+
+@pytest.mark.parametrize("op", registered_ops(), ids=str)
+def test_one_tensor_on_meta_is_an_error(op: Any) -> None:
+    """PyTorch would take the result that the op makes for tensors without data: memory that nobody wrote."""
+    options = {"bool": False, "str": "", "Optional[str]": None, "float": 1.0, "int": 1, "SymInt": 1}
+    places = registered_tensors(op)
+    for place in places:
+        arguments = [
+            torch.zeros(2, device="meta" if i == place else "cpu") if i in places else options[str(argument.type)]
+            for i, argument in enumerate(op._schema.arguments)
+        ]
+        name = op._schema.arguments[place].name
+        on_meta = rf"{name} is on meta, \w+ on cpu" if place == places[0] else rf"\w+ is on cpu, {name} on meta"
+        with pytest.raises(TypeError, match=f"^{op._opname}: all tensors must be on one device; {on_meta}$"):
+            op(*arguments)
+
+
+@pytest.mark.parametrize("op", [*DIFFERENTIABLE, *UPDATED])
+def test_meta_tensors_give_meta_results(op: str) -> None:
+    """As everywhere in PyTorch: the shapes and dtypes of the results, and of their gradients."""
+    arguments = problem(op)
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    found, expected = [], []
+    for results, given in ((found, on_meta), (expected, arguments)):
+        if op in UPDATED:
+            results.append(getattr(sscan.torch, op)(**given))
+            continue
+        leaves = with_leaves(given)
+        made = getattr(sscan.torch, op)(**leaves, **STATES.get(op, {}))
+        made = made if isinstance(made, tuple) else (made,)
+        inputs = list(differentiable(leaves).values())
+        results += [*made, *torch.autograd.grad(made, inputs, [torch.ones_like(x) for x in made])]
+    assert {x.device.type for x in found} == {"meta"}
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
+
+
+def test_meta_tensors_are_checked() -> None:
+    for op, name, message in (
+        ("discretize", "method", "method must be one of"), ("ssm_kernel", "method", "method must be one of"),
+        ("linear_scan", "b", "b must have the shape of a"), ("ssm_convolution", "u", "u must have shape"),
+        ("rms_norm", "weight", "weight must have"), ("causal_conv1d", "weight", "weight must have shape"),
+    ):  # fmt: skip
+        arguments = {key: x.to("meta") if isinstance(x, torch.Tensor) else x for key, x in problem(op).items()}
+        bad = "none" if name == "method" else arguments[name].new_empty(2)
+        with pytest.raises(ValueError, match=f"^{op}: {message}"):
+            getattr(sscan.torch, op)(**arguments | {name: bad})
+
+
+@pytest.mark.parametrize("library", [sscan, sscan.torch], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("op", [*DIFFERENTIABLE, *UPDATED])
+def test_tensors_stay_resizable(op: str, library: Any) -> None:
+    """FSDP frees the storage of a parameter between its uses: an op must not keep it from being resized."""
+    arguments = problem(op)
+    for _ in range(2):  # the second call is a known one
+        getattr(library, op)(**arguments)
+    for x in arguments.values():
+        if isinstance(x, torch.Tensor):
+            size = x.untyped_storage().nbytes()
+            x.untyped_storage().resize_(0)
+            x.untyped_storage().resize_(size)
+            x.resize_(9, 4)
+
+
+def test_halves_stay_resizable() -> None:
+    arguments = problem("selective_scan", dtype="bfloat16")
+    sscan.torch.selective_scan(**with_leaves(arguments)).float().sum().backward()
+    for name in ("u", "delta", "B", "C", "z"):
+        arguments[name].untyped_storage().resize_(0)
+
+
+# --- Forward mode and torch.func --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.func's own
+@pytest.mark.parametrize("op", [*DIFFERENTIABLE, *UPDATED])
+def test_forward_mode_is_refused(op: str) -> None:
+    """A tangent must not become zero in silence; tensors that have none pass while another has one."""
+    arguments = problem(op)
+    expected = getattr(sscan.torch, op)(**{k: x.clone() if hasattr(x, "clone") else x for k, x in arguments.items()})
+    for name, x in differentiable(arguments).items():
+        with forward_ad.dual_level():
+            given = arguments | {name: forward_ad.make_dual(x, torch.ones_like(x))}
+            with pytest.raises(NotImplementedError, match=f"^{op}: {name} has a tangent, but"):
+                getattr(sscan.torch, op)(**given)
+            with pytest.raises(TypeError, match=f"^{op}: {name} has a tangent, which would be lost"):
+                getattr(sscan, op)(**given)
+        with pytest.raises(NotImplementedError, match=f"^{op}: {name} has a tangent"):
+            torch.func.jvp(lambda y, name=name: getattr(sscan.torch, op)(**arguments | {name: y}), (x,), (x,))
+    with forward_ad.dual_level():
+        forward_ad.make_dual(torch.ones(1), torch.ones(1))
+        found = getattr(sscan.torch, op)(**arguments)
+    for x, y in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, expected)), strict=True):
+        assert identical(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_gradients_of_torch_func_are_refused() -> None:
+    function, (x, weight) = function_of("rms_norm", problem("rms_norm", shape=(2, 3)))
+
+    def number(x: torch.Tensor) -> torch.Tensor:
+        return function(x, weight)[0].sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+        with pytest.raises(NotImplementedError, match=r"^rms_norm: torch\.func has no gradients of sscan"):
+            transform(number)(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_is_one_call_after_the_other() -> None:
+    """Results and, of tensors that require grad outside of it, gradients."""
+    arguments = problem("selective_scan", **SMALL["selective_scan"])
+    weights = with_leaves({name: arguments[name] for name in ("A", "B", "C", "D", "delta_bias")})
+    us = torch.randn(3, *arguments["u"].shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def scan(u: torch.Tensor) -> torch.Tensor:
+        return sscan.torch.selective_scan(**arguments | weights | {"u": u})
+
+    found, expected = torch.vmap(scan)(us), torch.stack([scan(u) for u in us])
+    assert identical(found, expected)
+    inputs = [us, *weights.values()]
+    for mine, theirs in zip(*(torch.autograd.grad(loss(y), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs)  # sums over the calls in another order
 
 
 def test_options_are_checked() -> None:

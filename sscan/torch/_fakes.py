@@ -6,24 +6,20 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 
-from sscan import _backends, _checks
+from sscan import _arrays, _backends, _checks
 from sscan.causal_conv1d import _Arguments as _Convolution
 from sscan.causal_conv1d import _checked as _checked_convolution
 from sscan.causal_conv1d import _checked_step, _is_silu, _Step
+from sscan.discretize import _checked as _checked_system
+from sscan.linear_scan import _initial as _checked_state
 from sscan.rms_norm import _weight
 from sscan.selective_scan import _Arguments, _check_dtypes, _check_shapes
 from sscan.selective_state_update import _Arguments as _ScanStep
 from sscan.selective_state_update import _checked as _checked_scan_step
-
-_NAMES = (
-    "float64", "float32", "float16", "complex64", "complex128", "bool",
-    "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-)  # fmt: skip
-_DTYPES = {getattr(torch, name): np.dtype(name) for name in _NAMES} | {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+from sscan.ssm import _checked as _checked_kernel
 
 
 class _Described:
@@ -39,25 +35,31 @@ class _Described:
     def astype(self, dtype: np.dtype[Any], order: str) -> _Described:
         return _Described(self.shape, dtype)
 
+    def reshape(self, *shape: Any) -> _Described:
+        return _Described(shape[0] if isinstance(shape[0], tuple) else shape, self.dtype)
 
-def described(op: str, *tensors: Any, names: tuple[str, ...]) -> list[Any]:
-    """Descriptions of tensors, after the checks of devices and dtypes that the core makes on entering."""
-    device = tensors[0].device
-    found: list[_Described | None] = []
-    for name, tensor in zip(names, tensors, strict=True):
+
+def check_together(op: str, **tensors: Any) -> None:
+    """The checks that the core makes on entering, without looking at memory: dense tensors on one device, or None.
+
+    All may be on meta: then the result is too. A single one must not be, since nobody would write the result.
+    """
+    first, device = "", None
+    for name, tensor in tensors.items():
         if tensor is None:
-            found.append(None)
             continue
-        if tensor.device.type not in ("cpu", "cuda"):
-            raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got one on {tensor.device}")
-        if tensor.device != device:
+        _arrays.check_tensor(op, name, tensor)
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
             raise TypeError(
-                f"{op}: all tensors must be on one device; {names[0]} is on {device}, {name} on {tensor.device}"
+                f"{op}: all tensors must be on one device; {first} is on {device}, {name} on {tensor.device}"
             )
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{op}: {name} has the dtype {tensor.dtype}, which is not supported")
-        found.append(_Described(tuple(tensor.shape), _DTYPES[tensor.dtype]))
-    return found
+
+
+def described(*tensors: Any) -> list[Any]:
+    """What the core's checks look at, of tensors that have passed ``check_together``; None stays None."""
+    return [None if x is None else _Described(tuple(x.shape), _arrays.numpy_dtype(x.dtype)) for x in tensors]
 
 
 def accumulation(x: Any) -> Any:
@@ -101,7 +103,7 @@ def selective_scan(
 def checked_scan(*tensors: Any) -> Any:
     """Descriptions of these arguments, in the order of the op, and their sizes, after the core's checks."""
     op, is_complex = "selective_scan", tensors[2].is_complex()
-    a = _Arguments(*described(op, *tensors, names=_Arguments._fields[: len(tensors)]))
+    a = _Arguments(*described(*tensors))
     sizes = _check_shapes(op, a, is_complex)
     _check_dtypes(op, a, is_complex)
     return a, sizes
@@ -114,7 +116,7 @@ def checkpoints_shape(u: Any, A: Any, B: Any, C: Any, seq_idx: Any, cu_seqlens: 
     number = np.dtype(np.complex64 if A.is_complex() else np.float32)
     if u.dtype is torch.float64:
         number = np.result_type(number, np.float64)
-    backend = _backends.for_device("selective_scan", u.device.type)
+    backend = _backends.for_device("selective_scan", "cpu" if u.is_meta else u.device.type)
     return backend.checkpoints_shape(*u.shape, A.shape[1], groups, number, seq_idx is not None, sequences)
 
 
@@ -125,7 +127,7 @@ def selective_scan_backward(dy: Any, dlast_state: Any, *arguments: Any) -> list[
 def selective_state_update(*arguments: Any) -> Any:
     op, x = "selective_state_update", arguments[1]
     tensors = arguments[:-1]
-    inspect.unwrap(_checked_scan_step)(op, _ScanStep(*described(op, *tensors, names=_ScanStep._fields)))
+    inspect.unwrap(_checked_scan_step)(op, _ScanStep(*described(*tensors)))
     return x.new_empty(x.shape)
 
 
@@ -145,9 +147,7 @@ def causal_conv1d(
 
 def checked_convolution(*tensors: Any) -> Any:
     """What the core's checks find out about these arguments, in the order of the op."""
-    op, names = "causal_conv1d", _Convolution._fields[: len(tensors)]
-    given = described(op, *tensors, names=names)
-    return inspect.unwrap(_checked_convolution)(op, _Convolution(*given))
+    return inspect.unwrap(_checked_convolution)("causal_conv1d", _Convolution(*described(*tensors)))
 
 
 def causal_conv1d_backward(dy: Any, dfinal_state: Any, *arguments: Any) -> list[Any]:
@@ -157,7 +157,7 @@ def causal_conv1d_backward(dy: Any, dfinal_state: Any, *arguments: Any) -> list[
 def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any, activation: str | None) -> Any:
     op = "causal_conv1d_update"
     _is_silu(op, activation)
-    inspect.unwrap(_checked_step)(op, _Step(*described(op, x, conv_state, weight, bias, names=_Step._fields)))
+    inspect.unwrap(_checked_step)(op, _Step(*described(x, conv_state, weight, bias)))
     return x.new_empty(x.shape)
 
 
@@ -166,7 +166,7 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any, activa
 
 def rms_norm(x: Any, weight: Any, residual: Any, eps: float) -> tuple[Any, Any]:
     op = "rms_norm"
-    x_, weight_, residual_ = described(op, x, weight, residual, names=("x", "weight", "residual"))
+    x_, weight_, residual_ = described(x, weight, residual)
     _weight(op, x_, weight_, eps, residual=residual_)
     number = accumulation(x)
     return x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0, dtype=number)
@@ -177,12 +177,9 @@ def rms_norm_backward(dy: Any, dresidual_out: Any, x: Any, weight: Any, residual
 
 
 def linear_scan(a: Any, b: Any, initial_state: Any, reverse: bool) -> Any:
-    op = "linear_scan"
-    a_, b_, state = described(op, a, b, initial_state, names=("a", "b", "initial_state"))
-    _checks.same_shape(op, a=a_, b=b_)
-    if state is not None and state.shape != a_.shape[:-1]:
-        expected = f"the shape of a without its last axis, {a_.shape[:-1]}"
-        raise ValueError(f"{op}: initial_state must have {expected}, got {state.shape}")
+    a_, b_, given = described(a, b, initial_state)
+    state: Any = given or _Described(a_.shape[:-1], a_.dtype)
+    _checked_state("linear_scan", None, state, a=a_, b=b_)  # type: ignore[arg-type]  # needs no memory for zeros
     return b.new_empty(b.shape)
 
 
@@ -191,9 +188,8 @@ def linear_scan_backward(dh: Any, a: Any, h: Any, initial_state: Any, reverse: b
 
 
 def discretize(delta: Any, A: Any, B: Any, method: str) -> tuple[Any, Any]:
-    described("discretize", delta, A, B, names=("delta", "A", "B"))
-    shape = A.shape if delta.ndim == 1 else (*delta.shape, A.shape[1])
-    number = number_of(delta, A)
+    delta_, A_, B_ = described(delta, A, B)
+    shape, number = _checked_system("discretize", delta_, A_, B_, method).shape, number_of(delta, A)
     return A.new_empty(shape, dtype=number), A.new_empty(shape, dtype=number)
 
 
@@ -201,8 +197,10 @@ def discretize_backward(dA_bar: Any, dB_bar: Any, delta: Any, A: Any, B: Any, me
     return gradients(delta, A, B)
 
 
-def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str) -> Any:
-    described("ssm_kernel", delta, A, B, C, names=("delta", "A", "B", "C"))
+def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: Any, method: str) -> Any:
+    delta_, A_, B_, C_ = described(delta, A, B, C)
+    number = length if isinstance(length, int) else 0  # a symbol while tracing
+    _checked_kernel("ssm_kernel", delta_, A_, B_, C_, number, method)
     return A.new_empty((A.shape[0], length), dtype=accumulation(delta))
 
 
@@ -212,7 +210,7 @@ def ssm_kernel_backward(dK: Any, delta: Any, A: Any, B: Any, C: Any, length: int
 
 def ssm_convolution(u: Any, kernel: Any) -> Any:
     op = "ssm_convolution"
-    u_, kernel_ = described(op, u, kernel, names=("u", "kernel"))
+    u_, kernel_ = described(u, kernel)
     _checks.sizes(op, u=(u_, "batch, dim, length"), kernel=(kernel_, "dim, length"))
     return u.new_empty(u.shape)
 

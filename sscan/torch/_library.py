@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
+from sscan._arrays import has_tangent
 from sscan.torch._composed import pulled_back
+from sscan.torch._fakes import check_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -19,14 +22,22 @@ _PLAIN = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)  # tensors of whi
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """The op ``sscan::<schema>``; ``fake`` checks tensors without data and makes results of the right shapes.
 
-    The kernel serves tensors of every device: the core says what is wrong with one that it does not know.
+    The kernel serves tensors of every device: the core says what is wrong with one that it does not know. Only where a
+    tensor is on meta, the dispatcher asks the fake one, which therefore must not be given memory to fill.
     """
     name = schema.partition("(")[0]
     _kernels[name] = kernel
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sscan::{name}", fake, lib=_library)
-    return getattr(torch.ops.sscan, name).default
+    op = getattr(torch.ops.sscan, name).default
+    places = [(i, op._schema.arguments[i].name) for i in _tensors(op)]
+
+    def checked_fake(*arguments: Any) -> Any:
+        check_together(name, **{argument: arguments[i] for i, argument in places})
+        return fake(*arguments)
+
+    torch.library.register_fake(f"sscan::{name}", checked_fake, lib=_library)
+    return op
 
 
 class Saved(NamedTuple):
@@ -73,12 +84,48 @@ def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable
 
     # What torch.library.register_autograd would register, but for 100 us that it spends on defaults that no op has.
     def kernel(keys: Any, *inputs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, inputs)
         if torch.is_grad_enabled() and any(inputs[i] is not None and inputs[i].requires_grad for i in places):
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(f"{_name(op)}: torch.func has no gradients of sscan; use torch.autograd.grad")
             outputs = Recorded.apply(keys & below, *inputs)
             return list(outputs) if listed else outputs
         return run(keys & below, inputs)
 
     _library.impl(_name(op), kernel, "Autograd", with_keyset=True)
+
+
+def refuse_derivatives(op: Any) -> None:
+    """Have an op that updates a state in place raise a TypeError for tensors that require grad: it would be lost."""
+    places = _tensors(op)
+    below, implementation = torch._C._after_autograd_keyset, _kernels[_name(op)]
+
+    def kernel(keys: Any, *inputs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, inputs)
+        if torch.is_grad_enabled():
+            for i in places:
+                if inputs[i] is not None and inputs[i].requires_grad:
+                    raise TypeError(
+                        f"{_name(op)}: {op._schema.arguments[i].name} requires grad, which an update in place would "
+                        "lose; use torch.no_grad()"
+                    )
+        keys = keys & below
+        with torch._C._AutoDispatchBelowAutograd():
+            return implementation(*inputs) if keys.highestPriorityTypeId() in _PLAIN else op.redispatch(keys, *inputs)
+
+    _library.impl(_name(op), kernel, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(op: Any, inputs: Sequence[Any]) -> None:
+    """NotImplementedError for inputs with a tangent, which would be zero behind the op."""
+    for i in _tensors(op):
+        if inputs[i] is not None and has_tangent(inputs[i]):
+            raise NotImplementedError(
+                f"{_name(op)}: {op._schema.arguments[i].name} has a tangent, but the ops of sscan have no forward-mode "
+                "derivatives; use reverse mode (torch.autograd.grad)"
+            )
 
 
 def _name(op: Any) -> str:

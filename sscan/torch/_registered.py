@@ -21,6 +21,7 @@ from sscan.torch._library import (
     differentiate_again,
     for_each,
     or_zeros,
+    refuse_derivatives,
 )
 
 
@@ -128,6 +129,7 @@ selective_state_update = define(
     _selective_state_update,
     _fakes.selective_state_update,
 )
+refuse_derivatives(selective_state_update)
 cast_under_autocast(selective_state_update, "x", "dt", "B", "C", "z", axes=2)
 
 # --- The convolution --------------------------------------------------------------------------------------------------
@@ -196,6 +198,7 @@ causal_conv1d_update = define(
     _causal_conv1d_update,
     _fakes.causal_conv1d_update,
 )
+refuse_derivatives(causal_conv1d_update)
 cast_under_autocast(causal_conv1d_update, "x", axes=2)
 
 # --- The normalisation ------------------------------------------------------------------------------------------------

@@ -212,6 +212,8 @@ def causal_conv1d(
     """
     op = "causal_conv1d"
     rank, size = _place(op, group, initial_state)
+    ops.check_tensors(op, {"x": x, "weight": weight}, {"bias": bias, "initial_state": initial_state})
+    _fakes.check_together(op, x=x, weight=weight, bias=bias, initial_state=initial_state)
     _fakes.checked_convolution(x, weight, bias, initial_state, None, None)  # before any rank waits for another one
     if size == 1 or weight.shape[1] == 1 or 0 in x.shape[:2]:
         return ops.causal_conv1d(x, weight, bias, activation, initial_state, return_final_state)
