@@ -18,7 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from cases import Arguments, Array, conv_problem, cotangents, scan_problem
+from torch.distributed.fsdp import fully_shard
 
+import sscan.torch
 from sscan import reference
 from sscan.torch import distributed
 
@@ -154,6 +156,40 @@ def under_autocast(device: str) -> list[str]:
     return [str(result.dtype) for result in (u, y, end)]
 
 
+class Block(torch.nn.Module):
+    """Ops on parameters of its own, and a Mamba block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6, 4))
+        self.A_log = torch.nn.Parameter(torch.randn(6, 5))
+        self.norm = torch.nn.Parameter(torch.rand(6))
+        self.mixer = sscan.torch.Mamba(6, d_state=4)
+
+    def forward(self, x: Any) -> Any:
+        u = sscan.torch.causal_conv1d(x, self.weight, activation="silu")
+        y = sscan.torch.selective_scan(u, u.abs(), -self.A_log.exp(), u[:, :5], u[:, 1:])
+        return x + self.mixer(sscan.torch.rms_norm(y.mT, self.norm)).mT
+
+
+def sharded(device: str) -> dict[str, tuple[Array, Array]]:
+    """Gradients of two blocks by parameter, without FSDP and with it, which frees gathered parameters."""
+    x = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    found = []
+    for shard in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(Block(), Block()).to(device)
+        if shard:
+            for module in (*model, model):
+                fully_shard(module)
+        for _ in range(2):  # the second time, in storages that were freed
+            model.zero_grad()
+            model(x).square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found.append({name: g.full_tensor() if shard else g for name, g in gradients.items()})
+    return {name: (array(g), array(found[1][name])) for name, g in found[0].items()}
+
+
 def main(backend: str, folder: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device, options = "cpu", {}
@@ -170,6 +206,7 @@ def main(backend: str, folder: Path) -> None:
         for op, name in NAMES
     }
     results["wanting nothing"], results["errors"] = wanting_nothing(rank, device), errors(rank, device)
+    results["sharded"] = sharded(device)
     results["under autocast"] = under_autocast(device)
     (folder / f"rank{rank}").write_bytes(pickle.dumps(results))
     dist.barrier()

@@ -55,6 +55,15 @@ def test_errors_name_the_argument(of_ranks: list[dict[Any, Any]]) -> None:
                 assert said[name].startswith(f"{op}: initial_state belongs to the first rank"), said
 
 
+def test_sharded_parameters_have_the_same_gradients(of_ranks: list[dict[Any, Any]]) -> None:
+    """FSDP gathers parameters for each use and frees them after it: ops may not keep a storage from being resized."""
+    for results in of_ranks:
+        assert len(results["sharded"]) == 2 * (3 + 9)
+        for name, (whole, gathered) in results["sharded"].items():
+            assert np.abs(whole).max() > 0, name
+            np.testing.assert_allclose(gathered, whole, rtol=0, atol=1e-5 * np.abs(whole).max(), err_msg=name)
+
+
 def test_under_autocast_inputs_are_cast(of_ranks: list[dict[Any, Any]]) -> None:
     for results in of_ranks:
         assert results["under autocast"] == ["torch.bfloat16", "torch.bfloat16", "torch.float32"]
