@@ -1,36 +1,55 @@
-"""``sscan.compat``: the import names, and the functions behind them."""
+"""``sscan.compat``: the import names, the functions behind them, and transformers' Mamba on its fast path."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sscan
 import sscan.compat
 import sscan.compat.causal_conv1d
 import sscan.compat.mamba_ssm
-from sscan.compat import selective_scan_cuda
-from sscan.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+import sscan.torch
+from sscan.compat import causal_conv1d_cuda, selective_scan_cuda, selective_scan_cuda_core, selective_scan_cuda_oflex
+from sscan.compat.causal_conv1d import (
+    causal_conv1d_fn,
+    causal_conv1d_ref,
+    causal_conv1d_update,
+    causal_conv1d_update_ref,
+    causal_conv1d_varlen_states,
+    causal_conv1d_varlen_states_ref,
+)
 from sscan.compat.mamba_ssm import (
+    InferenceParams,
+    MambaInnerFn,
+    SelectiveScanFn,
     mamba_inner_fn,
     mamba_inner_ref,
     selective_scan_fn,
     selective_scan_ref,
     selective_state_update,
+    selective_state_update_ref,
 )
+from sscan.compat.norms import RMSNorm, layer_norm_fn, rms_norm_fn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-NAMES = ("mamba_ssm", "causal_conv1d", "selective_scan_cuda")
+NAMES = (
+    "mamba_ssm", "causal_conv1d", "causal_conv1d_cuda", "selective_scan_cuda", "selective_scan_cuda_core",
+    "selective_scan_cuda_oflex",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -61,8 +80,78 @@ def test_names_resolve() -> None:
         causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update,
     )  # fmt: skip
     assert (inner, bwd) == (mamba_inner_ref, selective_scan_cuda.bwd)
-    with pytest.raises(ModuleNotFoundError, match=r"mamba_ssm\.ops\.triton\.ssd_combined"):
-        importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+
+
+ABSENT = {
+    "mamba_ssm.Mamba2": "Mamba-2", "mamba_ssm.modules.mamba2.Mamba2": "Mamba-2",
+    "mamba_ssm.modules.mamba2_simple.Mamba2Simple": "Mamba-2",
+    "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined": "Mamba-2",
+    "mamba_ssm.ops.triton.layernorm_gated.RMSNorm": "Mamba-2", "mamba_ssm.Mamba3": "Mamba-3",
+    "mamba_ssm.distributed.tensor_parallel.ColumnParallelLinear": "tensor parallelism",
+    "mamba_ssm.MambaLMHeadModel": "the language model",
+    "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "the language model",
+    "mamba_ssm.models.config_mamba.MambaConfig": "the language model",
+    "mamba_ssm.modules.mamba_simple.Block": "the language model",
+    "mamba_ssm.modules.block.Block": "the language model", "mamba_ssm.modules.mha.MHA": "the language model",
+    "mamba_ssm.modules.mlp.GatedMLP": "the language model",
+    "mamba_ssm.utils.generation.GenerationMixin": "the language model",
+    "mamba_ssm.utils.hf.load_config_hf": "the language model",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_is_not_there_says_so(name: str) -> None:
+    """In words, and as the error that code which can do without has an answer for."""
+    module, _, attribute = name.rpartition(".")
+    with pytest.raises(ModuleNotFoundError, match=rf"^mamba_ssm\.[\w.]+ is not here: .* is of {ABSENT[name]}$"):
+        exec(f"from {module} import {attribute}")
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_nobody_has_is_an_ordinary_error() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'mamba_ssm\.nothing'"):
+        importlib.import_module("mamba_ssm.nothing")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        getattr(importlib.import_module("mamba_ssm"), "nothing")  # noqa: B009
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from mamba_ssm.utils.generation import nothing  # noqa: F401
+
+
+PROVIDED = {
+    "mamba_ssm": ("Mamba", "selective_scan_fn", "mamba_inner_fn"),
+    "mamba_ssm.modules.mamba_simple": ("Mamba",),
+    "mamba_ssm.ops.selective_scan_interface": (
+        "selective_scan_fn", "selective_scan_ref", "mamba_inner_fn", "mamba_inner_ref", "SelectiveScanFn",
+        "MambaInnerFn",
+    ),
+    "mamba_ssm.ops.triton.selective_state_update": ("selective_state_update", "selective_state_update_ref"),
+    "mamba_ssm.ops.triton.layer_norm": ("RMSNorm", "rms_norm_fn", "layer_norm_fn"),
+    "mamba_ssm.ops.triton.layernorm": ("RMSNorm", "rms_norm_fn", "layer_norm_fn"),
+    "mamba_ssm.utils.generation": ("InferenceParams",),
+    "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_update"),
+    "causal_conv1d.causal_conv1d_interface": (
+        "causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_ref", "causal_conv1d_update_ref",
+    ),
+    "causal_conv1d.causal_conv1d_varlen": ("causal_conv1d_varlen_states", "causal_conv1d_varlen_states_ref"),
+    "causal_conv1d.cpp_functions": (
+        "causal_conv1d_fwd_function", "causal_conv1d_bwd_function", "causal_conv1d_update_function",
+    ),
+    "causal_conv1d_cuda": ("causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update"),
+    "selective_scan_cuda": ("fwd", "bwd"),
+    "selective_scan_cuda_core": ("fwd", "bwd"),
+    "selective_scan_cuda_oflex": ("fwd", "bwd"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("module", PROVIDED)
+def test_names_of_public_code(module: str) -> None:
+    """They are there, come from sscan, and their module has a file."""
+    found = importlib.import_module(module)
+    assert Path(found.__file__ or "").is_file()
+    for name in PROVIDED[module]:
+        assert getattr(found, name).__module__.startswith("sscan."), name
 
 
 @pytest.mark.usefixtures("installed")
@@ -70,40 +159,41 @@ def test_attributes_of_the_package_are_its_modules() -> None:
     import mamba_ssm
 
     assert mamba_ssm.ops.triton.selective_state_update.selective_state_update is selective_state_update
-    assert mamba_ssm.__version__.startswith("1.2.2+sscan.")
+    assert mamba_ssm.__version__ == importlib.metadata.version("mamba_ssm") == "1.2.2+sscan"
 
 
 def test_what_asks_for_packages_finds_them_and_no_more_after_undo() -> None:
-    assert [importlib.util.find_spec(name) for name in NAMES] == [None] * 3
+    assert [importlib.util.find_spec(name) for name in NAMES] == [None] * 6
     made = sscan.compat.install()
     assert all(importlib.util.find_spec(name) for name in NAMES)
     assert importlib.util.find_spec("mamba_ssm.ops.triton") is not None
     assert importlib.metadata.version("mamba-ssm") == importlib.metadata.version("mamba_ssm")
-    assert importlib.metadata.version("causal_conv1d").startswith("1.5.0+sscan")
+    assert importlib.metadata.version("causal_conv1d") == importlib.import_module("causal_conv1d").__version__
     assert "mamba_ssm" in importlib.metadata.packages_distributions()
     importlib.import_module("mamba_ssm.ops")
     made.undo()
     made.undo()
-    assert [importlib.util.find_spec(name) for name in NAMES] == [None] * 3
+    assert [importlib.util.find_spec(name) for name in NAMES] == [None] * 6
     assert not [name for name in sys.modules if name.partition(".")[0] in NAMES]
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("mamba_ssm")
 
 
 def test_says_what_it_did_and_uninstalls(caplog: pytest.LogCaptureFixture) -> None:
-    before = list(sys.meta_path)
+    before = list(sys.path)
     with caplog.at_level("INFO", "sscan.compat"):
         made = sscan.compat.install()
     assert made.provided == NAMES
     assert made.kept == ()
-    assert "mamba_ssm, causal_conv1d, selective_scan_cuda provided by sscan" in str(made)
+    assert f"{', '.join(NAMES)} provided by sscan" in str(made)
     assert str(made) in caplog.text
     again = sscan.compat.install()
-    assert len(sys.meta_path) == len(before) + 1
+    assert sys.path == [*before, *again.folders]
     assert again.provided == NAMES
     sscan.compat.uninstall()
     sscan.compat.uninstall()
-    assert sys.meta_path == before
+    made.undo()
+    assert sys.path == before
 
 
 def test_an_installed_original_is_not_shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +204,7 @@ def test_an_installed_original_is_not_shadowed(tmp_path: Path, monkeypatch: pyte
     original = importlib.import_module("mamba_ssm")
     try:
         made = sscan.compat.install()
-        assert (made.kept, made.provided) == (("mamba_ssm",), ("causal_conv1d", "selective_scan_cuda"))
+        assert (made.kept, made.provided) == (("mamba_ssm",), NAMES[1:])
         assert "left alone, because installed: mamba_ssm" in str(made)
         assert importlib.import_module("mamba_ssm").original
         with pytest.raises(ModuleNotFoundError):
@@ -153,7 +243,150 @@ def test_a_script_runs_with_the_names(tmp_path: Path) -> None:
     )
     assert run.stdout == "['--flag'] __main__ sscan.compat.causal_conv1d sscan.compat.mamba_ssm\n"
     assert "provided by sscan" in run.stderr
-    assert subprocess.run([sys.executable, "-m", "sscan.compat"], check=False, capture_output=True).returncode == 1
+
+
+def python(*arguments: str, given: str = "", **options: Any) -> tuple[str, str, int]:
+    """What Python writes, without the line of what was installed, and its exit code."""
+    run = subprocess.run(
+        [sys.executable, *arguments], input=given, capture_output=True, text=True, check=False, **options
+    )
+    lines = run.stderr.splitlines(keepends=True)
+    return run.stdout, "".join(line for line in lines if not line.startswith("sscan.compat: ")), run.returncode
+
+
+LIKE_PYTHON: dict[str, tuple[list[str], str]] = {
+    "code": (["-c", "import sys; print(sys.argv, __name__, sys.path[0])", "-x"], ""),
+    "module": (["-m", "module", "--flag"], ""),
+    "package": (["-m", "package"], ""),
+    "folder": (["folder", "1"], ""),
+    "zip": (["app.zip"], ""),
+    "standard input": (["-", "1"], "import sys; print(sys.argv)"),
+    "no argument": ([], "print(2)"),
+    "options": (["-O", "-W", "error", "-c", "import sys; print(sys.flags.optimize, sys.warnoptions)"], ""),
+    "missing file": (["missing.py"], ""),
+    "missing module": (["-m", "missing"], ""),
+    "bad option": (["-c"], ""),
+    "version": (["--version"], ""),
+    "exit code": (["-c", "raise SystemExit(7)"], ""),
+    "traceback": (["-c", "1 / 0"], ""),
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("programs")
+    text = "import sys; print(sys.argv[1:], __name__, __spec__ and __spec__.name, sys.path[0])\n"
+    for name in ("module.py", "package/__main__.py", "package/__init__.py", "folder/__main__.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("" if name.endswith("__init__.py") else text)
+    with zipfile.ZipFile(folder / "app.zip", "w") as app:
+        app.writestr("__main__.py", text)
+    return folder
+
+
+@pytest.mark.parametrize("kind", LIKE_PYTHON)
+def test_answers_as_python_itself(kind: str, programs: Path) -> None:
+    arguments, given = LIKE_PYTHON[kind]
+    found = python("-m", "sscan.compat", *arguments, given=given, cwd=programs)
+    assert found == python(*arguments, given=given, cwd=programs)
+    assert any(found)
+
+
+def test_says_how_it_is_used() -> None:
+    out, _, code = python("-m", "sscan.compat", "--help")
+    assert out.startswith("usage: python -m sscan.compat [what python takes: script.py | -m module | -c code")
+    assert out.endswith(python("--help")[0])
+    assert code == 0
+
+
+def test_options_that_would_lose_the_names_are_refused() -> None:
+    for arguments in (("-m", "sscan.compat", "-Iu", "script.py"), ("-E", "-m", "sscan.compat", "-c", "1")):
+        out, error, code = python(*arguments)
+        assert (out, code) == ("", 1)
+        assert "PYTHONPATH, which -E and -I would ignore" in error
+    of_script = python("-m", "sscan.compat", "-c", "import mamba_ssm, sys; print(sys.argv)", "-I")
+    assert of_script == ("['-c', '-I']\n", "", 0)
+
+
+WORKERS = """
+import multiprocessing, subprocess, sys
+import mamba_ssm  # in every process, before anything else of this file runs
+from causal_conv1d import causal_conv1d_fn
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+def found(depth):
+    below = []
+    if depth:
+        with multiprocessing.get_context(METHOD).Pool(1) as pool:
+            below = pool.map(found, [0])
+    return [causal_conv1d_fn.__module__, *below]
+
+class Data(Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        return sys.modules["mamba_ssm"].Mamba.__module__
+
+def spawned(rank, queue):
+    queue.put(mamba_ssm.Mamba.__module__)
+
+METHOD = sys.argv[1]
+if __name__ == "__main__":
+    context = multiprocessing.get_context(METHOD)
+    with context.Pool(1) as pool:
+        print(pool.map(found, [0]))
+    process = context.Process(target=found, args=(1,))
+    process.start()
+    process.join()
+    print(process.exitcode)
+    print(list(DataLoader(Data(), num_workers=1, multiprocessing_context=METHOD, batch_size=None)))
+    if METHOD == "spawn":
+        queue = context.SimpleQueue()
+        torch.multiprocessing.spawn(spawned, (queue,))
+        print(queue.get())
+"""
+
+
+@pytest.mark.parametrize("installed_by", ["command", "call"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_have_the_names(method: str, installed_by: str, tmp_path: Path) -> None:
+    """Of every start method, before the main module is imported in them; and those that they start."""
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    arguments = ["-m", "sscan.compat", str(script), method]
+    if installed_by == "call":
+        launcher = tmp_path / "launcher.py"
+        launcher.write_text(
+            "if __name__ == '__main__':\n"
+            "    import runpy, sys, sscan.compat\n"
+            "    sscan.compat.install()\n"
+            "    del sys.argv[0]\n"
+            "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        arguments = [str(launcher), str(script), method]
+    out, error, code = python(*arguments, timeout=300)
+    expected = ["[['sscan.compat.causal_conv1d']]", "0", "['sscan.torch.mamba']"]
+    expected += ["sscan.torch.mamba"] if method == "spawn" else []
+    assert (out.splitlines(), code) == (expected, 0), error
+
+
+def test_processes_that_a_script_starts_have_the_names() -> None:
+    """Which is how torchrun and pytest-xdist work; and installing again in one of them finds no original."""
+    code = "import sscan.compat; made = sscan.compat.install(); import mamba_ssm; print(made.kept, len(made.provided))"
+    started = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
+    assert python("-m", "sscan.compat", "-c", started) == ("() 6\n", "", 0)
+
+
+def test_runs_where_sscan_lies_in_the_current_folder(tmp_path: Path) -> None:
+    """As for one who has not installed it; the script is elsewhere."""
+    script = tmp_path / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text("import mamba_ssm, sscan; print(mamba_ssm.Mamba.__module__, sscan.__file__)")
+    (tmp_path / "sscan").symlink_to(Path(sscan.__file__).parent)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = python("-m", "sscan.compat", str(script), cwd=tmp_path, env=environment)
+    assert found == (f"sscan.torch.mamba {tmp_path}/sscan/__init__.py\n", "", 0)
 
 
 # --- mamba_ssm --------------------------------------------------------------------------------------------------------
@@ -192,6 +425,26 @@ def test_scan_is_its_reference(change: dict[str, Any]) -> None:
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(selective_scan_fn(**inputs, delta_softplus=True), results[0][0])
+
+
+def test_autograd_functions_are_called_as_the_originals() -> None:
+    inputs, inner = scan_inputs(), inner_inputs()
+    assert torch.equal(SelectiveScanFn.apply(*inputs.values(), True)[0], selective_scan_fn(*inputs.values(), True)[0])
+    *first, D, bias = inner.values()
+    assert torch.equal(MambaInnerFn.apply(*first, None, None, D, bias), mamba_inner_fn(**inner))
+
+
+def test_constant_matrices_do_not_widen_the_scan() -> None:
+    """Only what varies with time decides on the arithmetic; B and C that do not are parameters."""
+    inputs = scan_inputs(torch.float32, torch.float32) | {"B": random(6, 4), "C": random(6, 4, seed=1)}
+    with Ops() as ops:
+        _, last_state = selective_scan_fn(**inputs, return_last_state=True)
+    assert last_state.dtype is torch.float32
+    half = {name: inputs[name].half() for name in ("u", "delta", "z")}
+    with Ops() as halves:
+        selective_scan_fn(**inputs | half)
+    for seen, dtype in ((ops, torch.float32), (halves, torch.float16)):
+        assert seen.dtypes[seen.names.index("sscan::selective_scan")] is dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -289,23 +542,170 @@ def test_inner_refuses_what_it_cannot_do() -> None:
         mamba_inner_fn(**inputs, B=random(6, 3), B_proj_bias=random(3))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_state_update_with_heads(groups: int) -> None:
-    """As many channels as heads * dim, in the order of memory; also of a state whose heads do not merge."""
-    batch, heads, dim, states = 2, 4, 3, 5
-    state = random(batch, heads, dim, states)
-    x, dt, z = (random(batch, heads, dim, seed=k) for k in range(3))
-    A, D, bias = -random(heads, dim, states).exp(), random(heads, dim), random(heads, dim, seed=1)
-    B, C = (random(batch, groups, states, seed=k) for k in range(2))
-    expected = state.flatten(1, 2).clone()
-    y = sscan.selective_state_update(
-        expected, x.flatten(1), dt.flatten(1), A.flatten(0, 1), B, C, D.flatten(), z.flatten(1), bias.flatten(), True
-    )
-    apart = state.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    for given in (state, apart):
-        found = selective_state_update(given, x, dt, A, B, C, D, z, bias, True)
-        torch.testing.assert_close(found, y.view_as(x))
-        torch.testing.assert_close(given, expected.view_as(given))
+def update_inputs(heads: int = 0, groups: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    channels = (heads, 3) if heads else (6,)
+    matrix = (2, groups, 5) if groups else (2, 5)
+    shapes = {
+        "state": (2, *channels, 5), "x": (2, *channels), "dt": (2, *channels), "A": (*channels, 5), "B": matrix,
+        "C": matrix, "D": channels, "z": (2, *channels), "dt_bias": channels,
+    }  # fmt: skip
+    inputs = {name: random(*shape, seed=k).to(dtype) for k, (name, shape) in enumerate(shapes.items())}
+    return inputs | {"A": -inputs["A"].exp()}
+
+
+def update_compared(inputs: dict[str, Any], **tolerance: float) -> None:
+    """The step and its reference: results and states."""
+    mine, theirs = (inputs | {"state": inputs["state"].clone(memory_format=torch.preserve_format)} for _ in range(2))
+    y = selective_state_update(**mine, dt_softplus=True)
+    expected = selective_state_update_ref(**theirs, dt_softplus=True)
+    assert y.dtype is expected.dtype is inputs["x"].dtype
+    torch.testing.assert_close(y, expected, **tolerance)
+    torch.testing.assert_close(mine["state"], theirs["state"], **tolerance)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(0, 0), (0, 1), (0, 2), (4, 0), (4, 1), (4, 2), (1, 1)])
+def test_state_update_is_its_reference(heads: int, groups: int) -> None:
+    inputs = update_inputs(heads, groups)
+    update_compared(inputs, rtol=1e-9, atol=1e-11)
+    update_compared({n: x for n, x in inputs.items() if n not in ("D", "z", "dt_bias")}, rtol=1e-9, atol=1e-11)
+    if heads:  # a state whose heads and channels do not lie one behind the other
+        apart = inputs["state"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+        update_compared(inputs | {"state": apart}, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("heads", [0, 4])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wide", ["", "B", "C", "dt", "z", "B C", "dt z B C", "state"])
+def test_state_update_of_mixed_dtypes(wide: str, half: torch.dtype, heads: int) -> None:
+    """Each in its own dtype, as the original: nothing but results is rounded to that of x."""
+    inputs = update_inputs(heads, dtype=torch.float32)
+    inputs |= {name: inputs[name].to(half) for name in ("state", "x", "dt", "z", "B", "C") if name not in wide.split()}
+    exact = {name: x.double() for name, x in inputs.items()}
+    y, expected = (selective_state_update(**given, dt_softplus=True) for given in (inputs, exact))
+    assert y.dtype is half
+    # Half an ulp of results that were never rounded before.
+    assert ((y.double() - expected).abs() <= torch.finfo(half).eps / 2 * expected.abs() + 1e-6).all()
+    error = (inputs["state"].double() - exact["state"]).abs()
+    assert (error <= torch.finfo(inputs["state"].dtype).eps / 2 * exact["state"].abs() + 1e-6).all()
+
+
+def test_state_update_of_one_dtype_is_one_kernel() -> None:
+    """No cast, whose result would be another tensor."""
+    inputs = update_inputs(dtype=torch.float16)
+    inputs |= {name: inputs[name].float() for name in ("state", "A", "D", "dt_bias")}
+    with Ops() as ops:
+        selective_state_update(**inputs)
+    assert set(ops.names) == {"sscan::selective_state_update", "aten::promote_types"}
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops that run, and the dtypes of their first arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.dtypes: list[Any] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(op._schema.name)
+        self.dtypes.append(getattr(args[0], "dtype", None) if args else None)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("heads", [0, 6])
+def test_state_update_compiles(heads: int) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(selective_state_update, fullgraph=True, backend="aot_eager")
+    for layout in (torch.contiguous_format, "apart"):
+        inputs = update_inputs(heads)
+        if layout == "apart" and heads:
+            inputs["state"] = inputs["state"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+        mine = inputs | {"state": inputs["state"].clone(memory_format=torch.preserve_format)}
+        y, expected = compiled(**mine, dt_softplus=True), selective_state_update(**inputs, dt_softplus=True)
+        assert torch.equal(y, expected)
+        assert torch.equal(mine["state"], inputs["state"])
+
+
+def test_inference_params_carry_the_states_of_the_block() -> None:
+    torch.manual_seed(0)
+    block = sscan.torch.Mamba(8, d_state=3, layer_idx=0)
+    hidden = random(2, 7, 8, dtype=torch.float32)
+    given = InferenceParams(max_seqlen=7, max_batch_size=2)
+    with torch.no_grad():
+        for _ in range(2):
+            outs = [block(hidden[:, :4], given)]
+            given.seqlen_offset = 4
+            outs += [block(hidden[:, 4:5], given)]
+            given.seqlen_offset = 5
+            outs += [block(hidden[:, 5:], given)]
+            torch.testing.assert_close(torch.cat(outs, 1), block(hidden))
+            given.reset(7, 2)
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+NORMS: dict[str, dict[str, Any]] = {
+    "bare": {"bias": None},
+    "bias": {},
+    "residual": {"bias": None, "residual": random(2, 5, 8, seed=1)},
+    "prenorm": {"residual": random(2, 5, 8, seed=1), "prenorm": True},
+    "prenorm without residual": {"bias": None, "prenorm": True},
+    "rowscale": {"rowscale": random(2, 5), "residual": random(2, 5, 8, seed=1), "prenorm": True},
+    "parallel": {
+        "x1": random(2, 5, 8, seed=3), "weight1": random(8, seed=4), "bias1": random(8, seed=5), "prenorm": True,
+        "residual": random(2, 5, 8, seed=1),
+    },
+    "parallel, one weight": {"x1": random(2, 5, 8, seed=3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("change", NORMS.values(), ids=list(NORMS))
+def test_norms_are_those_of_torch(change: dict[str, Any], is_rms_norm: bool) -> None:
+    given = {"x": random(2, 5, 8), "weight": random(8), "bias": random(8, seed=1), "eps": 1e-3} | change
+    leaves = {name: x.requires_grad_() for name, x in given.items() if isinstance(x, torch.Tensor)}
+    found = rms_norm_fn(**given) if is_rms_norm else layer_norm_fn(**given)
+    total = given["x"] * given["rowscale"][..., None] if "rowscale" in given else given["x"]
+    total = total + given.get("x1", 0) + given.get("residual", 0)
+    expected = []
+    for weight, bias in ((given["weight"], given["bias"]), (given.get("weight1"), given.get("bias1"))):
+        if weight is not None:
+            norm = torch.nn.functional.rms_norm if is_rms_norm else torch.nn.functional.layer_norm
+            y = norm(total, (8,), weight, eps=1e-3)
+            expected.append(y if bias is None else y + bias)
+    expected += [total] if given.get("prenorm") else []
+    found = found if isinstance(found, tuple) else (found,)
+    torch.testing.assert_close(found, tuple(expected))
+    results = [
+        torch.autograd.grad(sum((y * random(2, 5, 8, seed=9)).sum() for y in made), leaves.values(), retain_graph=True)
+        for made in (found, expected)
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_norms_keep_dtypes_and_drop_out() -> None:
+    x, weight = random(2, 5, 8, dtype=torch.bfloat16), torch.ones(8)
+    wide = random(2, 5, 8, seed=1, dtype=torch.float32)
+    for function in (rms_norm_fn, layer_norm_fn):
+        for residual, in_fp32, dtype in (
+            (None, False, torch.bfloat16), (None, True, torch.float32), (wide, False, torch.float32),
+            (wide.bfloat16(), True, torch.bfloat16),
+        ):  # fmt: skip
+            y, total = function(x, weight, None, residual, prenorm=True, residual_in_fp32=in_fp32)
+            assert (y.dtype, total.dtype) == (torch.bfloat16, dtype)
+            whole = x.float() + (0 if residual is None else residual.float())
+            assert torch.equal(total, whole.to(dtype))
+        with pytest.raises(NotImplementedError, match="return_dropout_mask is not there"):
+            function(x, weight, None, return_dropout_mask=True)
+        with pytest.raises(ValueError, match="rowscale must not be given together with x1"):
+            function(x, weight, None, x1=x, rowscale=x[..., 0])
+    norm = RMSNorm(8, dropout_p=0.5)
+    assert torch.equal(norm.eval()(wide), rms_norm_fn(wide, norm.weight, None, eps=1e-5))
+    _, total = norm.train()(wide, prenorm=True)
+    dropped = total == 0
+    assert 5 < dropped.sum() < 75
+    assert torch.equal(total[~dropped], 2 * wide[~dropped])
+    assert list(norm.state_dict()) == ["weight"]
 
 
 # --- causal_conv1d ----------------------------------------------------------------------------------------------------
@@ -323,6 +723,88 @@ def test_convolution_is_that_of_torch(activation: str | None) -> None:
     out = torch.empty(2, 5, 3, dtype=torch.float64)
     assert causal_conv1d_fn(x, weight, bias, None, before, True, out)[1] is out
     assert torch.equal(out, states)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_steps_with_a_negative_seq_idx_are_padding(activation: str | None) -> None:
+    """Zeros, from whatever stands there, and no gradient; the sequences between are as they are alone."""
+    seq_idx = torch.tensor([[-1, -1, 0, 0, 0, -1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, -1, -1, -2]], dtype=torch.int32)
+    parts = [(0, 2, 5), (0, 6, 10), (1, 0, 7)]
+    x = random(2, 5, 10)
+    x[(seq_idx < 0)[:, None].expand_as(x)] = float("nan")
+    leaves = [x.requires_grad_(), random(5, 4).requires_grad_(), random(5).requires_grad_()]
+    y = causal_conv1d_fn(*leaves, seq_idx, activation=activation)
+    assert torch.equal(y.mT[seq_idx < 0], torch.zeros(6, 5, dtype=y.dtype))
+    alone = [causal_conv1d_ref(x[row : row + 1, :, a:b], *leaves[1:], activation=activation) for row, a, b in parts]
+    for (row, a, b), expected in zip(parts, alone, strict=True):
+        torch.testing.assert_close(y[row : row + 1, :, a:b], expected)
+    found = torch.autograd.grad(y.square().sum(), leaves)
+    expected = torch.autograd.grad(sum(part.square().sum() for part in alone), leaves)
+    torch.testing.assert_close(found, expected)
+
+
+def test_references_of_the_convolution() -> None:
+    """They are what they are named after, the states too."""
+    x, weight, bias, before = random(2, 5, 11), random(5, 4), random(5), random(2, 5, 3)
+    for options in ({}, {"initial_states": before}, {"return_final_states": True}, {"activation": "swish"}):
+        torch.testing.assert_close(
+            causal_conv1d_ref(x, weight, bias, **options), causal_conv1d_fn(x, weight, bias, **options)
+        )
+    for filled in (None, torch.tensor([0, 3])):
+        mine, theirs = random(2, 5, 6), random(2, 5, 6)
+        y = causal_conv1d_update(x, mine, weight, bias, "silu", filled)
+        torch.testing.assert_close(y, causal_conv1d_update_ref(x, theirs, weight, bias, "silu", filled))
+        assert torch.equal(mine, theirs)
+
+
+def test_last_inputs_of_packed_sequences() -> None:
+    x, borders = random(9, 5), torch.tensor([0, 2, 2, 9], dtype=torch.int32)
+    states = causal_conv1d_varlen_states(x, borders, 4)
+    assert torch.equal(states, causal_conv1d_varlen_states_ref(x, borders, 4))
+    assert torch.equal(states[0], torch.cat([torch.zeros(2, 5), x[:2]]).mT.double())
+    assert not states[1].any()
+    assert torch.equal(states[2], x[5:].mT)
+    assert causal_conv1d_varlen_states(x[:0], borders[:1], 4).shape == (0, 5, 4)
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_functions_behind_the_autograd_function(states: bool) -> None:
+    """As mamba_ssm and its forks call them."""
+    x, weight, bias = (t.requires_grad_() for t in (random(2, 5, 11), random(5, 4), random(5)))
+    before = random(2, 5, 3).requires_grad_() if states else None
+    y, end = causal_conv1d_fn(x, weight, bias, None, before, True, activation="silu")
+    dout, dend = random(2, 5, 11, seed=1), random(2, 5, 3, seed=1) if states else None
+    inputs = [x, weight, bias, *([before] if states else [])]
+    expected = torch.autograd.grad([y, end], inputs, [dout, torch.zeros_like(end) if dend is None else dend])
+    final = torch.empty_like(end)
+    out = causal_conv1d_cuda.causal_conv1d_fwd_function(x, weight, bias, None, before, final, True)
+    assert torch.equal(out, y)
+    assert torch.equal(final, end)
+    dx = torch.empty_like(x)
+    found = causal_conv1d_cuda.causal_conv1d_bwd_function(x, weight, bias, dout, None, before, dend, dx, states, True)
+    assert found[0] is dx
+    assert (found[3] is None) == (not states)
+    torch.testing.assert_close(tuple(t for t in found if t is not None), expected)
+    mine, theirs = random(2, 5, 3), random(2, 5, 3)
+    step = causal_conv1d_cuda.causal_conv1d_update_function(x[..., 0], mine, weight, bias, True, None, None)
+    assert torch.equal(step, causal_conv1d_update(x[..., 0], theirs, weight, bias, "silu"))
+    assert torch.equal(mine, theirs)
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    x, weight, bias = random(2, 5, 11), random(5, 4), random(5)
+    with pytest.raises(TypeError, match=r"^causal_conv1d_fn: seq_idx must be a torch\.Tensor, got str$"):
+        causal_conv1d_fn(x, weight, bias, "silu")
+    with pytest.raises(TypeError, match=r"^causal_conv1d_update: cache_seqlens must be a torch\.Tensor, got list$"):
+        causal_conv1d_update(x, random(2, 5, 4), weight, bias, None, [0, 1])
+    with pytest.raises(TypeError, match=r"^selective_scan_fn: delta must be a torch\.Tensor, got NoneType$"):
+        selective_scan_fn(**scan_inputs() | {"delta": None})
+    with pytest.raises(TypeError, match=r"^selective_state_update: dt must be a torch\.Tensor, got NoneType$"):
+        selective_state_update(**update_inputs() | {"dt": None})
+    with pytest.raises(TypeError, match=r"^mamba_inner_fn: A must be a torch\.Tensor, got float$"):
+        mamba_inner_fn(**inner_inputs() | {"A": 1.0})
+    with pytest.raises(TypeError, match=r"^rms_norm_fn: weight must be a torch\.Tensor, got NoneType$"):
+        rms_norm_fn(x, None, None)
 
 
 @pytest.mark.parametrize("kept", [3, 5])
@@ -386,3 +868,26 @@ def test_extension_module(gated: bool) -> None:
     ours = dict(u=du, delta=ddelta, A=dA, B=dB, C=dC, D=dD, delta_bias=dbias, **({"z": dz} if gated else {}))
     for name, gradient in zip(inputs, expected, strict=True):
         torch.testing.assert_close(ours[name], gradient)
+
+
+@pytest.mark.parametrize("out_float", [False, True])
+def test_extension_modules_of_vmamba(out_float: bool) -> None:
+    """As its autograd function calls them: half inputs, and a gradient of float32 where the output is."""
+    inputs = scan_inputs(torch.float16, torch.float32)
+    del inputs["z"]
+    u, delta, A, B, C, D, bias = inputs.values()
+    wide = {name: x.float().clone().requires_grad_() for name, x in inputs.items()}
+    y = selective_scan_fn(**wide, delta_softplus=True)
+    dout = random(2, 6, 21, seed=9, dtype=torch.float32 if out_float else torch.float16)
+    expected = torch.autograd.grad(y, wide.values(), dout.float())
+    module = selective_scan_cuda_oflex if out_float else selective_scan_cuda_core
+    out, x, *_ = module.fwd(u, delta, A, B, C, D, bias, True, 1, *([True] if out_float else []))
+    assert out.dtype is dout.dtype
+    torch.testing.assert_close(out, y.detach().to(out.dtype), rtol=1e-3 if not out_float else 1e-6, atol=1e-6)
+    found = module.bwd(u, delta, A, B, C, D, bias, dout, x, True, 1)
+    assert [g.dtype for g in found] == [t.dtype for t in (u, delta, A, B, C, D, bias)]
+    for mine, theirs, given in zip(found, expected, inputs.values(), strict=True):
+        rtol = 2 * torch.finfo(given.dtype).eps
+        torch.testing.assert_close(mine.float(), theirs, rtol=rtol, atol=rtol * theirs.abs().max().item())
+    narrow, _ = selective_scan_cuda_oflex.fwd(u, delta, A, B, C, D, bias, True, 1, False)
+    assert narrow.dtype is torch.float16

@@ -8,7 +8,8 @@
 
     from mamba_ssm import Mamba  # sscan's, unless mamba_ssm is installed
 
-or, without a change to the script, ``python -m sscan.compat script.py``.
+or, without a change to the script, ``python -m sscan.compat script.py``. Processes that the script starts with
+multiprocessing have the names as well.
 """
 
 from sscan.compat._imports import Installation, install, uninstall

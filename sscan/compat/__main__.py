@@ -1,20 +1,53 @@
-"""``python -m sscan.compat script.py [arguments]``: a script, with the names installed before it starts."""
+"""``python -m sscan.compat`` and what ``python`` takes: python itself, with the names on its path from the start."""
+
+from __future__ import annotations
 
 import os
-import runpy
+import re
+import subprocess
 import sys
 
 from sscan.compat import install
 
+USAGE = """\
+usage: python -m sscan.compat [what python takes: script.py | -m module | -c code | ..., and its arguments]
+
+Runs python with the import names of mamba_ssm and causal_conv1d on sscan, in processes that it starts too.
+"""
+
 
 def main() -> None:
-    """Run the script that the command line names."""
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m sscan.compat script.py [arguments]")
-    sys.stderr.write(f"{install()}\n")
-    del sys.argv[0]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    """Become the Python that the command line asks for."""
+    options = [*subprocess._args_from_interpreter_flags(), *sys.argv[1:]]  # type: ignore[attr-defined]
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        sys.stdout.write(f"{USAGE}\nOf python itself:\n\n")
+    if _is_isolated(options):
+        sys.exit("python -m sscan.compat: the names travel in PYTHONPATH, which -E and -I would ignore")
+    installation = install()
+    sys.stderr.write(f"{installation}\n")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*_own_path(), *installation.folders])
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *options])
+
+
+def _own_path() -> list[str]:
+    """PYTHONPATH as it is, and the folder of sscan if it was found only because it is the current one."""
+    folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    before = os.environ.get("PYTHONPATH")
+    return [*([before] if before else []), *([folder] if folder not in sys.path[1:] and folder == sys.path[0] else [])]
+
+
+def _is_isolated(options: list[str]) -> bool:
+    """Whether -E or -I stands before the script, the module or the code, alone or among other letters."""
+    left = iter(options)
+    for option in left:
+        if option in ("-W", "-X", "--check-hash-based-pycs"):
+            next(left, None)
+        elif not option.startswith("-") or re.match("-[A-Za-z]*[cm]|-$", option):
+            return False
+        elif re.match("-[A-VYZa-z]*[EI]", option):
+            return True
+    return False
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -10,6 +12,10 @@ from torch.nn import functional
 from sscan.torch import causal_conv1d, rms_norm, selective_scan
 from sscan.torch import selective_state_update as one_step
 from sscan.torch._mamba_inner import applied, applied_back, mamba_inner
+from sscan.torch.ops import check_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Tensor = Any
 
@@ -32,8 +38,12 @@ def selective_scan_fn(
     the arithmetic; y has u's dtype. Differentiable for every input, and through the last state too. Autocast does not
     change it, as it does not change the original.
     """
-    waves = [x for x in (u, delta, z, B, C) if x is not None and x.ndim > 2 and not x.is_complex()]
-    wide = _widest(waves)
+    check_tensors(
+        "selective_scan_fn",
+        {"u": u, "delta": delta, "A": A, "B": B, "C": C},
+        {"D": D, "z": z, "delta_bias": delta_bias},
+    )
+    wide = _widest(x for x in (u, delta, z, B, C) if x is not None and x.ndim > 2)
     real = torch.promote_types(wide, torch.float32)
     number = torch.promote_types(real, torch.complex64) if A.is_complex() else real
     B, C = (x.to(number if x.ndim == 2 or x.is_complex() else wide) for x in (B, C))
@@ -45,11 +55,15 @@ def selective_scan_fn(
     return (y.to(u.dtype), *last_state) if return_last_state else y.to(u.dtype)
 
 
-def _widest(tensors: list[Tensor]) -> Any:
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
+def _widest(tensors: Iterable[Tensor]) -> Any:
+    """The dtype that holds all of these tensors, complex ones left out."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors if not x.is_complex()))
+
+
+class SelectiveScanFn:
+    """The autograd function of the original, as far as it is called: ``SelectiveScanFn.apply``."""
+
+    apply = staticmethod(selective_scan_fn)
 
 
 def selective_scan_ref(
@@ -131,6 +145,18 @@ def mamba_inner_fn(
     ValueError
         For another ``checkpoint_lvl``, and for a bias or norm of a B or C that is given.
     """
+    check_tensors(
+        "mamba_inner_fn",
+        {
+            "xz": xz, "conv1d_weight": conv1d_weight, "x_proj_weight": x_proj_weight,
+            "delta_proj_weight": delta_proj_weight, "out_proj_weight": out_proj_weight, "A": A,
+        },
+        {
+            "conv1d_bias": conv1d_bias, "out_proj_bias": out_proj_bias, "B": B, "C": C, "D": D,
+            "delta_bias": delta_bias, "B_proj_bias": B_proj_bias, "C_proj_bias": C_proj_bias,
+            "b_rms_weight": b_rms_weight, "c_rms_weight": c_rms_weight, "dt_rms_weight": dt_rms_weight,
+        },
+    )  # fmt: skip
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"mamba_inner_fn: checkpoint_lvl must be 0 or 1, got {checkpoint_lvl!r}")
     xz, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias = _as_autocast(
@@ -154,6 +180,12 @@ def mamba_inner_fn(
     C = _matrix("C", C, of_C, C_proj_bias, c_rms_weight, b_c_dt_rms_eps, A)
     y = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return applied_back(out_proj_weight, out_proj_bias, y)
+
+
+class MambaInnerFn:
+    """The autograd function of the original, as far as it is called: ``MambaInnerFn.apply``."""
+
+    apply = staticmethod(mamba_inner_fn)
 
 
 def _as_autocast(xz: Tensor, *weights: Tensor) -> list[Tensor]:
@@ -228,17 +260,91 @@ def selective_state_update(
 ) -> Tensor:
     """One step of the scan; state (batch, dim, state), or (batch, heads, dim, state), is updated in place.
 
-    With heads x, dt and z are (batch, heads, dim), A (heads, dim, state), D and dt_bias (heads, dim). dt, z, B and C
-    are taken in the dtype of x. Not differentiable.
+    With heads x, dt and z are (batch, heads, dim), A (heads, dim, state), D and dt_bias (heads, dim). x, dt, z, B and C
+    are taken in the widest dtype among them; y has that of x. Not differentiable.
     """
+    check_tensors(
+        "selective_state_update",
+        {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C},
+        {"D": D, "z": z, "dt_bias": dt_bias, "state_batch_indices": state_batch_indices},
+    )
+    wide = _widest(t for t in (x, dt, z, B, C) if t is not None)
     with torch.no_grad():
-        dt, B, C, z = (None if t is None else t.to(x.dtype) for t in (dt, B, C, z))
+        x_, dt, z, B, C = (None if t is None else t if t.is_complex() else t.to(wide) for t in (x, dt, z, B, C))
         if state.ndim == 3:
-            return one_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+            return one_step(state, x_, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices).to(x.dtype)
         rows = state.flatten(1, 2)
-        x_, dt, z = (None if t is None else t.flatten(1, 2) for t in (x, dt, z))
+        x_, dt, z = (None if t is None else t.flatten(1, 2) for t in (x_, dt, z))
         A, D, dt_bias = (None if t is None else t.flatten(0, 1) for t in (A, D, dt_bias))
         y = one_step(rows, x_, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
-        if rows.data_ptr() != state.data_ptr():  # heads and channels did not merge without a copy
+        _, heads, dim, _ = state.shape
+        if heads > 1 and dim > 1 and state.stride(1) != dim * state.stride(2):  # they did not merge without a copy
             state.copy_(rows.view_as(state))
-        return y.view_as(x)
+        return y.view_as(x).to(x.dtype)
+
+
+def selective_state_update_ref(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor = None,
+    z: Tensor = None,
+    dt_bias: Tensor = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """``selective_state_update`` in PyTorch alone, to compare with."""
+    real = torch.promote_types(x.dtype, torch.float32)
+    step = dt.to(real) if dt_bias is None else dt.to(real) + dt_bias.to(real)
+    step = (functional.softplus(step) if dt_softplus else step)[..., None]
+    B, C = (_each_row(matrix, state) for matrix in (B, C))
+    h = torch.exp(step * A) * state + step * B * x[..., None]
+    state.copy_(h)
+    y = (h * C).sum(-1)
+    y = 2 * y.real if y.is_complex() else y
+    if D is not None:
+        y = y + D * x
+    return (y if z is None else y * functional.silu(z.to(real))).to(x.dtype)
+
+
+def _each_row(matrix: Tensor, state: Tensor) -> Tensor:
+    """B or C, (batch, state) or (batch, groups, state), beside a state (batch, heads or dim, ..., state)."""
+    if matrix.ndim == 2:
+        matrix = matrix[:, None]
+    matrix = matrix.to(torch.promote_types(state.dtype, torch.float32))
+    matrix = matrix.repeat_interleave(state.shape[1] // matrix.shape[1], 1)
+    return matrix if state.ndim == 3 else matrix[:, :, None]
+
+
+@dataclass
+class InferenceParams:
+    """Where a generation is, and the states of its layers, as ``Mamba.forward`` takes them.
+
+    Attributes
+    ----------
+    max_seqlen, max_batch_size : int
+        How much there will be at most.
+    seqlen_offset : int
+        How many tokens there have been.
+    batch_size_offset : int
+        Is not looked at.
+    key_value_memory_dict : dict
+        The states of each layer, by its ``layer_idx``.
+    lengths_per_sample : tensor, optional
+        How many tokens there have been in each row, for whoever wants to keep that.
+    """
+
+    max_seqlen: int
+    max_batch_size: int
+    seqlen_offset: int = 0
+    batch_size_offset: int = 0
+    key_value_memory_dict: dict[Any, Any] = field(default_factory=dict)
+    lengths_per_sample: Tensor = None
+
+    def reset(self, max_seqlen: int, max_batch_size: int) -> None:
+        """Begin again; the layers begin with new states when they see a ``seqlen_offset`` of 0."""
+        self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
+        if self.lengths_per_sample is not None:
+            self.lengths_per_sample.zero_()

@@ -1,0 +1,5 @@
+"""Tensor parallelism, which is not here."""
+
+from sscan.compat._imports import refuse
+
+refuse(__name__, "tensor parallelism")

@@ -1,0 +1,1 @@
+"""The language model, which is not here."""

@@ -1,0 +1,5 @@
+"""Modules."""
+
+from . import mamba_simple
+
+__all__ = ["mamba_simple"]

@@ -1,0 +1,5 @@
+"""Functions."""
+
+from . import selective_scan_interface, triton
+
+__all__ = ["selective_scan_interface", "triton"]

@@ -1,0 +1,5 @@
+"""Generation."""
+
+from . import generation
+
+__all__ = ["generation"]
