@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import sscan
 import sscan.torch
@@ -544,6 +545,57 @@ def test_compiled_autocast() -> None:
     compiled = torch.compile(lowered, fullgraph=True, backend="aot_eager")
     found, expected = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, lowered))
     assert all(map(identical, found, expected))
+
+
+# --- Counting operations ----------------------------------------------------------------------------------------------
+
+
+def counted(function: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def counted_both(op: str, arguments: Arguments) -> tuple[int, int]:
+    """The operations of forward and backward."""
+    function, inputs = function_of(op, arguments)
+    results: list[Any] = []
+    forward = counted(lambda: results.append(function(*inputs)))
+    return forward, counted(lambda: loss(results[0]).backward())
+
+
+def test_flops_of_the_ops() -> None:
+    """By hand: the scan's loop has seven operations for each state, its backward twenty."""
+    size = {"batch": 2, "dim": 3, "length": 5}
+    elements = 2 * 3 * 5
+    assert counted_both("selective_scan", problem("selective_scan", state=4, **size)) == (
+        7 * 4 * elements, 20 * 4 * elements
+    )  # fmt: skip
+    assert counted_both("selective_scan", problem("selective_scan", state=4, is_complex=True, **size)) == (
+        20 * 4 * elements, 58 * 4 * elements
+    )  # fmt: skip
+    conv = problem("causal_conv1d", width=4, activation="silu", **size)
+    assert counted_both("causal_conv1d", conv) == (2 * 4 * elements, 6 * 4 * elements)
+    assert counted_both("linear_scan", problem("linear_scan", shape=(2, 3, 5))) == (2 * elements, 3 * elements)
+    step = problem("selective_state_update", batch=2, dim=3, state=4)
+    assert counted(lambda: sscan.torch.selective_state_update(**step)) == 7 * 4 * 2 * 3
+    step = problem("causal_conv1d_update", batch=2, dim=3, width=4)
+    assert counted(lambda: sscan.torch.causal_conv1d_update(**step)) == 2 * 4 * 2 * 3
+
+
+def test_flops_of_the_block() -> None:
+    """Those of its fused op are those of its parts: products, convolution and scan, in the backward once more."""
+    model = sscan.torch.Mamba(16, d_state=16)
+    hidden = torch.randn(1, 20, 16)
+    tokens, inner, rank = 20, 32, 1
+    products = [2 * tokens * inner * x for x in (2 * 16, rank + 2 * 16, rank, 16)]  # in_proj, x_proj, dt_proj, out_proj
+    assert sum(products) == 104_960
+    parts = 2 * 4 * tokens * inner, 7 * 16 * tokens * inner
+    assert counted(lambda: model(hidden)) == sum(products) + sum(parts)
+    in_proj, x_proj, dt_proj, out_proj = products
+    backward = 1 * in_proj + 3 * (x_proj + dt_proj) + 2 * out_proj + 4 * parts[0] + (7 + 20) * 16 * tokens * inner
+    out = model(hidden)
+    assert counted(lambda: out.sum().backward()) == backward
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The ops of sscan inside PyTorch: under autograd, torch.compile, torch.export and autocast."""
 
+from sscan.torch import _flops  # noqa: F401  # registers what PyTorch's counter asks for
 from sscan.torch.mamba import Mamba
 from sscan.torch.ops import (
     causal_conv1d,
