@@ -1,4 +1,4 @@
-"""``sscan.compat``: the import names, the functions behind them, and transformers' Mamba on its fast path."""
+"""``sscan.compat``: the import names, and the functions behind them."""
 
 from __future__ import annotations
 

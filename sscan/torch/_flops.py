@@ -39,20 +39,20 @@ def _register(op: Any, formula: Callable[[Any], int]) -> None:
 
 
 def _scan(u: Any, A: Any, numbers: tuple[int, int]) -> int:
-    per_channel: int = A.shape[1] * numbers[A.is_complex()]
-    return math.prod(u.shape) * per_channel
+    flops: int = math.prod(u.shape) * A.shape[1] * numbers[A.is_complex()]
+    return flops
 
 
 def _convolution(x: Any, weight: Any, times: int) -> int:
     """So many sums as long as the filter for each element."""
-    width: int = weight.shape[1]
-    return 2 * times * math.prod(x.shape) * width
+    flops: int = 2 * times * math.prod(x.shape) * weight.shape[1]
+    return flops
 
 
 def _product(weight: Any, x: Any) -> int:
     """The product of a weight with x along its channels."""
-    tokens: int = x.shape[0] * x.shape[2]
-    return 2 * math.prod(weight.shape) * tokens
+    flops: int = 2 * math.prod(weight.shape) * x.shape[0] * x.shape[2]
+    return flops
 
 
 def _inner(a: Any) -> int:
