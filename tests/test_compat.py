@@ -379,11 +379,13 @@ def test_processes_that_a_script_starts_have_the_names() -> None:
 
 
 def test_runs_where_sscan_lies_in_the_current_folder(tmp_path: Path) -> None:
-    """As for one who has not installed it; the script is elsewhere."""
+    """As for one who has not installed it; the script is elsewhere, and so would not find what else lies there."""
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()
     script.write_text("import mamba_ssm, sscan; print(mamba_ssm.Mamba.__module__, sscan.__file__)")
     (tmp_path / "sscan").symlink_to(Path(sscan.__file__).parent)
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("from nowhere import kernels")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     found = python("-m", "sscan.compat", str(script), cwd=tmp_path, env=environment)
     assert found == (f"sscan.torch.mamba {tmp_path}/sscan/__init__.py\n", "", 0)

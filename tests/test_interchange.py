@@ -296,6 +296,10 @@ def test_mixed_libraries() -> None:
         sscan.selective_scan(**{**given, "z": Minimal(given["z"])})
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 def freed(x: Any) -> Any:
     x = x.clone()
     x.untyped_storage().resize_(0)
@@ -344,6 +348,7 @@ def test_a_tensor_is_viewed_as_it_lies() -> None:
             assert view.flags.writeable
             if tensor.numel():
                 assert view.ctypes.data == tensor.data_ptr()
+        assert np.shares_memory(_arrays.view(whole.as_subclass(Subclass)), view)
         view.fill(1)
         assert whole[1, 2, 3] == 1
         del view

@@ -759,6 +759,13 @@ def test_forward_mode_is_refused(op: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_forward_mode_through_the_block_is_refused() -> None:
+    block, hidden = sscan.torch.Mamba(8, d_state=3), torch.randn(2, 5, 8)
+    with pytest.raises(NotImplementedError, match="x has a tangent, but the ops of sscan have no forward-mode"):
+        torch.func.jvp(block, (hidden,), (hidden,))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_gradients_of_torch_func_are_refused() -> None:
     function, (x, weight) = function_of("rms_norm", problem("rms_norm", shape=(2, 3)))
 

@@ -23,18 +23,20 @@ def main() -> None:
         sys.stdout.write(f"{USAGE}\nOf python itself:\n\n")
     if _is_isolated(options):
         sys.exit("python -m sscan.compat: the names travel in PYTHONPATH, which -E and -I would ignore")
+    # `python -m` put the current folder first. That Python may not have it, and if it has, before PYTHONPATH.
+    here = None if getattr(sys.flags, "safe_path", False) else sys.path.pop(0)
     installation = install()
     sys.stderr.write(f"{installation}\n")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*_own_path(), *installation.folders])
+    path = [os.environ.get("PYTHONPATH"), *installation.folders, _own_folder(here)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *options])
 
 
-def _own_path() -> list[str]:
-    """PYTHONPATH as it is, and the folder of sscan if it was found only because it is the current one."""
+def _own_folder(here: str | None) -> str | None:
+    """The folder that sscan lies in, if it was found only because that is the current one."""
     folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    before = os.environ.get("PYTHONPATH")
-    return [*([before] if before else []), *([folder] if folder not in sys.path[1:] and folder == sys.path[0] else [])]
+    return folder if folder == here and folder not in sys.path else None
 
 
 def _is_isolated(options: list[str]) -> bool:
