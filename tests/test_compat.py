@@ -710,6 +710,27 @@ def test_norms_keep_dtypes_and_drop_out() -> None:
     assert list(norm.state_dict()) == ["weight"]
 
 
+@pytest.mark.parametrize("checkpoint_lvl", [0, 1])
+def test_functions_on_meta(checkpoint_lvl: int) -> None:
+    """Shapes and dtypes of results without data, as in PyTorch."""
+
+    def results(device: str) -> list[Any]:
+        scan, inner, step = (
+            {name: x.detach().to(device) for name, x in inputs.items()}
+            for inputs in (scan_inputs(torch.float16, torch.float32), inner_inputs(), update_inputs(4))
+        )
+        return [
+            selective_scan_fn(**scan), mamba_inner_fn(**inner, checkpoint_lvl=checkpoint_lvl),
+            selective_state_update(**step), causal_conv1d_fn(scan["u"], scan["A"], activation="silu"),
+            causal_conv1d_update(scan["u"][..., 0], scan["u"].float(), scan["A"]),
+            rms_norm_fn(scan["u"], scan["u"][0, 0], None),
+        ]  # fmt: skip
+
+    found, expected = results("meta"), results("cpu")
+    assert {x.device.type for x in found} == {"meta"}
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
+
+
 # --- causal_conv1d ----------------------------------------------------------------------------------------------------
 
 

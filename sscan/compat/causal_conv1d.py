@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from sscan.torch import causal_conv1d
 from sscan.torch import causal_conv1d_update as one_token
+from sscan.torch._library import without_autocast
 from sscan.torch.ops import check_tensors
 
 
@@ -38,7 +39,7 @@ def causal_conv1d_fn(
     padding = None if seq_idx is None else (seq_idx < 0)[:, None]
     if padding is not None:
         x = x.masked_fill(padding, 0)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         made = causal_conv1d(x, weight, bias, _activation(activation), initial_states, return_final_states, seq_idx)
     y, *final_states = made if return_final_states else (made,)
     y = y if padding is None else y.masked_fill(padding, 0)

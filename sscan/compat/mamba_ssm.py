@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sscan.torch import causal_conv1d, rms_norm, selective_scan
 from sscan.torch import selective_state_update as one_step
+from sscan.torch._library import autocast_dtype, without_autocast
 from sscan.torch._mamba_inner import applied, applied_back, mamba_inner
 from sscan.torch.ops import check_tensors
 
@@ -49,7 +50,7 @@ def selective_scan_fn(
     B, C = (x.to(number if x.ndim == 2 or x.is_complex() else wide) for x in (B, C))
     u_, delta, z = (None if x is None else x.to(wide) for x in (u, delta, z))
     D, delta_bias = (None if x is None else x.to(real) for x in (D, delta_bias))
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         made = selective_scan(u_, delta, A.to(number), B, C, D, z, delta_bias, delta_softplus, return_last_state)
     y, *last_state = made if return_last_state else (made,)
     return (y.to(u.dtype), *last_state) if return_last_state else y.to(u.dtype)
@@ -190,9 +191,8 @@ class MambaInnerFn:
 
 def _as_autocast(xz: Tensor, *weights: Tensor) -> list[Tensor]:
     """The input in autocast's dtype, if there is one, and the weights of the projections in that of the input."""
-    device = xz.device.type
-    if torch.is_autocast_enabled(device):
-        xz = xz.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(xz)
+    xz = xz if dtype is None else xz.to(dtype)
     return [xz, *(None if weight is None else weight.to(xz.dtype) for weight in weights)]
 
 

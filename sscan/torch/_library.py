@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -183,6 +184,17 @@ def cast_under_autocast(op: Any, *names: str, axes: int) -> None:
                 return op(*cast)
 
         _library.impl(_name(op), kernel, f"Autocast{device.upper()}")
+
+
+def autocast_dtype(x: Any) -> Any:
+    """Autocast's dtype for the device of a tensor, or None; of meta, PyTorch does not want to be asked."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(x: Any) -> Any:
+    """A context without autocast on the device of a tensor."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _lowered(x: Any, device: str, dtype: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 import sscan
 from sscan.torch import _fakes, ops
-from sscan.torch._library import _lowered, or_zeros
+from sscan.torch._library import _lowered, autocast_dtype, or_zeros
 
 if TYPE_CHECKING:
     from sscan.selective_scan import Discretization
@@ -109,8 +109,12 @@ def selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
             initial_state=initial_state, discretization=discretization,
         )  # fmt: skip
-    if torch.is_autocast_enabled(u.device.type):
-        u, delta, z, B, C = _under_autocast(u, delta, z, B, C)
+    ops.check_tensors(
+        op,
+        {"u": u, "delta": delta, "A": A, "B": B, "C": C},
+        {"D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state},
+    )
+    u, delta, z, B, C = _under_autocast(u, delta, z, B, C)
     across = _Across(group, rank, size)
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     options: dict[str, Any] = {"delta_softplus": delta_softplus, "discretization": discretization}
@@ -124,10 +128,10 @@ def selective_scan(
 
 
 def _under_autocast(u: Any, *others: Any) -> list[Any]:
-    """What varies with time, in the dtype of autocast."""
-    device = u.device.type
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.ndim < 3 else _lowered(x, device, dtype) for x in (u, *others)]
+    """The tensors, and what varies with time in the dtype of autocast, if there is one."""
+    dtype = autocast_dtype(u)
+    lowered = (x is not None and x.ndim >= 3 and dtype is not None for x in (u, *others))
+    return [_lowered(x, u.device.type, dtype) if low else x for x, low in zip((u, *others), lowered, strict=True)]
 
 
 class _Across:
@@ -217,8 +221,7 @@ def causal_conv1d(
     _fakes.checked_convolution(x, weight, bias, initial_state, None, None)  # before any rank waits for another one
     if size == 1 or weight.shape[1] == 1 or 0 in x.shape[:2]:
         return ops.causal_conv1d(x, weight, bias, activation, initial_state, return_final_state)
-    if torch.is_autocast_enabled(x.device.type):
-        (x,) = _under_autocast(x)
+    (x,) = _under_autocast(x)
     halo = _Halo(group, rank, size, weight.shape[1] - 1)
     if torch.is_grad_enabled():
         y, final_state = _CausalConv1d.apply(halo, activation, _marker(x), x, weight, bias, initial_state)
