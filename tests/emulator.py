@@ -274,7 +274,7 @@ class Emulator:
 
         return make
 
-    def stored_reader(self, storage: Any, count: int, together: bool, keep: bool) -> Any:
+    def stored_reader(self, storage: Any, count: int, together: bool, keep: bool, constant: bool) -> Any:
         align = min(count * storage.itemsize, 16) if together else storage.itemsize
 
         def read(into: Local, start: int, address: int, index: Any, valid: Any) -> None:

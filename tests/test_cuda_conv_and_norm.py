@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from emulator import emulated, patched
 import sscan
 from sscan.cuda import _launch
 
+of_convolution = importlib.import_module("sscan.cuda.causal_conv1d")
 NORMS = {
     **{f"size {n}": {"shape": (9, n)} for n in (2, 63, 64, 65, 129, 508, 516, 1025)},
     "several blocks": {"shape": (300, 6), "residual": "float32"},
@@ -22,7 +24,7 @@ NORMS = {
     "not aligned": {"shape": (5, 256), "layout": "offset"},
     "no eps": {"shape": (5, 64), "eps": 0.0},
 }
-SPANS = {"float32": 8, "float16": 16, "bfloat16": 16, "float64": 4}  # steps of a lane, if memory is aligned
+SPANS = {"float32": 4, "float16": 8, "bfloat16": 8, "float64": 2}  # steps of a lane, if rows are alike
 PACKED = {"batch": 1, "initial_state": True}
 BORDERS = (0, 0, 1, 2, 3, 3, 5, 8, 9, 40, 120, 121, 123, 128)
 CONVOLUTIONS = {
@@ -33,6 +35,12 @@ CONVOLUTIONS = {
     },
     "more tiles than a warp has": {"length": 2312, "dim": 1, "batch": 3, "initial_state": True},
     "more rows than a warp has": {"length": 8, "dim": 2, "batch": 19, "initial_state": True},
+    **{
+        f"rows that begin anywhere, {dtype}, length {length}": {
+            "dtype": dtype, "length": length, "dim": 9, "batch": 2, "initial_state": True,
+        }
+        for dtype in SPANS for length in (1, 7, 77, 259)
+    },
     **{f"width {width}": {"width": width, "initial_state": True, "length": 24, "dim": 6} for width in (6, 7, 9, 40)},
     **{
         f"width {width}, many sequences, {dtype}": {
@@ -67,7 +75,10 @@ def test_rms_norm(case):
 @pytest.mark.parametrize(
     "case", [*cases_of("causal_conv1d"), *more("causal_conv1d", conv_problem, CONVOLUTIONS)], ids=str
 )
-def test_causal_conv1d(case):
+@pytest.mark.parametrize("warps", [1, 32])
+def test_causal_conv1d(case, warps, monkeypatch):
+    """With few warps on a GPU, each has several tiles and rows."""
+    monkeypatch.setattr(of_convolution, "WARPS", warps)
     check_forward(emulated, case)
     check_backward(emulated, case)
 
@@ -75,6 +86,13 @@ def test_causal_conv1d(case):
 @pytest.mark.parametrize("case", cases_of("causal_conv1d_update"), ids=str)
 def test_causal_conv1d_update(case):
     check_forward(emulated, case)
+
+
+def test_rows_that_begin_at_other_places_are_read_step_by_step(monkeypatch):
+    """x is every second channel of an array, y has the channels side by side: groups of 16 bytes do not match."""
+    both = np.zeros((1, 6, 9), np.float32)
+    (kernel,) = launched(monkeypatch, "causal_conv1d", x=both[:, ::2], weight=np.ones((3, 4), np.float32))
+    assert kernel.key == ("float32", 4, 1, False, False, "")
 
 
 def launched(monkeypatch, op, **arguments):
@@ -94,4 +112,4 @@ def test_vector_accesses_are_chosen_by_alignment(monkeypatch, offset, together):
     (kernel,) = launched(monkeypatch, "rms_norm", x=x, weight=np.ones(64, np.float32))
     assert kernel.key == ("float32", "", 4, 4, 4) if together else ("float32", "", 8, 8, 1)
     kernel = launched(monkeypatch, "causal_conv1d", x=x[None], weight=np.ones((4, 4), np.float32))[0]
-    assert kernel.key == ("float32", 4, 4 if together else 1, False, "")
+    assert kernel.key == ("float32", 4, 4 if together else 1, False, False, "")

@@ -421,6 +421,13 @@ def _slot(builder, pointer, i):
     return builder.gep(pointer, [ir.Constant(_I32, i)])
 
 
+def _marked(builder, load, constant):
+    """A load, marked as one from memory that nobody writes if it is."""
+    if constant:
+        load.set_metadata("invariant.load", builder.module.add_metadata([]))
+    return load
+
+
 def reader(storage, number, count, together=False, constant=True):
     """``read(into, address, index, valid)``: the local array ``into`` = ``count`` numbers from ``index`` on.
 
@@ -432,16 +439,11 @@ def reader(storage, number, count, together=False, constant=True):
     real, element, reals = real_of(number), _storage_type(storage), planes(number)
     total, size = count * reals, storage.itemsize
 
-    def marked(builder, load):
-        if constant:
-            load.set_metadata("invariant.load", builder.module.add_metadata([]))
-        return load
-
     def group(builder, pointer, out, first, width):
         halves = size == 2 and width % 2 == 0  # as words: eight halves at once would be two loads
         vector = ir.VectorType(_I32, width // 2) if halves else ir.VectorType(element, width)
         start = builder.bitcast(_slot(builder, pointer, first), vector.as_pointer(1))
-        loaded = marked(builder, builder.load(start, align=width * size))
+        loaded = _marked(builder, builder.load(start, align=width * size), constant)
         for i in range(width):
             value = builder.extract_element(loaded, ir.Constant(_I32, i // 2 if halves else i))
             if halves:
@@ -466,7 +468,7 @@ def reader(storage, number, count, together=False, constant=True):
             for k in range(count):
                 with builder.if_then(_more_than(builder, args[3], k)):
                     for i in range(k * reals, (k + 1) * reals):
-                        value = marked(builder, builder.load(_slot(builder, pointer, i), align=size))
+                        value = _marked(builder, builder.load(_slot(builder, pointer, i), align=size), constant)
                         builder.store(_widen(builder, storage, real, value), _slot(builder, out, i))
             return context.get_dummy_value()
 
@@ -554,23 +556,21 @@ def _stored_from(context, builder, array_type, array, start, half):
     return builder.gep(data, [builder.lshr(start, ir.Constant(start.type, 1)) if half else start])
 
 
-def stored_reader(storage, count, together=False, keep=False):
+def stored_reader(storage, count, together=False, keep=False, constant=True):
     """``read(into, start, address, index, valid)``: ``reader`` of reals without conversion, into a ``stored_array``.
 
-    They go to ``into`` from its element ``start`` on, which must be even and known when compiling. ``keep``: where
-    nothing is read, ``into`` keeps what it had, if ``together``. A load that is converted at once is waited for at
-    once; one that stays as it is can be used much later.
+    They go to ``into`` from its element ``start`` on, which must be known when compiling, and even for halves.
+    ``keep``: where nothing is read, ``into`` keeps what it had, if ``together``. A load that is converted at once is
+    waited for at once; one that stays as it is can be used much later.
     """
     storage = np.dtype(storage)
     _, element, words = _words(storage, count)
     half, size = storage.itemsize == 2, storage.itemsize
 
     def load(builder, pointer, align):
-        loaded = builder.load(pointer, align=align)
-        loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
-        return loaded
+        return _marked(builder, builder.load(pointer, align=align), constant)
 
-    @primitive("stored_reader", storage, count, together, keep)
+    @primitive("stored_reader", storage, count, together, keep, constant)
     def read(typingctx, into, first, address, index, valid):
         def codegen(context, builder, sig, args):
             out = _stored_from(context, builder, into, args[0], args[1], half)

@@ -8,15 +8,11 @@ from sscan.cuda._launch import Kernel
 from sscan.cuda._sums import over_parts
 
 WARP, CHANNELS = 32, 4  # channels of a block, a warp for each
-TILES = 8  # of a warp
+PART = 2048  # steps of a warp, if that leaves enough
+WARPS = 32  # of a multiprocessor, that are enough
 STEPS = 2048  # of a warp of `wide_dweight`
 BLOCK = 128  # threads of the other kernels
 AGES = "float16"  # ages are whole numbers below the width
-
-
-def span_of(group, mask):
-    """Steps of a lane: two groups of a vector access, fewer with a mask, which takes registers; or one by one."""
-    return group if mask and group == 8 else 2 * group if group > 1 else 1
 
 
 def _is_small(width, dtype, mask):
@@ -45,6 +41,35 @@ def _kernel(factory, dtype, *key):
 def _steps(array):
     """Strides of batch and channel, in elements."""
     return (0, 0) if array is None else tuple(s // array.itemsize for s in array.strides[:2])
+
+
+def _tiling(*arrays):
+    """Steps of a lane, tiles of the row that has most, and whether there are groups that are partly outside of rows.
+
+    16 bytes a lane, if groups of that size begin at the same steps in all arrays.
+    """
+    itemsize, length = arrays[0].itemsize, arrays[0].shape[2]
+    group = 16 // itemsize
+    places = {
+        ((_launch.address(a) // itemsize) % group, *(s // itemsize % group for s in a.strides[:2])) for a in arrays
+    }
+    if len(places) > 1 or any(_launch.address(a) % itemsize for a in arrays):
+        return 1, -(-length // WARP), False
+    shifted = places != {(0, 0, 0)}
+    ends = shifted or length % group > 0
+    return group, -(-(length + (group - 1) * shifted) // (WARP * group)), ends
+
+
+def _parts(batch, dim, tiles, group):
+    """Parts of each row and tiles of a part; and rows of a part, if it has all tiles of them.
+
+    Smaller parts, if the GPU has room for more warps.
+    """
+    wanted, tiles_of_part = WARPS * _launch.processors(), max(1, PART // (WARP * group))
+    while tiles_of_part > 1 and batch * dim * -(-tiles // tiles_of_part) < wanted:
+        tiles_of_part //= 2
+    rows = min(tiles_of_part // max(1, tiles), batch * dim // wanted, batch)
+    return max(1, -(-tiles // tiles_of_part)), tiles_of_part, max(1, rows)
 
 
 def _tables(segments, width, with_states):
@@ -76,12 +101,12 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
     if not (batch and dim and length):
         pass
     elif _is_small(width, x.dtype, tables.mask):
-        group = 16 // x.itemsize if _launch.aligned(16 // x.itemsize, x, y) else 1
-        tiles = -(-length // (WARP * span_of(group, tables.mask)))
-        parts = -(-tiles // TILES)
+        group, tiles, ends = _tiling(x, y)
+        parts, tiles_of_part, _ = _parts(batch, dim, tiles, group)
         _launch.launch(
-            _kernel("forward", x.dtype, width, group, silu, tables.mask), batch * parts * -(-dim // CHANNELS), x, y,
-            weight, bias, before, tables.ages, tables.sequences, dim, length, tiles, parts, *_steps(x), *_steps(y),
+            _kernel("forward", x.dtype, width, group, ends, silu, tables.mask), batch * parts * -(-dim // CHANNELS),
+            x, y, weight, bias, before, tables.ages, tables.sequences, dim, length, tiles, parts, tiles_of_part,
+            *_steps(x), *_steps(y),
         )  # fmt: skip
     else:
         _wide_sum(None, x, y, weight, bias, silu, before, tables)
@@ -133,14 +158,14 @@ def _partials(parts, weight, with_bias):
 
 def _small_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, tables, with_bias):
     (batch, dim, length), width = x.shape, weight.shape[1]
-    group = 16 // x.itemsize if _launch.aligned(16 // x.itemsize, x, dy, dx) else 1
-    tiles = -(-length // (WARP * span_of(group, tables.mask)))
-    parts = -(-batch * tiles // TILES)
-    dweights, dbiases = _partials(parts, weight, with_bias)
+    group, tiles, ends = _tiling(x, dy, dx)
+    parts, *of_part = _parts(batch, dim, tiles, group)
+    all_parts = parts * -(-batch // of_part[1])
+    dweights, dbiases = _partials(all_parts, weight, with_bias)
     _launch.launch(
-        _kernel("backward", x.dtype, width, group, silu, tables.mask), parts * -(-dim // CHANNELS), dy, x, dx, weight,
-        bias, initial_state, dfinal_state, tables.ages, tables.sequences, dweights, dbiases, batch, dim, length, tiles,
-        *_steps(dy), *_steps(x), *_steps(dx),
+        _kernel("backward", x.dtype, width, group, ends, silu, tables.mask), all_parts * -(-dim // CHANNELS), dy, x, dx,
+        weight, bias, initial_state, dfinal_state, tables.ages, tables.sequences, dweights, dbiases, batch, dim, length,
+        tiles, parts, *of_part, *_steps(dy), *_steps(x), *_steps(dx),
     )  # fmt: skip
     return dweights, dbiases
 

@@ -6,18 +6,25 @@ from sscan.cuda import _launch
 from sscan.cuda._launch import Kernel
 
 THREADS = 128
+STATES = 16  # of a thread, about: enough loads under way, not too many registers
 
 
 @functools.cache
-def _kernel(storage, state_storage, number, slots, count, together):
-    """The kernel for dtypes, and the channels of a block: 16 bytes of real states a thread, else 1 state."""
-    each = 16 // number.itemsize if together else 1
-    lanes = 1
-    while lanes < 32 and lanes * each < count:
+def _kernel(storage, state_storage, number, slots, count, together, batch):
+    """The kernel for dtypes, and the rows and channels of a block.
+
+    A thread has ``each`` neighbouring states, 16 bytes if possible, at up to four places of each of its rows; at least
+    two threads have a channel, so that they read whole sectors of memory.
+    """
+    each = 16 // number.itemsize if together else max(1, 8 // number.itemsize)
+    lanes = 2
+    while lanes < 32 and 4 * lanes * each < count:
         lanes *= 2
+    vectors = min(4, -(-count // (lanes * each)))
+    rows = max(1, min(batch, STATES // (vectors * each)))
     bits = 0 if slots is None else 8 * slots.itemsize
-    key = (storage.name, state_storage.name, number.name, bits, lanes, each)
-    return Kernel("selective_state_update", "update", key), THREADS // lanes
+    key = (storage.name, state_storage.name, number.name, bits, lanes, each, vectors, rows)
+    return Kernel("selective_state_update", "update", key), rows, THREADS // lanes
 
 
 def selective_state_update(state, slots, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
@@ -29,15 +36,15 @@ def selective_state_update(state, slots, x, dt, A, B, C, D, z, dt_bias, dt_softp
     """
     (dim, count), number, itemsize = A.shape, A.dtype, x.itemsize
     together = number.kind != "c" and _launch.aligned(16 // number.itemsize, state, A, B, C)
-    slots_dtype = None if slots is None else slots.dtype
-    kernel, channels = _kernel(x.dtype, state.dtype, number, slots_dtype, count, together)
+    slots_dtype, batch = None if slots is None else slots.dtype, x.shape[0]
+    kernel, rows, channels = _kernel(x.dtype, state.dtype, number, slots_dtype, count, together, batch)
     state_slot, state_dim, _ = state.strides
     B_row, B_group, _ = B.strides
     C_row, C_group, _ = C.strides
-    of_state, of_B, batch = state.itemsize, B.itemsize, x.shape[0]
+    of_state, of_B = state.itemsize, B.itemsize
     _launch.launch(
-        kernel, batch * -(-dim // channels), state, slots, x, dt, z, B, C, y, A, D, dt_bias, int(dt_softplus),
-        state.shape[0], dim, count, dim // max(1, B.shape[1]), dim // max(1, C.shape[1]),
+        kernel, -(-batch // rows) * -(-dim // channels), state, slots, x, dt, z, B, C, y, A, D, dt_bias,
+        int(dt_softplus), state.shape[0], batch, dim, count, dim // max(1, B.shape[1]), dim // max(1, C.shape[1]),
         state_slot // of_state, state_dim // of_state, x.strides[0] // itemsize, dt.strides[0] // itemsize,
         0 if z is None else z.strides[0] // itemsize, B_row // of_B, B_group // of_B, C_row // of_B, C_group // of_B,
     )  # fmt: skip

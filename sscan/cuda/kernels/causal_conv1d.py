@@ -1,9 +1,11 @@
 """The causal depthwise convolution on the GPU.
 
 ``forward`` and ``backward``, for small widths: a warp owns a channel and goes through tiles of it in time. Each lane
-has ``span`` consecutive steps of a tile, up to two groups of 16 bytes, and reads the groups before them (and, backward,
-after them) a second time, which its neighbours have just brought into the L1 cache. Backward, a lane also computes
-again the few gradients after its steps; sums for dweight stay in registers until the warp is done.
+has one group of consecutive steps, 16 aligned bytes. What the taps see before the group (and, backward, the gradients
+after it) the lanes get from their neighbours, the first (last) ones from the tile that the warp had before. The next
+tile is asked for before this one is worked on. Rows that do not begin or end at a whole group begin with a group that
+is partly outside, and end with one; their steps are read and written one by one. Sums for dweight stay in registers
+until the warp is done.
 
 Memory traffic: forward reads x and writes y, backward reads dy and x and writes dx, everything once.
 
@@ -23,16 +25,22 @@ from sscan.cuda._primitives import (
     INTEGER_READERS,
     as_real,
     block_index,
+    converge,
     dtype_of,
     fma,
     local_array,
+    quotient,
     reader,
     select,
+    shuffle_from,
+    stored_array,
+    stored_reader,
     thread_index,
+    widener,
     writer,
 )
 from sscan.cuda._target import device
-from sscan.cuda.causal_conv1d import AGES, BLOCK, CHANNELS, STEPS, TILES, WARP, span_of
+from sscan.cuda.causal_conv1d import AGES, BLOCK, CHANNELS, STEPS, WARP
 from sscan.cuda.kernels._segments import segment
 from sscan.cuda.kernels._warp import lane_sum
 
@@ -42,27 +50,6 @@ read_integer = INTEGER_READERS[64]
 def real_of_storage(storage):
     """The dtype of arithmetic."""
     return np.dtype(np.float64 if storage == "float64" else np.float32)
-
-
-def window_reader(storage, real, group, before, count):
-    """``read(into, address, row, t, length)``: ``count`` groups, the first ``before`` of them before step t.
-
-    ``row`` is the row's first element. Steps outside 0 ... length are 0. Loads do not depend on that: what is outside
-    is read from the row's start and dropped. So none of them waits for another, as loads behind branches would.
-    """
-    load, numbers, zero = reader(dtype_of(storage), real, group, group > 1), local_array(group, real), real.type(0)
-
-    @device
-    def read(into, address, row, t, length):
-        values = numbers()
-        for i in range(count):
-            at = t + (i - before) * group
-            inside = (at >= 0) & (at < length)
-            load(values, address, row + select(inside, at, 0), group)
-            for k in range(group):
-                into[i * group + k] = select(inside, values[k], zero)
-
-    return read
 
 
 def element_reader(storage, real, constant=True):
@@ -110,88 +97,228 @@ def activations(real, silu):
 # --- small widths ----------------------------------------------------------------------------------------------------
 
 
-def forward(storage, width, group, silu, mask):
-    """A warp has up to ``TILES`` tiles of one row."""
-    real, span, halo = real_of_storage(storage), span_of(group, mask), width - 1
-    before = -(-halo // group)
-    groups = span // group
-    start = before * group
-    read_x = window_reader(storage, real, group, before, before + groups)
-    read_ages = window_reader(AGES, real, group, 0, groups)
-    read, write = element_reader(real.name, real), writer(dtype_of(storage), real, group, group > 1)
-    window, ages_of, taps = local_array(start + span, real), local_array(span, real), local_array(width, real)
-    numbers, (activate, _), zero, integer = local_array(group, real), activations(real, silu), real.type(0), np.int64
+def group_reader(storage, real, group):
+    """``make()``, ``ask(raw, address, row, t, length)`` and ``take(into, raw)``: steps t, ..., t + group - 1 of a row.
+
+    ``row`` is the row's first element. A group that is not all inside of 0 ... length is 0. What is asked for is waited
+    for where it is taken.
+    """
+    dtype = dtype_of(storage)
+    if group == 1:
+        load_one = reader(dtype, real, 1)
+
+        @device
+        def ask_one(raw, address, row, t, length):
+            load_one(raw, address, row + t, select((t >= 0) & (t < length), 1, 0))
+
+        @device
+        def take_one(into, raw):
+            into[0] = raw[0]
+
+        return local_array(1, real), ask_one, take_one
+    load, widen = stored_reader(dtype, group, True), widener(dtype, real, group)
+
+    @device
+    def ask(raw, address, row, t, length):
+        load(raw, 0, address, row + t, select((t >= 0) & (t + group <= length), group, 0))
+
+    @device
+    def take(into, raw):
+        widen(into, raw, 0)
+
+    return stored_array(group, dtype), ask, take
+
+
+def phase_of(storage, group):
+    """``phase(address, row)``: the steps of a row's first group that are before the row."""
+    shift, most = dtype_of(storage).itemsize.bit_length() - 1, group - 1
+
+    @device
+    def phase(address, row):
+        return ((address >> shift) + row) & most
+
+    return phase
+
+
+def ends_of_rows(storage, real, group):
+    """``add(into, address, row, t, length)`` and ``write(address, row, t, values, length)``: groups partly outside."""
+    read_one, write_one = element_reader(storage, real), element_writer(storage, real)
+
+    @device
+    def inside(t, k, length):
+        partly = (t < 0) | (t + group > length)
+        return partly & (t + k >= 0) & (t + k < length)
+
+    @device
+    def add(into, address, row, t, length):
+        for k in range(group):
+            into[k] = into[k] + read_one(address, row + t + k, inside(t, k, length))
+
+    @device
+    def write(address, row, t, values, length):
+        for k in range(group):
+            write_one(address, row + t + k, values[k], inside(t, k, length))
+
+    return add, write
+
+
+def neighbours(group, halo):
+    """``before(window, previous, lane)`` and ``after(window, following, lane)``: a window beyond the lane's own group.
+
+    Before: window[:halo] of window[halo:]; after: window[group:] of window[:group]. The groups that the first lanes
+    look back to, and the last ones forward, are those of the last and first lanes in another tile.
+    """
+
+    @device
+    def before(window, previous, lane):
+        for m in range(1, halo + 1):
+            back = (m + group - 1) // group
+            k = back * group - m
+            value = select(lane >= WARP - back, previous[k], window[halo + k])
+            window[halo - m] = shuffle_from(value, (lane - back) & (WARP - 1))
+
+    @device
+    def after(window, following, lane):
+        for j in range(halo):
+            ahead = 1 + j // group
+            k = j % group
+            value = select(lane < ahead, following[k], window[k])
+            window[group + j] = shuffle_from(value, (lane + ahead) & (WARP - 1))
+
+    return before, after
+
+
+def tap_of(real, width, mask):
+    """``tap(X, age, j, k, initial_state, state, head)``: what tap k sees at a lane's step j, by the step's age."""
+    read, halo, zero = element_reader(real.name, real), width - 1, real.type(0)
     ages_seen = tuple(real.type(j) for j in range(width))
     masked, states = mask != "", mask == "states"
 
+    @device
+    def tap(X, age, j, k, initial_state, state, head):
+        value = X[j + k]
+        if masked:
+            value = select(age >= ages_seen[halo - k], value, zero)
+        if states:
+            value = value + read(initial_state, state + k, head & (age < ages_seen[halo - k]))
+        return value
+
+    return tap
+
+
+def forward(storage, width, group, ends, silu, mask):
+    """A warp has ``tiles_of_part`` tiles of one row. ``ends``: groups may be partly outside of their rows."""
+    real, halo, tile_steps = real_of_storage(storage), width - 1, WARP * group
+    back, phase, tap = -(-halo // group), phase_of(storage, group), tap_of(real, width, mask)
+    make_raw, ask, take = group_reader(storage, real, group)
+    add_ends, write_ends = ends_of_rows(storage, real, group)
+    before, _ = neighbours(group, halo)
+    read, read_age = element_reader(real.name, real), element_reader(AGES, real)
+    write = writer(dtype_of(storage), real, group, group > 1)
+    window, numbers, taps = local_array(halo + group, real), local_array(group, real), local_array(width, real)
+    (activate, _), zero, oldest, integer = activations(real, silu), real.type(0), real.type(halo), np.int64
+    masked, states = mask != "", mask == "states"
+
     def kernel(
-        x, y, weight, bias, initial_state, ages, sequences, dim, length, tiles, parts, x_batch, x_dim, y_batch, y_dim
-    ):
-        X, A, W, values = window(), ages_of(), taps(), numbers()
-        blocks = (dim + CHANNELS - 1) // CHANNELS
-        d, rest = block_index() % blocks * CHANNELS + (thread_index() >> 5), block_index() // blocks
-        batch, first = rest // parts, rest % parts * TILES
+        x, y, weight, bias, initial_state, ages, sequences, dim, length, tiles, parts, tiles_of_part, x_batch, x_dim,
+        y_batch, y_dim,
+    ):  # fmt: skip
+        X, V, P, Y, W, raw = window(), numbers(), numbers(), numbers(), taps(), make_raw()
+        blocks, lane = (dim + CHANNELS - 1) // CHANNELS, thread_index() & (WARP - 1)
+        rest = quotient(block_index(), blocks)
+        batch = quotient(rest, parts)
+        first, d = (rest - batch * parts) * tiles_of_part, block_index() - rest * blocks
+        d = d * CHANNELS + (thread_index() >> 5)
         steps, d = select(d < dim, length, 0), select(d < dim, d, 0)
+        row, y_row, state_row = batch * x_batch + d * x_dim, batch * y_batch + d * y_dim, (batch * dim + d) * halo
+        t, last = first * tile_steps + lane * group, min(first + tiles_of_part, tiles)
+        if ends:
+            t = t - phase(x, row)
+        ask(raw, x, row, t - tile_steps, select((lane >= WARP - back) & (first > 0), steps, 0))
+        take(P, raw)
+        ask(raw, x, row, t, steps)
         for k in range(width):
             W[k] = read(weight, d * width + k, True)
         b = zero
         if bias != 0:
             b = read(bias, d, True)
-        for tile in range(first, min(first + TILES, tiles)):
-            t = (tile * WARP + (thread_index() & (WARP - 1))) * span
-            read_x(X, x, batch * x_batch + d * x_dim, t, steps)
-            if masked:
-                read_ages(A, ages, batch * length, t, steps)
+        for tile in range(first, last):
+            take(V, raw)
+            if ends:
+                if (tile == 0) | (tile + 2 >= tiles):
+                    add_ends(V, x, row, t, steps)
+            if tile + 1 < last:
+                ask(raw, x, row, t + tile_steps, steps)
             if (initial_state != 0) & (tile == 0) & (not states):
-                for m in range(halo):
-                    state = read(initial_state, (batch * dim + d) * halo + t + m, t + m < halo)
-                    X[start - halo + m] = X[start - halo + m] + state
-            for i in range(span):
-                total = b
+                for k in range(group):
+                    at = t + k
+                    V[k] = V[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
+                    at = t + k - tile_steps
+                    P[k] = P[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
+            for k in range(group):
+                X[halo + k] = V[k]
+            before(X, P, lane)
+            converge()
+            for j in range(group):
+                total, age, state, head = b, oldest, d, d < 0
+                if masked:
+                    age = read_age(ages, batch * length + t + j, (t + j >= 0) & (t + j < steps))
                 if states:
-                    head = (A[i] < ages_seen[halo]) & (t + i < steps)
-                    age = integer(A[i])
-                    state = (read_integer(sequences, t + i, select(head, 1, 0)) * dim + d) * halo + age
+                    head = (age < oldest) & (t + j >= 0) & (t + j < steps)
+                    sequence = read_integer(sequences, t + j, select(head, 1, 0))
+                    state = (sequence * dim + d) * halo + integer(age)
                 for k in range(width):
-                    value = X[start + i + k - halo]
-                    if masked:
-                        value = select(A[i] >= ages_seen[halo - k], value, zero)
-                    if states:
-                        value = value + read(initial_state, state + k, head & (A[i] < ages_seen[halo - k]))
-                    total = fma(W[k], value, total)
-                values[i % group] = activate(total)
-                if i % group == group - 1:
-                    at = t + i - (group - 1)
-                    write(y, batch * y_batch + d * y_dim + at, values, steps - at)
+                    total = fma(W[k], tap(X, age, j, k, initial_state, state, head), total)
+                Y[j] = activate(total)
+            write(y, y_row + t, Y, select((t >= 0) & (t + group <= steps), group, 0))
+            if ends:
+                if (tile == 0) | (tile + 2 >= tiles):
+                    write_ends(y, y_row, t, Y, steps)
+            for k in range(group):
+                P[k] = V[k]
+            t = t + tile_steps
 
-    return kernel, Shape(CHANNELS * WARP, 32 // real.itemsize)
+    lean = real.itemsize == 4 and width <= 4 and not masked
+    return kernel, Shape(CHANNELS * WARP, (12 if group <= 4 else 10) if lean else 4)
 
 
-def backward(storage, width, group, silu, mask):
-    """A warp has up to ``TILES`` tiles of the tiles of all rows, which are counted row by row."""
-    real, span, halo = real_of_storage(storage), span_of(group, mask), width - 1
-    before = -(-halo // group)
-    groups = span // group
-    start, known = before * group, span + before * group
-    read_x = window_reader(storage, real, group, before, before + groups + before)
-    read_dy = window_reader(storage, real, group, 0, groups + before)
-    read_ages = window_reader(AGES, real, group, 0, groups + before)
+def backward(storage, width, group, ends, silu, mask):
+    """A warp has ``tiles_of_part`` tiles of each of ``rows_of_part`` rows of a channel, and goes from late to early.
+
+    If there are tiles after those, it begins with one of them, for the gradients that its own look forward to.
+    """
+    real, halo, tile_steps = real_of_storage(storage), width - 1, WARP * group
+    back, phase, tap = -(-halo // group), phase_of(storage, group), tap_of(real, width, mask)
+    make_raw, ask, take = group_reader(storage, real, group)
+    add_ends, write_ends = ends_of_rows(storage, real, group)
+    before, after = neighbours(group, halo)
     read, write_dx = element_reader(real.name, real), writer(dtype_of(storage), real, group, group > 1)
     write, read_age = element_writer(real.name, real), element_reader(AGES, real)
-    window, gradients, numbers = local_array(start + known, real), local_array(known, real), local_array(group, real)
-    taps, sum_over_warp = local_array(width, real), lane_sum(WARP)
-    (_, slope), zero, integer = activations(real, silu), real.type(0), np.int64
-    ages_seen = tuple(real.type(j) for j in range(width))
+    window, numbers, taps = local_array(halo + group, real), local_array(group, real), local_array(width, real)
+    (_, slope), zero, oldest, integer = activations(real, silu), real.type(0), real.type(halo), np.int64
+    sum_over_warp, ages_seen = lane_sum(WARP), tuple(real.type(j) for j in range(width))
     masked, states = mask != "", mask == "states"
+
+    @device
+    def first_state(A, j, t, steps, sequences, initial_state, dim, d):
+        """Where the taps at a lane's step j find the initial state of its sequence, and whether they look there."""
+        state, head = d, d < 0
+        if states:
+            head = (initial_state != 0) & (A[j] < oldest) & (t + j >= 0) & (t + j < steps)
+            sequence = read_integer(sequences, t + j, select(head, 1, 0))
+            state = (sequence * dim + d) * halo + integer(A[j])
+        return state, head
 
     def kernel(
         dy, x, dx, weight, bias, initial_state, dfinal_state, ages, sequences, dweight, dbias, batches, dim, length,
-        tiles, dy_batch, dy_dim, x_batch, x_dim, dx_batch, dx_dim,
+        tiles, parts, tiles_of_part, rows_of_part, dy_batch, dy_dim, x_batch, x_dim, dx_batch, dx_dim,
     ):  # fmt: skip
-        X, G, A, W, DW, V, values = window(), gradients(), gradients(), taps(), taps(), taps(), numbers()
-        blocks = (dim + CHANNELS - 1) // CHANNELS
-        d, part = block_index() % blocks * CHANNELS + (thread_index() >> 5), block_index() // blocks
-        inside, lane = d < dim, thread_index() & (WARP - 1)
+        X, G, A, V, P, N, E = window(), window(), window(), numbers(), numbers(), numbers(), numbers()
+        W, DW, raw, raw_before, raw_dy = taps(), taps(), make_raw(), make_raw(), make_raw()
+        blocks, lane = (dim + CHANNELS - 1) // CHANNELS, thread_index() & (WARP - 1)
+        part = quotient(block_index(), blocks)
+        d = (block_index() - part * blocks) * CHANNELS + (thread_index() >> 5)
+        inside = d < dim
         steps, d = select(inside, length, 0), select(inside, d, 0)
         for k in range(width):
             W[k] = read(weight, d * width + k, True)
@@ -199,73 +326,103 @@ def backward(storage, width, group, silu, mask):
         b, db = zero, zero
         if bias != 0:
             b = read(bias, d, True)
-        batch, tile = part * TILES // tiles, part * TILES % tiles
-        for _ in range(min(TILES, batches * tiles - part * TILES)):
-            t = (tile * WARP + lane) * span
-            read_x(X, x, batch * x_batch + d * x_dim, t, steps)
-            read_dy(G, dy, batch * dy_batch + d * dy_dim, t, steps)
-            if masked:
-                read_ages(A, ages, batch * length, t, steps)
-            if (initial_state != 0) & (tile == 0) & (not states):
-                for m in range(halo):
-                    state = read(initial_state, (batch * dim + d) * halo + t + m, t + m < halo)
-                    X[start - halo + m] = X[start - halo + m] + state
-            for i in range(span + halo):
-                total = b
-                if states:
-                    head = (initial_state != 0) & (A[i] < ages_seen[halo]) & (t + i < steps)
-                    age = integer(A[i])
-                    state = (read_integer(sequences, t + i, select(head, 1, 0)) * dim + d) * halo + age
-                for k in range(width):
-                    value = X[start + i + k - halo]
+        rows = quotient(part, parts)
+        first, rows = (part - rows * parts) * tiles_of_part, rows * rows_of_part
+        last = min(first + tiles_of_part, tiles)
+        lookers = select(lane >= WARP - back, steps, 0)
+        for batch in range(rows, min(rows + rows_of_part, batches)):
+            row, dy_row = batch * x_batch + d * x_dim, batch * dy_batch + d * dy_dim
+            dx_row, state_row = batch * dx_batch + d * dx_dim, (batch * dim + d) * halo
+            tile = min(last, tiles - 1)
+            t = tile * tile_steps + lane * group
+            if ends:
+                t = t - phase(x, row)
+            wanted = select((lane < back) | (tile < last), steps, 0)
+            ask(raw, x, row, t, wanted)
+            ask(raw_dy, dy, dy_row, t, wanted)
+            ask(raw_before, x, row, t - tile_steps, lookers)
+            for k in range(group):
+                N[k] = zero
+            while tile >= first:
+                take(V, raw)
+                take(E, raw_dy)
+                take(P, raw_before)
+                if ends:
+                    if (tile == 0) | (tile + 2 >= tiles):
+                        add_ends(V, x, row, t, steps)
+                        add_ends(E, dy, dy_row, t, steps)
+                if tile > first:
+                    ask(raw, x, row, t - tile_steps, steps)
+                    ask(raw_dy, dy, dy_row, t - tile_steps, steps)
+                    ask(raw_before, x, row, t - 2 * tile_steps, lookers)
+                if (initial_state != 0) & (tile == 0) & (not states):
+                    for k in range(group):
+                        at = t + k
+                        V[k] = V[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
+                        at = t + k - tile_steps
+                        P[k] = P[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
+                for k in range(group):
+                    X[halo + k] = V[k]
+                before(X, P, lane)
+                converge()
+                for j in range(group + halo):
+                    A[j] = oldest
                     if masked:
-                        value = select(A[i] >= ages_seen[halo - k], value, zero)
-                    if states:
-                        value = value + read(initial_state, state + k, head & (A[i] < ages_seen[halo - k]))
-                    total = fma(W[k], value, total)
-                    V[k] = value
-                G[i] = G[i] * slope(total)
-                if i < span:
+                        A[j] = read_age(ages, batch * length + t + j, (t + j >= 0) & (t + j < steps))
+                for j in range(group):
+                    total, (state, head) = b, first_state(A, j, t, steps, sequences, initial_state, dim, d)
                     for k in range(width):
-                        DW[k] = fma(G[i], V[k], DW[k])
-                    db = db + G[i]
-            for i in range(span):
-                total = zero
-                for j in range(width):
-                    g = G[i + j]
-                    if masked:
-                        g = select(A[i + j] >= ages_seen[j], g, zero)
-                    total = fma(W[halo - j], g, total)
-                if dfinal_state != 0:
-                    if states:
-                        last, ahead, index = t + i < 0, t + i < steps, t * 0
-                        for j in range(1, width):
-                            ends = A[i + j] < ages_seen[j]
-                            last, index = last | (ahead & ends), select(ahead & ends, halo - j, index)
-                            ahead = ahead & (A[i + j] >= ages_seen[j])
-                        state = read_integer(sequences, t + i, select(last, 1, 0)) * dim + d
-                        total = total + read(dfinal_state, state * halo + index, last)
-                    elif (tile + 1) * (WARP * span) > length - halo:
-                        index = t + i - (length - halo)
-                        last = (index >= 0) & (t + i < steps)
-                        if masked:
-                            last_age = read_age(ages, batch * length + length - 1, True)
-                            last = last & (integer(last_age) >= halo - 1 - index)
-                        total = total + read(dfinal_state, (batch * dim + d) * halo + index, last)
-                values[i % group] = total
-                if i % group == group - 1:
-                    at = t + i - (group - 1)
-                    write_dx(dx, batch * dx_batch + d * dx_dim + at, values, steps - at)
-            tile += 1
-            if tile == tiles:
-                tile = 0
-                batch += 1
+                        total = fma(W[k], tap(X, A[j], j, k, initial_state, state, head), total)
+                    G[j] = E[j] * slope(total)
+                after(G, N, lane)
+                converge()
+                if tile < last:
+                    for j in range(group):
+                        state, head = first_state(A, j, t, steps, sequences, initial_state, dim, d)
+                        for k in range(width):
+                            DW[k] = fma(G[j], tap(X, A[j], j, k, initial_state, state, head), DW[k])
+                        db = db + G[j]
+                    for j in range(group):
+                        total = zero
+                        for k in range(width):
+                            g = G[j + k]
+                            if masked:
+                                g = select(A[j + k] >= ages_seen[k], g, zero)
+                            total = fma(W[halo - k], g, total)
+                        if dfinal_state != 0:
+                            if states:
+                                last_one, ahead, index = t + j < 0, (t + j >= 0) & (t + j < steps), t * 0
+                                for k in range(1, width):
+                                    turns = A[j + k] < ages_seen[k]
+                                    last_one = last_one | (ahead & turns)
+                                    index = select(ahead & turns, halo - k, index)
+                                    ahead = ahead & (A[j + k] >= ages_seen[k])
+                                last_one = last_one & (t + j >= 0)
+                                state = read_integer(sequences, t + j, select(last_one, 1, 0)) * dim + d
+                                total = total + read(dfinal_state, state * halo + index, last_one)
+                            elif (tile + 2) * tile_steps > length - halo:
+                                index = t + j - (length - halo)
+                                last_one = (index >= 0) & (t + j >= 0) & (t + j < steps)
+                                if masked:
+                                    last_age = read_age(ages, batch * length + length - 1, last_one)
+                                    last_one = last_one & (integer(last_age) >= halo - 1 - index)
+                                total = total + read(dfinal_state, state_row + index, last_one)
+                        E[j] = total
+                    write_dx(dx, dx_row + t, E, select((t >= 0) & (t + group <= steps), group, 0))
+                    if ends:
+                        if (tile == 0) | (tile + 2 >= tiles):
+                            write_ends(dx, dx_row, t, E, steps)
+                for k in range(group):
+                    N[k] = G[k]
+                tile -= 1
+                t = t - tile_steps
         for k in range(width):
             write(dweight, (part * dim + d) * width + k, sum_over_warp(DW[k]), inside & (lane == 0))
         if dbias != 0:
             write(dbias, part * dim + d, sum_over_warp(db), inside & (lane == 0))
 
-    return kernel, Shape(CHANNELS * WARP, 16 // real.itemsize)
+    lean = real.itemsize == 4 and width <= 4 and not masked
+    return kernel, Shape(CHANNELS * WARP, 6 if lean else 3)
 
 
 # --- tables and states -----------------------------------------------------------------------------------------------
@@ -557,15 +714,17 @@ def update(storage, silu):
 def shipped():
     """The kernels that CI compiles: every dtype and option once."""
     return [
-        Kernel("causal_conv1d", "forward", ("float32", 4, 4, True, "")),
-        Kernel("causal_conv1d", "forward", ("bfloat16", 4, 8, True, "ages")),
-        Kernel("causal_conv1d", "forward", ("float16", 8, 8, False, "")),
-        Kernel("causal_conv1d", "forward", ("float64", 3, 1, True, "states")),
-        Kernel("causal_conv1d", "backward", ("float32", 4, 4, True, "ages")),
-        Kernel("causal_conv1d", "backward", ("float32", 3, 1, False, "")),
-        Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, "states")),
-        Kernel("causal_conv1d", "backward", ("float16", 8, 8, True, "")),
-        Kernel("causal_conv1d", "backward", ("float64", 4, 2, True, "states")),
+        Kernel("causal_conv1d", "forward", ("float32", 4, 4, False, True, "")),
+        Kernel("causal_conv1d", "forward", ("bfloat16", 4, 8, True, True, "")),
+        Kernel("causal_conv1d", "forward", ("bfloat16", 4, 8, True, True, "ages")),
+        Kernel("causal_conv1d", "forward", ("float16", 8, 8, True, False, "")),
+        Kernel("causal_conv1d", "forward", ("float64", 3, 1, False, True, "states")),
+        Kernel("causal_conv1d", "backward", ("float32", 4, 4, False, True, "ages")),
+        Kernel("causal_conv1d", "backward", ("float32", 3, 1, False, False, "")),
+        Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, True, "")),
+        Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, True, "states")),
+        Kernel("causal_conv1d", "backward", ("float16", 8, 8, False, True, "")),
+        Kernel("causal_conv1d", "backward", ("float64", 4, 2, True, True, "states")),
         Kernel("causal_conv1d", "tables", ("float16",)),
         Kernel("causal_conv1d", "final_states", ("bfloat16", "float16")),
         Kernel("causal_conv1d", "initial_gradients", ("float32", "float16", True)),
