@@ -12,6 +12,7 @@ PART = 2048  # steps of a warp, if that leaves enough
 WARPS = 32  # of a multiprocessor, that are enough
 STEPS = 2048  # of a warp of `wide_dweight`
 BLOCK = 128  # threads of the other kernels
+LONGEST = 16  # inputs in the state of a step that do not matter yet
 AGES = "float16"  # ages are whole numbers below the width
 
 
@@ -189,9 +190,19 @@ def _wide_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, t
 
 
 def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
-    """Fill y (batch, dim) from x and shift it into conv_state, which is contiguous, in the accumulation dtype."""
-    (batch, dim), kept = x.shape, conv_state.shape[2]
+    """Fill y (batch, dim) from x and shift it into conv_state (batch, dim, kept).
+
+    conv_state, weight and bias are in any storage dtype that the accumulation dtype holds, weight and bias in the same
+    one; weight is contiguous, and the last axis of the others has unit stride.
+    """
+    (batch, dim), kept, width = x.shape, conv_state.shape[2], weight.shape[1]
+    unused = kept - (width - 1)
+    if unused > LONGEST:  # which the kernel would write out
+        conv_state[..., :unused] = conv_state[..., 1 : unused + 1].copy()
+        conv_state, kept = conv_state[..., unused:], width - 1
+    together = kept in (2, 4, 8) and _launch.aligned(kept, conv_state)
     _launch.launch(
-        _kernel("update", x.dtype, silu), batch * -(-dim // BLOCK), x, conv_state, weight, bias, y, dim,
-        weight.shape[1], kept, x.strides[0] // x.itemsize, y.strides[0] // y.itemsize,
+        _kernel("update", x.dtype, conv_state.dtype.name, weight.dtype.name, width, kept, together, silu),
+        -(-batch * dim // BLOCK), x, conv_state, weight, bias, y, batch, dim, x.strides[0] // x.itemsize,
+        y.strides[0] // y.itemsize, *_steps(conv_state),
     )  # fmt: skip

@@ -681,34 +681,38 @@ def wide_dweight(storage, ages_storage, mask):
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def update(storage, silu):
-    """A thread has a channel of a batch row; the state is shifted from its oldest input on."""
+def update(storage, of_state, of_weight, width, kept, together, silu):
+    """A thread has a channel of a batch row. ``together``: a channel's state is read and written in one access."""
     real = real_of_storage(storage)
     read_x, write_y = element_reader(storage, real), element_writer(storage, real)
-    read, write = element_reader(real.name, real), element_writer(real.name, real)
-    read_state = element_reader(real.name, real, constant=False)
-    (activate, _), zero = activations(real, silu), real.type(0)
+    read_state, write_state = (
+        reader(dtype_of(of_state), real, kept, together, constant=False),
+        writer(dtype_of(of_state), real, kept, together),
+    )
+    read_weight, read_bias = reader(dtype_of(of_weight), real, width), element_reader(of_weight, real)
+    states, taps, zero = local_array(kept + 1, real), local_array(width, real), real.type(0)
+    activate, _ = activations(real, silu)
 
-    def kernel(x, state, weight, bias, y, dim, width, kept, x_batch, y_batch):
-        blocks = (dim + BLOCK - 1) // BLOCK
-        batch, d = block_index() // blocks, block_index() % blocks * BLOCK + thread_index()
-        inside, here, unused = d < dim, (batch * dim + d) * kept, kept - (width - 1)
+    def kernel(x, state, weight, bias, y, batches, dim, x_batch, y_batch, state_batch, state_dim):
+        S, W = states(), taps()
+        i = block_index() * BLOCK + thread_index()
+        batch = quotient(i, dim)
+        d, inside = i - batch * dim, batch < batches
+        at = batch * state_batch + d * state_dim
+        read_state(S, state, at, select(inside, kept, 0))
+        read_weight(W, weight, d * width, select(inside, width, 0))
+        S[kept] = read_x(x, batch * x_batch + d, inside)
         total = zero
         if bias != 0:
-            total = read(bias, d, inside)
-        newest = read_x(x, batch * x_batch + d, inside)
-        for m in range(kept):
-            value = read_state(state, here + m, inside)
-            if m >= unused:
-                total = total + read(weight, d * width + m - unused, inside) * value
-            if m > 0:
-                write(state, here + m - 1, value, inside)
-        if kept > 0:
-            write(state, here + kept - 1, newest, inside)
-        total = total + read(weight, d * width + width - 1, inside) * newest
+            total = read_bias(bias, d, inside)
+        for k in range(width):
+            total = fma(W[k], S[kept - (width - 1) + k], total)
         write_y(y, batch * y_batch + d, activate(total), inside)
+        for m in range(kept):
+            S[m] = S[m + 1]
+        write_state(state, at, S, select(inside, kept, 0))
 
-    return kernel, Shape(BLOCK, 4)
+    return kernel, Shape(BLOCK, 8)
 
 
 def shipped():
@@ -731,5 +735,6 @@ def shipped():
         Kernel("causal_conv1d", "wide_sum", ("float16", "float16", True, "states", True)),
         Kernel("causal_conv1d", "wide_dx", ("bfloat16", "float16", "ages")),
         Kernel("causal_conv1d", "wide_dweight", ("float32", "float32", "states")),
-        Kernel("causal_conv1d", "update", ("bfloat16", True)),
+        Kernel("causal_conv1d", "update", ("bfloat16", "bfloat16", "bfloat16", 4, 4, True, True)),
+        Kernel("causal_conv1d", "update", ("float32", "float32", "bfloat16", 4, 3, False, True)),
     ]
