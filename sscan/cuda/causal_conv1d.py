@@ -7,12 +7,14 @@ from sscan.cuda import _launch
 from sscan.cuda._launch import Kernel
 from sscan.cuda._sums import over_parts
 
+LAST = "causal_conv1d_last"
 WARP, CHANNELS = 32, 4  # channels of a block, a warp for each
 PART = 2048  # steps of a warp, if that leaves enough
 WARPS = 32  # of a multiprocessor, that are enough
 STEPS = 2048  # of a warp of `wide_dweight`
 BLOCK = 128  # threads of the other kernels
 LONGEST = 16  # inputs in the state of a step that do not matter yet
+CHUNKS, THREADS = (256, 64, 16), 1024  # steps of threads with neighbouring channels; threads of a multiprocessor
 AGES = "float16"  # ages are whole numbers below the width
 
 
@@ -35,13 +37,45 @@ class Tables(NamedTuple):
 
 
 @functools.cache
-def _kernel(factory, dtype, *key):
-    return Kernel("causal_conv1d", factory, (dtype.name, *key))
+def _kernel(factory, dtype, *key, module="causal_conv1d"):
+    return Kernel(module, factory, (dtype.name, *key))
 
 
 def _steps(array):
     """Strides of batch and channel, in elements."""
     return (0, 0) if array is None else tuple(s // array.itemsize for s in array.strides[:2])
+
+
+def _group_of_last(itemsize):
+    """Neighbouring channels of a thread."""
+    return 2 if itemsize == 8 else 4
+
+
+def channels_last(x, width):
+    """Whether x (batch, dim, length) is taken as it is because its channels are neighbours in memory."""
+    size = x.itemsize
+    group = _group_of_last(size)
+    return (
+        x.strides[1] == size and x.strides[2] != size and min(x.shape[1:]) > 1 and x.shape[1] % group == 0
+        and x.strides[0] % (group * size) == x.strides[2] % (group * size) == 0 and width <= (4 if size == 8 else 8)
+    )  # fmt: skip
+
+
+def _chunks(x, group):
+    """Chunks of time, the steps of each, how many threads are neighbours along the channels, as a power of 2; blocks.
+
+    Shorter ones, if the GPU has room for more threads.
+    """
+    batch, dim, length = x.shape
+    across = -(-dim // group)
+    chunk = next((c for c in CHUNKS if batch * across * (length // c) >= THREADS * _launch.processors()), CHUNKS[-1])
+    chunks, bits = -(-length // chunk), min(BLOCK.bit_length() - 1, (across - 1).bit_length())
+    return chunks, chunk, bits, -(-batch * chunks * -(-across >> bits) // (BLOCK >> bits))
+
+
+def _steps_of_last(array):
+    """Strides of batch and time, in elements."""
+    return array.strides[0] // array.itemsize, array.strides[2] // array.itemsize
 
 
 def _tiling(*arrays):
@@ -91,9 +125,10 @@ def _tables(segments, width, with_states):
 
 
 def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, final_state):
-    """Fill y and final_state (unless None) from x, both (batch, dim, length) with unit stride along time.
+    """Fill y and final_state (unless None) from x.
 
-    weight, bias (or None) and states (or None) are contiguous, in the accumulation dtype.
+    x and y (batch, dim, length) have unit stride along time; or along channels, if ``channels_last``, and then start at
+    16 aligned bytes. weight, bias (or None) and states (or None) are contiguous, in the accumulation dtype.
     """
     batch, dim, length = x.shape
     width = weight.shape[1]
@@ -101,6 +136,14 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
     before = initial_state if width > 1 else None
     if not (batch and dim and length):
         pass
+    elif channels_last(x, width):
+        group = _group_of_last(x.itemsize)
+        chunks, chunk, bits, blocks = _chunks(x, group)
+        _launch.launch(
+            _kernel("forward", x.dtype, width, group, silu, tables.mask, module=LAST), blocks, x, y, weight, bias,
+            before, tables.ages, tables.sequences, batch, dim, length, chunks, chunk, bits, *_steps_of_last(x),
+            *_steps_of_last(y),
+        )  # fmt: skip
     elif _is_small(width, x.dtype, tables.mask):
         group, tiles, ends = _tiling(x, y)
         parts, tiles_of_part, _ = _parts(batch, dim, tiles, group)
@@ -115,7 +158,7 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
         ages = tables.ages if segments.seq_idx is not None else None
         _launch.launch(
             _kernel("final_states", x.dtype, _age_dtype(width)), segments.count * -(-dim // BLOCK), x, before,
-            final_state, ages, segments.cu_seqlens, dim, length, width, *_steps(x),
+            final_state, ages, segments.cu_seqlens, dim, length, width, *_steps(x), x.strides[2] // x.itemsize,
         )  # fmt: skip
 
 
@@ -137,7 +180,9 @@ def causal_conv1d_backward(
     states = (initial_state, dfinal_state) if width > 1 else (None, None)
     tables = _tables(segments, width, any(state is not None for state in states))
     arrays = dy, x, dx, weight, bias
-    if _is_small(width, x.dtype, tables.mask):
+    if channels_last(x, width) and len(x):
+        dweights, dbiases = _last_backward(*arrays, silu, *states, tables, dbias is not None)
+    elif _is_small(width, x.dtype, tables.mask):
         dweights, dbiases = _small_backward(*arrays, silu, *states, tables, dbias is not None)
     else:
         dweights, dbiases = _wide_backward(*arrays, silu, *states, tables, dbias is not None)
@@ -147,7 +192,7 @@ def causal_conv1d_backward(
         _launch.launch(
             _kernel("initial_gradients", x.dtype, _age_dtype(width), silu), segments.count * -(-dim // BLOCK),
             dy, x, weight, bias, initial_state, dfinal_state, dinitial_state, ages, segments.cu_seqlens, dim, length,
-            width, *_steps(dy), *_steps(x),
+            width, *_steps(dy), dy.strides[2] // dy.itemsize, *_steps(x), x.strides[2] // x.itemsize,
         )  # fmt: skip
 
 
@@ -167,6 +212,19 @@ def _small_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, 
         _kernel("backward", x.dtype, width, group, ends, silu, tables.mask), all_parts * -(-dim // CHANNELS), dy, x, dx,
         weight, bias, initial_state, dfinal_state, tables.ages, tables.sequences, dweights, dbiases, batch, dim, length,
         tiles, parts, *of_part, *_steps(dy), *_steps(x), *_steps(dx),
+    )  # fmt: skip
+    return dweights, dbiases
+
+
+def _last_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, tables, with_bias):
+    (batch, dim, length), width = x.shape, weight.shape[1]
+    group = _group_of_last(x.itemsize) // 2  # which leaves room for the sums
+    chunks, chunk, bits, blocks = _chunks(x, group)
+    dweights, dbiases = _partials(batch * chunks, weight, with_bias)
+    _launch.launch(
+        _kernel("backward", x.dtype, width, group, silu, tables.mask, module=LAST), blocks, dy, x, dx, weight, bias,
+        initial_state, dfinal_state, tables.ages, tables.sequences, dweights, dbiases, batch, dim, length, chunks,
+        chunk, bits, *_steps_of_last(dy), *_steps_of_last(x), *_steps_of_last(dx),
     )  # fmt: skip
     return dweights, dbiases
 

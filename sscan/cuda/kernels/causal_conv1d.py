@@ -471,7 +471,7 @@ def final_states(storage, ages_storage):
     )
     read_age, zero, integer = element_reader(ages_storage, real), real.type(0), np.int64
 
-    def kernel(x, initial_state, final_state, ages, cu_seqlens, dim, length, width, x_batch, x_dim):
+    def kernel(x, initial_state, final_state, ages, cu_seqlens, dim, length, width, x_batch, x_dim, x_time):
         blocks, halo = (dim + BLOCK - 1) // BLOCK, width - 1
         number, d = block_index() // blocks, block_index() % blocks * BLOCK + thread_index()
         row, begin, steps = segment(number, length, cu_seqlens)
@@ -483,7 +483,7 @@ def final_states(storage, ages_storage):
             p = steps - halo + m
             value = zero
             if p >= 0:
-                value = read_x(x, row * x_batch + d * x_dim + begin + p, d < dim)
+                value = read_x(x, row * x_batch + d * x_dim + (begin + p) * x_time, d < dim)
             elif initial_state != 0:
                 value = read(initial_state, state + halo + p, d < dim)
             write(final_state, state + m, select(seen >= halo - 1 - m, value, zero), d < dim)
@@ -504,7 +504,7 @@ def initial_gradients(storage, ages_storage, silu):
 
     def kernel(
         dy, x, weight, bias, initial_state, dfinal_state, dinitial_state, ages, cu_seqlens, dim, length, width,
-        dy_batch, dy_dim, x_batch, x_dim,
+        dy_batch, dy_dim, dy_time, x_batch, x_dim, x_time,
     ):  # fmt: skip
         blocks, halo = (dim + BLOCK - 1) // BLOCK, width - 1
         number, d = block_index() // blocks, block_index() % blocks * BLOCK + thread_index()
@@ -530,11 +530,11 @@ def initial_gradients(storage, ages_storage, silu):
             for k in range(width):
                 p, seen = a - (halo - k), inside & (age >= halo - k)
                 if p >= 0:
-                    value = read_x(x, x_row + begin + p, seen)
+                    value = read_x(x, x_row + (begin + p) * x_time, seen)
                 else:
                     value = read(initial_state, state + halo + p, seen)
                 total = total + read(weight, d * width + k, inside) * value
-            g = read_x(dy, dy_row + begin + a, inside) * slope(total)
+            g = read_x(dy, dy_row + (begin + a) * dy_time, inside) * slope(total)
             for m in range(a, halo):
                 w = read(weight, d * width + m - a, inside & (age >= halo - (m - a)))
                 write(dinitial_state, state + m, read_sum(dinitial_state, state + m, inside) + w * g, inside)
