@@ -368,6 +368,10 @@ class TensorView:
         """Itself, or a CuPy array."""
         return self if not copy and dtype == self.dtype else _torch_view(self.tensor).astype(dtype, order, copy=copy)
 
+    def transpose(self, *axes: int) -> "TensorView":
+        """The axes in another order."""
+        return TensorView(self.tensor.permute(axes))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(_torch_view(self.tensor), name)
 

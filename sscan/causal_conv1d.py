@@ -1,6 +1,7 @@
 """Causal depthwise convolution along time: the short convolution in front of the scan, and its decoding step."""
 
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,21 @@ def _checked(op: str, a: _Arguments) -> _Plan:
     return _Plan(copies, size["batch"], size["length"], size.get("sequences", size["batch"]), dtype)
 
 
+def _copied(kernels: ModuleType, a: _Arguments, plan: _Plan) -> tuple[_Arguments, bool]:
+    """The arguments as the kernels take them, and whether they take x as it is although its channels are neighbours."""
+    last = kernels.channels_last(a.x, a.weight.shape[1])
+    copies = {name: dtype for name, dtype in plan.copies.items() if not (last and name in ("x", "dy"))}
+    return _checks.copied(a, copies), last
+
+
+def _empty_wave(caller: _arrays.Caller, x: Any, last: bool) -> Any:
+    """Memory for an array like x, with the same neighbours."""
+    if not last:
+        return caller.empty(x.shape, x.dtype)
+    batch, dim, length = x.shape
+    return caller.empty((batch, length, dim), x.dtype).transpose(0, 2, 1)
+
+
 @_arrays.follows_caller
 def causal_conv1d(
     x: Any,
@@ -83,7 +99,8 @@ def causal_conv1d(
     Parameters
     ----------
     x : array (batch, dim, length)
-        float64, float32, float16 or bfloat16. Copied only if its last axis is strided.
+        float64, float32, float16 or bfloat16. Copied only if its last axis is strided; on a GPU not even then if its
+        channels are neighbours, as in the transpose of (batch, length, dim): y has them as neighbours too.
     weight : array (dim, width)
         width >= 1. Like `bias` and `initial_state` of any floating dtype that the accumulation dtype holds: float64 for
         float64 x, else float32.
@@ -123,9 +140,9 @@ def causal_conv1d(
     silu = _is_silu(op, activation)
     caller, a, plan = _checked(op, _Arguments(x, weight, bias, initial_state, seq_idx, cu_seqlens))
     kernels = _backends.for_device(op, caller.device)
-    a = _checks.copied(a, plan.copies)
+    a, last = _copied(kernels, a, plan)
     segments = kernels.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
-    y, final_state = caller.empty(a.x.shape, a.x.dtype), None
+    y, final_state = _empty_wave(caller, a.x, last), None
     if _checks.boolean(op, "return_final_state", return_final_state):
         dim, width = a.weight.shape
         final_state = caller.empty((plan.sequences, dim, width - 1), plan.dtype)
@@ -182,11 +199,13 @@ def causal_conv1d_backward(
         op, _Arguments(x, weight, bias, initial_state, seq_idx, cu_seqlens, dy, dfinal_state)
     )
     kernels = _backends.for_device(op, caller.device)
-    a = _checks.copied(given, plan.copies)
+    a, last = _copied(kernels, given, plan)
     segments = kernels.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
     inputs = ("x", "weight", "bias", "initial_state")
+    parameters = (a.weight, a.bias, a.initial_state)
     gradients = [
-        None if like is None else caller.empty(like.shape, like.dtype) for like in (getattr(a, name) for name in inputs)
+        _empty_wave(caller, a.x, last),
+        *(None if like is None else caller.empty(like.shape, like.dtype) for like in parameters),
     ]
     kernels.causal_conv1d_backward(
         a.dy, a.x, a.weight, a.bias, silu, segments, a.initial_state, a.dfinal_state, *gradients

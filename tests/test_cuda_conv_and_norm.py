@@ -12,6 +12,7 @@ from emulator import emulated, patched
 
 import sscan
 from sscan.cuda import _launch
+from sscan.cuda._primitives import dtype_of
 
 of_convolution = importlib.import_module("sscan.cuda.causal_conv1d")
 NORMS = {
@@ -56,6 +57,19 @@ CONVOLUTIONS = {
         }
         for width, dtype in ((4, "bfloat16"), (2, "float16"), (8, "float32"), (10, "float32"))
     },
+    **{
+        f"{name}, channels are neighbours": {"layout": "transposed", "dim": 12, "length": 77, **changes}
+        for name, changes in {
+            **{dtype: {"dtype": dtype, "initial_state": True} for dtype in SPANS},
+            **{f"width {width}": {"width": width, "initial_state": True} for width in (1, 2, 3, 8)},
+            "many channels": {"dim": 264, "length": 9},
+            "long": {"length": 600, "batch": 1, "dim": 4, "initial_state": True},
+            "without bias": {"bias": False, "activation": None},
+            "seq_idx": {"seq_idx": "int32", "initial_state": True, "dtype": "bfloat16"},
+            "many sequences": {**PACKED, "cu_seqlens": (*BORDERS, 130), "length": 130},
+            "many sequences without states": {"batch": 1, "cu_seqlens": (*BORDERS, 130), "length": 130},
+        }.items()
+    },
     "width 10, short": {"width": 10, "length": 4, "seq_idx": "int32", "initial_state": True},
     "width 10, empty": {"width": 10, "length": 0, "initial_state": True},
 }  # fmt: skip
@@ -86,6 +100,28 @@ def test_causal_conv1d(case, warps, monkeypatch):
 @pytest.mark.parametrize("case", cases_of("causal_conv1d_update"), ids=str)
 def test_causal_conv1d_update(case):
     check_forward(emulated, case)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neighbouring_channels_stay_where_they_are(monkeypatch, dtype):
+    """No copy is made of x and dy, and y and dx have the channels as neighbours too."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((2, 33, 8)).astype(dtype_of(dtype)).transpose(0, 2, 1) for _ in range(2))
+    weight = rng.standard_normal((8, 4), dtype=np.float32)
+    kernels, results = [], []
+    with patched(), monkeypatch.context() as patch:
+        launch = _launch.launch
+
+        def noted(kernel, blocks, *arguments):
+            kernels.append(kernel.module)
+            assert not any(a.shape == x.shape and a.strides != x.strides for a in arguments if hasattr(a, "shape"))
+            launch(kernel, blocks, *arguments)
+
+        patch.setattr(_launch, "launch", noted)
+        results.append(sscan.causal_conv1d(x, weight, activation="silu"))
+        results.append(sscan.causal_conv1d_backward(dy, x, weight, activation="silu").dx)
+    assert kernels[:2] == ["causal_conv1d_last"] * 2
+    assert all(made.strides == x.strides for made in results)
 
 
 def test_rows_that_begin_at_other_places_are_read_step_by_step(monkeypatch):

@@ -1,7 +1,7 @@
 """Kernels for arrays in CPU memory: checked arrays in, filled arrays out. One module for each op."""
 
 from sscan._segments import segments
-from sscan.cpu.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward, causal_conv1d_update
+from sscan.cpu.causal_conv1d import causal_conv1d_backward, causal_conv1d_forward, causal_conv1d_update, channels_last
 from sscan.cpu.discretize import discretize_backward, discretize_forward
 from sscan.cpu.linear_scan import linear_scan_backward, linear_scan_forward
 from sscan.cpu.rms_norm import rms_norm_backward, rms_norm_forward
@@ -20,6 +20,7 @@ __all__ = [
     "causal_conv1d_backward",
     "causal_conv1d_forward",
     "causal_conv1d_update",
+    "channels_last",
     "checkpoints_shape",
     "discretize_backward",
     "discretize_forward",

@@ -237,6 +237,11 @@ def _or_zeros(bias, weight):
     return np.zeros(len(weight), weight.dtype) if bias is None else bias
 
 
+def channels_last(x, width):
+    """Whether x is taken as it is because its channels are neighbours in memory: never, it is copied."""
+    return False
+
+
 def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, final_state):
     """Fill y and final_state (unless None) from x, both (batch, dim, length) with unit stride along time.
 

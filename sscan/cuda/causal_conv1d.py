@@ -61,6 +61,15 @@ def channels_last(x, width):
     )  # fmt: skip
 
 
+def _in_order(wave, like):
+    """An array along time with neighbouring channels: itself, if it lies as the kernels want it, or a copy."""
+    group_size = _group_of_last(wave.itemsize) * wave.itemsize
+    if wave is like or (wave.strides[1] == wave.itemsize and wave.strides[2] != wave.itemsize):
+        if not (_launch.address(wave) % group_size or wave.strides[0] % group_size or wave.strides[2] % group_size):
+            return wave
+    return wave.transpose(0, 2, 1).copy().transpose(0, 2, 1)
+
+
 def _chunks(x, group):
     """Chunks of time, the steps of each, how many threads are neighbours along the channels, as a power of 2; blocks.
 
@@ -137,6 +146,7 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
     if not (batch and dim and length):
         pass
     elif channels_last(x, width):
+        x = _in_order(x, x)
         group = _group_of_last(x.itemsize)
         chunks, chunk, bits, blocks = _chunks(x, group)
         _launch.launch(
@@ -181,6 +191,8 @@ def causal_conv1d_backward(
     tables = _tables(segments, width, any(state is not None for state in states))
     arrays = dy, x, dx, weight, bias
     if channels_last(x, width) and len(x):
+        x, dy = _in_order(x, x), _in_order(dy, x)
+        arrays = dy, x, dx, weight, bias
         dweights, dbiases = _last_backward(*arrays, silu, *states, tables, dbias is not None)
     elif _is_small(width, x.dtype, tables.mask):
         dweights, dbiases = _small_backward(*arrays, silu, *states, tables, dbias is not None)
