@@ -23,7 +23,17 @@ def _kernel(storage, state_storage, number, slots, count, together, batch):
     vectors = min(4, -(-count // (lanes * each)))
     rows = max(1, min(batch, STATES // (vectors * each)))
     bits = 0 if slots is None else 8 * slots.itemsize
-    key = (storage.name, state_storage.name, number.name, bits, lanes, each, vectors, rows)
+    key = (
+        storage.name,
+        state_storage.name,
+        number.name,
+        bits,
+        lanes,
+        each,
+        vectors,
+        rows,
+        lanes * each * vectors == count,
+    )
     return Kernel("selective_state_update", "update", key), rows, THREADS // lanes
 
 

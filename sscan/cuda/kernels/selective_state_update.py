@@ -70,8 +70,11 @@ def slot_reader(slot_bits):
     return slot_of
 
 
-def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows):
-    """y and the new states. ``slot_bits`` are those of an element of ``slots``; 0: rows are slots."""
+def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows, exact):
+    """y and the new states. ``slot_bits`` are those of an element of ``slots``; 0: rows are slots.
+
+    ``exact``: the threads of a channel have as many states together as there are.
+    """
     number, real = np.dtype(number), real_of(number)
     f, total_of, slot_of = number_functions(number), lane_sum(lanes), slot_reader(slot_bits)
     product, times, real_part, decay, rate = f.product, f.times, f.real_part, f.decay, f.rate
@@ -85,7 +88,8 @@ def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows
     make_states, ask_states, take_states = numbers_asked(kept, number, each, rows * vectors, together, constant=False)
     make_matrices, ask_matrices, take_matrices = numbers_asked(own, number, each, rows * vectors, together)
     make_A, ask_A, take_A = numbers_asked(real, number, each, vectors, together)
-    channels, apart = THREADS // lanes, lanes * each
+    channels, apart, reals = THREADS // lanes, lanes * each, planes(number)
+    of_state, of_matrix, of_A = kept.itemsize * reals, own.itemsize * reals, number.itemsize
 
     def kernel(
         state, slots, x, dt, z, B, C, y, A, D, dt_bias, dt_softplus, available, batch, dim, count, channels_B,
@@ -102,19 +106,23 @@ def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows
         at_B, at_C = group_of(d, channels_B, dim) * B_group, group_of(d, channels_C, dim) * C_group
         for r in range(rows):
             total[r] = none
-        for tile in range((count + vectors * apart - 1) // (vectors * apart)):
+        for tile in range(1 if exact else (count + vectors * apart - 1) // (vectors * apart)):
             begin = tile * vectors * apart + lane * each
             for r in range(rows):
                 row = first + r
                 slot, live = slot_of(slots, row, select(row < batch, present, 0), available)
+                # Addresses are made once: what is apart by a constant is read relative to them.
+                from_state = state + (slot * state_slot + d * state_dim + begin) * of_state
+                from_B = B + (row * B_row + at_B + begin) * of_matrix
+                from_C = C + (row * C_row + at_C + begin) * of_matrix
                 for v in range(vectors):
-                    n = begin + v * apart
-                    inside = select(live, count - n, 0)
-                    ask_states(H, r * vectors + v, state, slot * state_slot + d * state_dim + n, inside)
-                    ask_matrices(Bs, r * vectors + v, B, row * B_row + at_B + n, inside)
-                    ask_matrices(Cs, r * vectors + v, C, row * C_row + at_C + n, inside)
+                    inside = select(live, each if exact else count - (begin + v * apart), 0)
+                    ask_states(H, r * vectors + v, from_state, v * apart, inside)
+                    ask_matrices(Bs, r * vectors + v, from_B, v * apart, inside)
+                    ask_matrices(Cs, r * vectors + v, from_C, v * apart, inside)
+            from_A = A + (d * count + begin) * of_A
             for v in range(vectors):
-                ask_A(As, v, A, d * count + begin + v * apart, present * (count - begin - v * apart))
+                ask_A(As, v, from_A, v * apart, present * (each if exact else count - (begin + v * apart)))
             if tile == 0:
                 read_parameter(bias, dt_bias, d, select(dt_bias == 0, 0, present))
                 read_parameter(skip, D, d, select(D == 0, 0, present))
@@ -141,9 +149,11 @@ def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows
                     for k in range(each):
                         h[k] = product(decay(delta[r], a[k]), h[k]) + times(b[k], delta_u)
                         total[r] = total[r] + real_part(product(c[k], h[k]))
-                    row, n = first + r, begin + v * apart
+                    row = first + r
                     slot, live = slot_of(slots, row, select(row < batch, present, 0), available)
-                    write_state(state, slot * state_slot + d * state_dim + n, h, select(live, count - n, 0))
+                    from_state = state + (slot * state_slot + d * state_dim + begin) * of_state
+                    inside = select(live, each if exact else count - (begin + v * apart), 0)
+                    write_state(from_state, v * apart, h, inside)
         for r in range(rows):
             row = first + r
             there = select(row < batch, present, 0)
@@ -162,12 +172,12 @@ def shipped():
     return [
         Kernel("selective_state_update", "update", key)
         for key in (
-            ("float32", "float32", "float32", 0, 2, 4, 2, 2),
-            ("float16", "float16", "float32", 32, 4, 2, 2, 2),
-            ("bfloat16", "float32", "float32", 64, 8, 4, 4, 1),
-            ("bfloat16", "bfloat16", "float32", 32, 2, 4, 2, 2),
-            ("float64", "float64", "float64", 32, 2, 2, 4, 1),
-            ("bfloat16", "complex64", "complex64", 0, 4, 1, 4, 1),
-            ("float64", "complex128", "complex128", 64, 4, 1, 4, 1),
+            ("float32", "float32", "float32", 0, 2, 4, 2, 2, True),
+            ("float16", "float16", "float32", 32, 4, 2, 2, 2, False),
+            ("bfloat16", "float32", "float32", 64, 8, 4, 4, 1, True),
+            ("bfloat16", "bfloat16", "float32", 32, 2, 4, 2, 2, False),
+            ("float64", "float64", "float64", 32, 2, 2, 4, 1, True),
+            ("bfloat16", "complex64", "complex64", 0, 4, 1, 4, 1, True),
+            ("float64", "complex128", "complex128", 64, 4, 1, 4, 1, False),
         )
     ]
