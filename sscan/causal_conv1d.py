@@ -228,8 +228,9 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
         float64, float32, float16 or bfloat16.
     conv_state : array (batch, dim, kept), kept >= width - 1
         The inputs so far, newest last; shifted in place to end with x. float32, float16 or bfloat16 (float64 only with
-        float64 x). Updated without a copy if it is contiguous and in the accumulation dtype. Its elements must not
-        share memory with each other, nor with other arguments (which is not looked for on a GPU).
+        float64 x). Updated where it lies; copied and copied back if its last axis is strided, and on the CPU unless it
+        is contiguous and in the accumulation dtype. Its elements must not share memory with each other, nor with other
+        arguments (which is not looked for on a GPU).
     weight, bias, activation
         As given to `causal_conv1d`.
 
@@ -278,5 +279,13 @@ def _checked_step(op: str, a: _Step) -> dict[str, np.dtype[Any]]:
             f"width >= 1, got {a.conv_state.shape} and {a.weight.shape}"
         )
     dtype = _checks.accumulation(_checks.storage(op, x=a.x))
-    parameters = {name: _checks.parameter_copy(op, name, getattr(a, name), dtype) for name in a._fields[1:]}
-    return _checks.needed(x=_checks.time_copy(a.x), **parameters)
+    copies = {name: _checks.parameter_copy(op, name, getattr(a, name), dtype) for name in a._fields[1:]}
+    copies |= {"x": _checks.time_copy(a.x), "conv_state": _checks.time_copy(a.conv_state)}
+    if a.bias is None or a.bias.dtype == a.weight.dtype:  # else both in the accumulation dtype
+        copies |= {name: _contiguous_copy(getattr(a, name)) for name in ("weight", "bias")}
+    return _checks.needed(**copies)
+
+
+def _contiguous_copy(array: Any) -> np.dtype[Any] | None:
+    """For a parameter that the kernels read in its own dtype."""
+    return None if array is None or array.flags.c_contiguous else array.dtype

@@ -645,13 +645,16 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def conv_update_problem(rng: Generator, *, kept: int | None = None, **changes: Any) -> Arguments:
-    """Keyword arguments of causal_conv1d_update; ``kept`` is the state's width."""
+def conv_update_problem(
+    rng: Generator, *, kept: int | None = None, stored: dict[str, str] | None = None, **changes: Any
+) -> Arguments:
+    """Keyword arguments of causal_conv1d_update; ``kept`` is the state's width, ``stored`` dtypes of parameters."""
     arguments = conv_problem(rng, **{"length": 1, "initial_state": True, **changes})
     state, x = arguments.pop("initial_state"), arguments["x"]
     if kept is not None:
         state = normal(rng, (*state.shape[:2], kept), state.dtype)
-    return {**arguments, "x": x[..., 0], "conv_state": state}
+    made = {**arguments, "x": x[..., 0], "conv_state": state}
+    return made | {name: made[name].astype(dtype) for name, dtype in (stored or {}).items()}
 
 
 CONVOLUTION_UPDATES: dict[str, dict[str, Any]] = {
@@ -662,6 +665,19 @@ CONVOLUTION_UPDATES: dict[str, dict[str, Any]] = {
     **{f"width {width}": {"width": width} for width in (1, 2, 5)},
     "state of width": {"kept": 4},
     "wide state": {"kept": 7},
+    "very wide state": {"kept": 40},
+    **{
+        f"{dtype}, all in it": {
+            "dtype": dtype,
+            "kept": 4,
+            "dim": 24,
+            "stored": dict.fromkeys(("conv_state", "weight", "bias"), dtype),
+        }
+        for dtype in ("float16", "bfloat16")
+    },
+    "bfloat16, state in float16": {"dtype": "bfloat16", "kept": 4, "stored": {"conv_state": "float16"}},
+    "bias in another dtype": {"dtype": "bfloat16", "stored": {"bias": "bfloat16"}},
+    "float64, parameters in float32": {"dtype": "float64", "stored": dict.fromkeys(("weight", "bias"), "float32")},
     "width 1, wide state": {"width": 1, "kept": 3},
     "batch 0": {"batch": 0},
     "strided memory": {"layout": "strided"},

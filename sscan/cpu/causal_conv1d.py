@@ -274,9 +274,15 @@ def causal_conv1d_backward(
 
 
 def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
-    """Fill y (batch, dim) from x and shift it into conv_state, which is contiguous, in the accumulation dtype."""
+    """Fill y (batch, dim) from x and shift it into conv_state (batch, dim, kept).
+
+    conv_state, weight and bias (or None) are in any storage dtype that the accumulation dtype holds; the last axis of
+    each has unit stride.
+    """
+    dtype = np.float64 if x.dtype == np.float64 else np.float32
+    state, weight = (np.require(array, dtype, ["C", "A", "W"]) for array in (conv_state, weight))
+    bias = _or_zeros(None if bias is None else np.require(bias, dtype, ["C", "A", "W"]), weight)
     blocks = len(x) * -(-len(weight) // TILE)
-    run(
-        update, -(-blocks // STEP_BLOCKS), view(x[:, None]), view(y[:, None]), conv_state, weight,
-        _or_zeros(bias, weight), silu,
-    )  # fmt: skip
+    run(update, -(-blocks // STEP_BLOCKS), view(x[:, None]), view(y[:, None]), state, weight, bias, silu)
+    if state is not conv_state:
+        conv_state[...] = state
