@@ -501,6 +501,18 @@ def test_gpu_is_understood_without_one(packing: Arguments) -> None:
             sscan.torch.selective_scan(**arguments | {"z": torch.empty(arguments["z"].shape)})
 
 
+@pytest.mark.parametrize(("dim", "kept"), [(8, True), (6, False)])  # groups of four channels
+def test_gpu_keeps_neighbouring_channels(dim: int, kept: bool) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 33, dim, device="cuda", dtype=torch.bfloat16).mT
+        weight = torch.empty(dim, 4, device="cuda")
+        y, _ = torch.ops.sscan.causal_conv1d(x, weight, None, None, None, None, "silu", False)
+        dx, dweight = torch.ops.sscan.causal_conv1d_backward(y, None, x, weight, None, None, None, None, "silu")
+        expected = x.stride() if kept else (33 * dim, 33, 1)
+        assert y.stride() == dx.stride() == expected
+        assert dweight.stride() == (4, 1)
+
+
 # --- Autocast ---------------------------------------------------------------------------------------------------------
 
 

@@ -142,7 +142,17 @@ def causal_conv1d(
     plan = checked_convolution(x, weight, bias, initial_state, seq_idx, cu_seqlens)
     dim, width = weight.shape
     shape = (plan.sequences, dim, width - 1) if return_final_state else (0,)
-    return x.new_empty(x.shape), x.new_empty(shape)
+    return _convolved(x, width), x.new_empty(shape)
+
+
+def _convolved(x: Any, width: int) -> Any:
+    """What the convolution makes of x, or the gradient of x: its channels are neighbours where those of x may stay so."""
+    kernels = _backends.for_device("causal_conv1d", "cpu" if x.is_meta else x.device.type)
+    strides = [step * x.itemsize for step in x.stride()]
+    if not kernels.channels_last(SimpleNamespace(shape=x.shape, strides=strides, itemsize=x.itemsize), width):
+        return x.new_empty(x.shape)
+    batch, dim, length = x.shape
+    return x.new_empty((batch, length, dim)).transpose(1, 2)
 
 
 def checked_convolution(*tensors: Any) -> Any:
@@ -150,8 +160,8 @@ def checked_convolution(*tensors: Any) -> Any:
     return inspect.unwrap(_checked_convolution)("causal_conv1d", _Convolution(*described(*tensors)))
 
 
-def causal_conv1d_backward(dy: Any, dfinal_state: Any, *arguments: Any) -> list[Any]:
-    return gradients(*arguments[:4])
+def causal_conv1d_backward(dy: Any, dfinal_state: Any, x: Any, weight: Any, *arguments: Any) -> list[Any]:
+    return [_convolved(x, weight.shape[1]), *gradients(weight, *arguments[:2])]
 
 
 def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any, activation: str | None) -> Any:

@@ -56,6 +56,29 @@ def test_autocast(dtype: torch.dtype) -> None:
     check_autocast("cuda", dtype)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 40, 777), (2, 264, 300), (1, 6, 50)], ids=str)
+def test_convolution_of_neighbouring_channels(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """The same numbers as with neighbouring steps, in memory like the input's, which the compiler knows."""
+    batch, dim, length = shape
+    x = torch.randn(batch, length, dim, device="cuda", dtype=dtype).mT.requires_grad_()
+    weight, bias = torch.randn(dim, 4, device="cuda"), torch.randn(dim, device="cuda")
+    dy = torch.randn_like(x)
+    compiled = torch.compile(sscan.torch.causal_conv1d, fullgraph=True, backend="inductor")
+    made = []
+    for function, inputs in (
+        (sscan.torch.causal_conv1d, x), (compiled, x),
+        (sscan.torch.causal_conv1d, x.detach().contiguous().requires_grad_()),
+    ):  # fmt: skip
+        y = function(inputs, weight, bias, "silu")
+        made.append((y.detach(), *torch.autograd.grad(y, inputs, dy)))
+    for found in made[:2]:
+        for ours, expected in zip(found, made[2], strict=True):
+            torch.testing.assert_close(ours, expected)
+            assert ours.stride() == (x.stride() if dim % 4 == 0 else expected.stride())
+
+
 # --- Streams, graphs and waiting --------------------------------------------------------------------------------------
 
 
