@@ -146,7 +146,7 @@ def causal_conv1d(
 
 
 def _convolved(x: Any, width: int) -> Any:
-    """What the convolution makes of x, or the gradient of x: its channels are neighbours where those of x may stay so."""
+    """What the convolution makes of x, or the gradient of x: with neighbouring channels where those of x may stay."""
     kernels = _backends.for_device("causal_conv1d", "cpu" if x.is_meta else x.device.type)
     strides = [step * x.itemsize for step in x.stride()]
     if not kernels.channels_last(SimpleNamespace(shape=x.shape, strides=strides, itemsize=x.itemsize), width):
