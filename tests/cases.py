@@ -711,6 +711,7 @@ NORMS: dict[str, dict[str, Any]] = {
     "residual": {"residual": "float32"},
     **{dtype: {"dtype": dtype} for dtype in ("float64", "float16", "bfloat16")},
     "float64 residual": {"dtype": "float64", "residual": "float64"},
+    "float64, float32 residual": {"dtype": "float64", "residual": "float32"},
     "bfloat16, float32 residual": {"dtype": "bfloat16", "residual": "float32"},
     "bfloat16 residual": {"dtype": "bfloat16", "residual": "bfloat16"},
     **{f"width {n}": {"shape": (3, n), "residual": "float32"} for n in (1, 16, 17, 1000)},
