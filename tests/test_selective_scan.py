@@ -832,6 +832,15 @@ def test_empty_axes(shape: tuple[int, int, int]) -> None:
         assert_identical(result["dinitial_state"], weights["dlast_state"])
 
 
+@pytest.mark.parametrize("shape", [(0, 20, 70), (2, 20, 0), (2, 20, 1)])
+def test_empty_axes_with_seq_idx(shape: tuple[int, int, int]) -> None:
+    batch, dim, length = shape
+    problem = scan_problem(np.random.default_rng(0), batch=batch, dim=dim, length=length, initial_state=True)
+    outputs = scan(problem, seq_idx=np.zeros((batch, length), np.int32))
+    for name, x in scan(problem).items():
+        assert_identical(outputs[name], x, name)
+
+
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
