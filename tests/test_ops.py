@@ -571,6 +571,50 @@ def test_packed_convolution_is_separate_runs(width: int, packing: str) -> None:
     np.testing.assert_array_equal(gradients.dinitial_state, dinitial[: len(gradients.dinitial_state)])
 
 
+# --- Defaults ---------------------------------------------------------------------------------------------------------
+
+# Of every op the options, what they are by default, and something else, with which the results are others.
+DEFAULTS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "selective_scan": {"delta_softplus": (False, True), "discretization": ("mamba", "zoh")},
+    "selective_state_update": {"dt_softplus": (False, True)},
+    "causal_conv1d": {"activation": (None, "silu")},
+    "causal_conv1d_update": {"activation": (None, "silu")},
+    "rms_norm": {"eps": (1e-5, 2e-5)},
+    "linear_scan": {"reverse": (False, True)},
+    "discretize": {"method": ("zoh", "mamba")},
+    "ssm_kernel": {"method": ("zoh", "mamba")},
+}
+
+
+@pytest.mark.parametrize(("op", "option"), [(op, option) for op, options in DEFAULTS.items() for option in options])
+def test_default(op: str, option: str) -> None:
+    """An option that is not given is the documented one, in the op and in its gradient."""
+    arguments = case_of(op, REQUIRED[op][0]).arguments()
+    arguments = {name: x for name, x in arguments.items() if name not in DEFAULTS[op]}
+    weights = cotangents(forward(sscan, op, arguments)) if op in DIFFERENTIABLE else {}
+
+    def made(**given_: Any) -> tuple[bytes, bytes]:
+        """The outputs, and the gradients."""
+        outputs = forward(sscan, op, {**arguments, **given_})
+        back = backward(sscan, op, {**arguments, **given_}, weights) if weights else {}
+        return tuple(b"".join(x.tobytes() for x in found.values()) for found in (outputs, back))
+
+    default, other = DEFAULTS[op][option]
+    by_default, different = made(), made(**{option: other})
+    assert by_default == made(**{option: default})
+    assert by_default[0] != different[0]
+    assert by_default[1] != different[1] or not weights
+
+
+@pytest.mark.parametrize(
+    ("op", "option"), [("selective_scan", "return_last_state"), ("causal_conv1d", "return_final_state")]
+)
+def test_a_state_is_returned_if_asked_for(op: str, option: str) -> None:
+    arguments = case_of(op, REQUIRED[op][0]).arguments()
+    y, _ = getattr(sscan, op)(**arguments, **{option: True})
+    np.testing.assert_array_equal(getattr(sscan, op)(**arguments), y)
+
+
 # --- Numbers at the ends of their range -------------------------------------------------------------------------------
 
 GROWS = np.concatenate([np.full(140, 2), np.full(884, 0.5)])  # a product of 2^140 at first, in one part
