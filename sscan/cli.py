@@ -145,13 +145,9 @@ def _mistakes() -> Iterator[None]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from threadpoolctl import threadpool_limits
-
     with _mistakes():
         run, folder = _open_run(options)
-    # OpenBLAS' threads spin for milliseconds after each product; they would take the cores from the kernels.
-    with threadpool_limits(1, "blas"):
-        return _train_and_report(run, folder, options.device)
+    return _train_and_report(run, folder, options.device)
 
 
 def _array_module(device: str) -> Any:

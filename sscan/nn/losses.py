@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan.nn.autodiff import Array, Tensor, array_module, defvjp_all, move, needs_gradient, primitive
+from sscan.nn.products import matmul
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -133,12 +134,12 @@ def _linear_cross_entropy(
     dweight = xp.zeros(weight.shape, total.dtype) if differentiate else None
     for block in _blocks(rows, len(weight)):
         wide_rows = rows[block].astype(total.dtype, copy=False)
-        logits = wide_rows @ wide_weight.T
+        logits = matmul(wide_rows, wide_weight.T)
         total += _softmax_and_loss(logits, targets[block], counted[block])
         if dhidden is not None:
             _softmax_to_gradient(logits, targets[block], counted[block], scale)
-            dhidden[block] = logits @ wide_weight
-            dweight += logits.T @ wide_rows
+            dhidden[block] = matmul(logits, wide_weight)
+            dweight += matmul(logits.T, wide_rows)
     if dhidden is not None and dweight is not None:
         dhidden, dweight = dhidden.reshape(hidden.shape), dweight.astype(weight.dtype, copy=False)
     return total * scale, dhidden, dweight

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan.linear_scan import linear_scan
+from sscan.nn import products
 from sscan.nn.autodiff import Array, Operand, Primitive, Tensor, array_module, defvjp, defvjp_all, move, primitive
 
 if TYPE_CHECKING:
@@ -86,37 +87,17 @@ def matmul(a: Array, b: Array) -> Array:
     """a @ b over the last two axes; the axes before them broadcast. Half precision is multiplied in float32."""
     if a.ndim < 2 or b.ndim < 2:
         raise ValueError(f"matmul: both operands need at least two axes, got shapes {a.shape} and {b.shape}")
-    return _matmul(a, b)
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    xp, dtype = array_module(a), np.result_type(a.dtype, b.dtype)
-    if dtype.itemsize > 2:
-        return xp.matmul(a, b)
-    if xp is np:  # which multiplies half precision without BLAS
-        return np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(dtype)
-    # CuPy 14 multiplies matrices in half precision, but stacks of them only in float32 (float16) or not at all.
-    leading, a, b = _broadcast_stacks(a, b)
-    result = xp.empty((*leading, a.shape[-2], b.shape[-1]), dtype)
-    for index in np.ndindex(*leading):
-        a[index].dot(b[index], result[index])
-    return result
-
-
-def _broadcast_stacks(a: Array, b: Array) -> tuple[tuple[int, ...], Array, Array]:
-    """The common shape of all axes but the last two, and a and b stretched to it."""
-    xp, leading = array_module(a), np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return leading, *(xp.broadcast_to(stack, leading + stack.shape[-2:]) for stack in (a, b))
+    return products.matmul(a, b)
 
 
 def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
     """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time, in float32 at least."""
     if argument.ndim > 2 or a.ndim == b.ndim == 2:
-        return unbroadcast(_matmul(a, b), argument)
-    leading, a, b = _broadcast_stacks(a, b)
+        return unbroadcast(products.matmul(a, b), argument)
+    leading, a, b = products.broadcast_stacks(a, b)
     total = array_module(a).zeros(argument.shape, np.float64 if argument.dtype == np.float64 else np.float32)
     for index in np.ndindex(*leading):
-        total += _matmul(a[index], b[index])
+        total += products.matmul(a[index], b[index])
     return total.astype(argument.dtype, copy=False)
 
 

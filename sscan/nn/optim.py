@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan.nn.autodiff import Array, array_module, move
+from sscan.nn.products import one_blas_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -127,7 +128,8 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float = 1.0) -> Ar
     if not gradients:
         return np.float64(0)
     xp = array_module(gradients[0])
-    norm = xp.sqrt(xp.stack([xp.vdot(g, g) for g in gradients]).sum(dtype=np.float64))
+    with one_blas_thread:
+        norm = xp.sqrt(xp.stack([xp.vdot(g, g) for g in gradients]).sum(dtype=np.float64))
     scale = max_norm / xp.maximum(norm, max_norm)
     for gradient in gradients:
         gradient *= scale.astype(gradient.dtype)
