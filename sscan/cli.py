@@ -10,15 +10,17 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import platform
 import signal
 import sys
 import time
+import unicodedata
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import sscan
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 SAMPLE_BYTES = 400
+NO_CURVE = 'not drawn, for want of matplotlib; it comes with: pip install "sscan[plot]"'
 
 
 class Mistake(Exception):
@@ -37,26 +40,64 @@ class Mistake(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    if sys.stderr is None:  # closed by who started us
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        return _fail("sscan: standard output is closed", 1)
+    name = "sscan"
     try:
-        return int(options.command(options))
+        try:
+            options = _parser().parse_args(arguments)
+            name = f"sscan {options.name or ''}".rstrip()
+            return options.command(options) or 0
+        finally:
+            sys.stdout.flush()  # what there is no room for is noticed here, and not when Python has ended
     except Mistake as mistake:
-        print(f"sscan {options.name}: {mistake}", file=sys.stderr)
-        return 2
+        return _fail(f"{name}: {mistake}", 2)
     except KeyboardInterrupt:
-        print(f"sscan {options.name}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _fail(f"{name}: interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        _discard(sys.stdout)
+        return _fail(f"{name}: {_os_error(error)}", 1)
+    except FloatingPointError as error:
+        return _fail(f"{name}: {error}", 1)
+    except MemoryError as error:
+        return _fail(f"{name}: not enough memory{f' ({error})' if str(error) else ''}", 1)
+
+
+def _fail(line: str, code: int) -> int:
+    """Say the line on standard error, if that takes it, and return the code."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+    return code
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what the stream still holds go nowhere, or Python would try again at its end."""
+    with contextlib.suppress(OSError, ValueError):  # a stream of the caller's own has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _os_error(error: OSError) -> str:
+    """What went wrong with which file, in one line."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
 # Arguments
 
 
 class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse's own keeps to itself that there is no room for it
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
+        sys.exit(_fail(f"{self.prog}: {message} (try {self.prog} --help)", 2))
 
 
 def _positive_int(text: str) -> int:
@@ -73,8 +114,14 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _path(text: str) -> Path:
+    if not text:  # which Path takes for the current folder
+        raise ValueError
+    return Path(text)
+
+
 # What argparse calls them in "invalid ... value".
-_positive_int.__name__, _positive_float.__name__ = "positive integer", "positive number"
+_positive_int.__name__, _positive_float.__name__, _path.__name__ = "positive integer", "positive number", "path"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,14 +129,15 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="sscan", description="Selective state space models (Mamba) in pure Python.")
     parser.add_argument("--version", action="version", version=f"sscan {sscan.__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
+    parser.set_defaults(command=lambda options: parser.print_help())
+    commands = parser.add_subparsers(dest="name", metavar="command")
     default = RunOptions()
 
     train = commands.add_parser("train", help="train a byte-level language model on a text")
     train.set_defaults(command=_train)
-    train.add_argument("--text", type=Path, metavar="FILE", help="default: pydoc_data/topics.py of this Python")
-    train.add_argument("--out", type=Path, metavar="DIR", help="checkpoint folder; default: a new one in runs/")
-    train.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in this folder")
+    train.add_argument("--text", type=_path, metavar="FILE", help="default: pydoc_data/topics.py of this Python")
+    train.add_argument("--out", type=_path, metavar="DIR", help="checkpoint folder; default: a new one in runs/")
+    train.add_argument("--resume", type=_path, metavar="DIR", help="continue the run in this folder")
     length = train.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=_positive_float, help=f"time to train for (default {default.minutes:g})")
     length.add_argument("--steps", type=_positive_int, help="number of steps to train for")
@@ -111,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a prompt with a trained model")
     generate.set_defaults(command=_generate)
-    generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that sscan train wrote")
+    generate.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder that sscan train wrote")
     generate.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
     generate.add_argument(
         "-n", "--bytes", type=_positive_int, default=SAMPLE_BYTES, help="bytes to generate (%(default)s)"
@@ -129,15 +177,13 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _mistakes() -> Iterator[None]:
     """Report what goes wrong inside, while reading what the user named, as the user's mistake."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise Mistake(f"{error.filename}: {error.strerror}" if error.strerror else str(error)) from error
-    except (ValueError, SafetensorError) as error:
+        raise Mistake(_os_error(error)) from error
+    except (TypeError, ValueError, OverflowError) as error:
         raise Mistake(" ".join(str(error).split())) from error
 
 
@@ -172,7 +218,10 @@ def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
         f"{width.batch} windows of {width.length} bytes a step"
     )
     print(f"device      {device}, {width.precision}")
-    interrupted = _train_until_done(run, folder)
+    try:
+        interrupted = _train_until_done(run, folder)
+    except FloatingPointError as error:  # of the learning rate that was asked for
+        raise Mistake(str(error)) from error
     print(f"checkpoint  {folder}: {len(run.losses):,} steps in {run.seconds:.0f} s")
     if interrupted:
         where = "" if device == "cpu" else f" --device {device}"
@@ -184,11 +233,12 @@ def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
         baseline = BackoffModel(run.data[: run.held_out], order)
         results[f"order-{order} back-off"] = baseline.bits_per_byte(run.data, run.held_out)
     print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + " bits per byte")
-    if draw_loss_curve(folder / "loss.png", run.losses, results):
-        print(f"curve       {folder / 'loss.png'}")
+    drawn = draw_loss_curve(folder / "loss.png", run.losses, results)
+    print(f"curve       {folder / 'loss.png' if drawn else NO_CURVE}")
     prompt = run.data[run.held_out : run.held_out + 64]
     print(f"sample      {SAMPLE_BYTES} bytes, decoded with a state of constant size, after 64 held-out ones:\n")
-    _write_continuation(prompt.tobytes(), run.model.generate(prompt, SAMPLE_BYTES, temperature=0.8))
+    sample = run.model.generate(prompt, SAMPLE_BYTES, temperature=0.8)
+    _write_continuation(prompt.tobytes(), sample, _text_writer(sys.stdout))
     return 0
 
 
@@ -204,14 +254,25 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun, Path]:
     if options.resume is not None:
         if options.out is not None:
             raise Mistake("--out: a resumed run stays in the folder of --resume")
-        return TrainingRun.load(options.resume, options.text, array_module, **given), options.resume
+        run = TrainingRun.load(options.resume, options.text, array_module, **given)
+        return run, _prepared(options.resume)
     text = options.text or _default_text()
     run = TrainingRun(RunOptions(**given), text, array_module)
     folder = options.out or _new_folder(text.stem)
     if (folder / STATE_FILE).exists():
         raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    return run, folder
+    return run, _prepared(folder)
+
+
+def _prepared(folder: Path) -> Path:
+    """The folder, which then can be written to, without what a run that was killed left there."""
+    from sscan.nn.checkpoint import remove_leftovers
+
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    remove_leftovers(folder)
+    return folder
 
 
 def _default_text() -> Path:
@@ -236,10 +297,7 @@ def _train_until_done(run: TrainingRun, folder: Path) -> int:
         saved = time.monotonic()
         print(f"kernels     ready after {saved - start:.1f} s", flush=True)
         while run.progress < 1 and not received:
-            try:
-                run.step()
-            except FloatingPointError as error:
-                raise Mistake(str(error)) from error
+            run.step()
             progress.update()
             if time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS:
                 run.save(folder)
@@ -250,14 +308,22 @@ def _train_until_done(run: TrainingRun, folder: Path) -> int:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the step under way can end; a second one acts at once."""
+    """Collect SIGINT, SIGTERM and SIGHUP, so that the step under way can end; a second one acts at once.
+
+    What our parent has us ignore, as nohup does with SIGHUP, stays ignored.
+    """
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(number, before[number])
 
-    before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, receive)
     try:
         yield received
     finally:
@@ -273,7 +339,10 @@ def _generate(options: argparse.Namespace) -> int:
 
     from sscan.nn.checkpoint import load_model
 
-    prompt = options.prompt.encode()
+    try:
+        prompt = options.prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes that it could not decode
+        raise Mistake("--prompt: not valid text in the encoding of this terminal") from error
     if not prompt:
         raise Mistake("--prompt: one byte at least is needed to start from")
     with _mistakes():
@@ -288,23 +357,38 @@ def _generate(options: argparse.Namespace) -> int:
             options.top_p,
             options.seed,
         )
-    _write_continuation(prompt, tokens)
+    # A pipe or a file gets the bytes; a terminal, or a caller's own stream in its place, gets text.
+    out = sys.stdout
+    raw = not out.isatty() and out is sys.__stdout__
+    _write_continuation(prompt, tokens, out.buffer.write if raw else _text_writer(out))
     return 0
 
 
-def _write_continuation(prompt: bytes, tokens: Iterable[Any]) -> None:
-    """Write the prompt and its continuation to standard output, each character as soon as it is complete."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    encoding = sys.stdout.encoding or "utf-8"
-
-    def write(text: str) -> None:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+def _write_continuation(prompt: bytes, tokens: Iterable[Any], write: Callable[[bytes], object]) -> None:
+    """Write the prompt, its continuation and a line break, each as soon as it is known."""
+    for part in itertools.chain([prompt], (bytes([int(token)]) for token in tokens), [b"\n"]):
+        write(part)
         sys.stdout.flush()
 
-    write(decoder.decode(prompt))
-    for token in tokens:
-        write(decoder.decode(bytes([int(token)])))
-    write(decoder.decode(b"", final=True) + "\n")
+
+def _text_writer(stream: TextIO) -> Callable[[bytes], object]:
+    """Writes bytes as text, each character when it is complete; a terminal shows control characters and obeys none."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    encoding, is_terminal = stream.encoding or "utf-8", stream.isatty()
+
+    def write(data: bytes) -> None:
+        text = decoder.decode(data)
+        if is_terminal:
+            text = "".join(map(_visible, text))
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+
+    return write
+
+
+def _visible(character: str) -> str:
+    r"""The character, or for one that would move the cursor, ring or change colours, its number as in ``\x1b``."""
+    is_control = unicodedata.category(character) == "Cc" and character not in "\n\t"
+    return f"\\x{ord(character):02x}" if is_control else character
 
 
 # sscan info

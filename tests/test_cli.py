@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,8 @@ import pytest
 
 from sscan import cli
 from sscan.cli import main
-from sscan.nn.checkpoint import load_arrays, load_model, write_atomically
+from sscan.nn import MambaLM
+from sscan.nn.checkpoint import load_arrays, load_model, remove_leftovers, save_arrays, write_atomically
 from sscan.tasks import byte_text
 from sscan.tasks.byte_text import BackoffModel, bits_per_byte, overlapping_windows, random_windows
 from sscan.tasks.byte_training import RunOptions, TrainingRun
@@ -129,16 +132,27 @@ def test_resume_can_make_a_run_longer(checkpoint: Path) -> None:
     assert 0 < run.progress < 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_a_usable_checkpoint(number: signal.Signals, text: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sscan.cli", "train", "--text", str(text), "--steps", "10000000", *TINY]
+ENVIRONMENT = {
+    "env": os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+}
+COMMAND = [sys.executable, "-m", "sscan.cli"]
+
+
+def endless_training(text: Path, tmp_path: Path, **options: Any) -> subprocess.Popen[str]:
+    """A run that has begun its steps, and does not end by itself."""
     process = subprocess.Popen(
-        [*command, "--out", "run"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": python_path()},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*COMMAND, "train", "--text", str(text), "--steps", "10000000", *TINY, "--out", "run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True, **ENVIRONMENT, **{"stderr": subprocess.PIPE, **options},
     )  # fmt: skip
     assert process.stdout is not None
     while "kernels" not in process.stdout.readline():
         assert process.poll() is None
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_leave_a_usable_checkpoint(number: signal.Signals, text: Path, tmp_path: Path) -> None:
+    process = endless_training(text, tmp_path)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -147,8 +161,129 @@ def test_signals_leave_a_usable_checkpoint(number: signal.Signals, text: Path, t
     assert len(TrainingRun.load(tmp_path / "run").losses) < 10000000
 
 
-def python_path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def test_ignored_signals_stay_ignored(text: Path, tmp_path: Path) -> None:
+    process = endless_training(text, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # nohup
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_terminal_that_is_closed(text: Path, tmp_path: Path) -> None:
+    """Its processes get SIGHUP, and can write nothing more."""
+    ours, theirs = os.openpty()
+    process = endless_training(text, tmp_path, stderr=theirs)
+    os.close(theirs)
+    os.close(ours)
+    assert process.stdout is not None
+    process.stdout.close()
+    time.sleep(1)  # steps whose progress nobody can be told
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) in (128 + signal.SIGHUP, 128 + signal.SIGPIPE)
+    assert len(TrainingRun.load(tmp_path / "run").losses) > 1
+
+
+def test_what_a_killed_run_left_is_removed(checkpoint: Path, text: Path) -> None:
+    killed = checkpoint / ".training.safetensors.123.new"
+    killed.mkdir()
+    (killed / ".tmpAbCdEf").write_bytes(b"half")
+    (checkpoint / ".model.safetensors.1.new").write_bytes(b"half, of sscan 0.3")
+    (checkpoint / ".notes.new").write_text("the user's")
+    assert main(["train", "--resume", str(checkpoint), "--steps", "3"]) == 0
+    files = {"config.json", "model.safetensors", "training.safetensors", "loss.png", ".notes.new"}
+    assert {path.name for path in checkpoint.iterdir()} == files
+
+
+def test_killed_while_saving(text: Path, tmp_path: Path) -> None:
+    """Everything on the way to a checkpoint stands in folders that the next start removes."""
+    program = (
+        "import os, signal, sys; from pathlib import Path; from sscan.nn import checkpoint\n"
+        "checkpoint.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.save_arrays(Path(sys.argv[1]), {'a': checkpoint.np.ones(3)})"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.safetensors")], check=False, **ENVIRONMENT)
+    assert run.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir() if path != text] != []
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [text]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_are_what_the_umask_says(umask: int, checkpoint: Path) -> None:
+    before = os.umask(umask)
+    try:
+        assert main(["train", "--resume", str(checkpoint), "--steps", "3"]) == 0
+    finally:
+        os.umask(before)
+    for path in checkpoint.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+@pytest.mark.parametrize("steps", ["1", "2", "3", "50"])
+def test_learning_rates_that_ruin_the_model(
+    steps: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    command = ["train", "--text", text, "--out", folder, *TINY, "--lr", "1e30", "--steps"]
+    if steps == "1":  # whose rate is still 0
+        assert main([*map(str, command), steps]) == 0
+        assert "nan" not in capsys.readouterr().out
+    else:
+        assert main([*map(str, command), steps]) == 2
+        *progress, said = capsys.readouterr().err.splitlines()
+        assert len(progress) == (steps == "2")
+        assert said.startswith("sscan train: the loss is ")
+        assert said.endswith("; try a smaller --lr")
+        assert list(folder.iterdir()) == []
+
+
+def test_a_ruined_model_does_not_replace_a_good_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    run = TrainingRun.load(checkpoint, steps=4)
+    run.model.backbone.layers[0].mixer.D.data[3] = np.nan
+    with pytest.raises(FloatingPointError, match=r"backbone\.layers\.0\.mixer\.D is not finite after 2 steps"):
+        run.save(checkpoint)
+    run = TrainingRun.load(checkpoint, steps=4)
+    run.model.backbone.norm_f.weight.data[:] = 1e38  # finite, as is the next, and the loss is not
+    run.model.backbone.embedding.weight.data[:] *= 1e10
+    with pytest.raises(FloatingPointError, match="the loss is"):
+        run.save(checkpoint)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_models_that_are_ruined_generate_nothing(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    arrays = load_arrays(path)[0]
+    arrays["backbone.norm_f.weight"][0] = np.nan
+    save_arrays(path, arrays)
+    for options in ([], ["--temperature", "0"]):
+        run = subprocess.run(
+            [*COMMAND, "generate", str(checkpoint), *options], capture_output=True, check=False, **ENVIRONMENT
+        )
+        assert run.returncode == 1
+        assert run.stdout.strip() == b""
+        assert (
+            run.stderr.decode() == "sscan generate: the model's logits are NaN or infinite; its parameters are broken\n"
+        )
+
+
+def test_windows_of_one_byte(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--text", str(text), "--out", str(tmp_path / "run"), "--steps", "2", *TINY, "--length", "1"]
+    assert main(command) == 0
+    assert "held out    Mamba" in capsys.readouterr().out
+
+
+def test_without_matplotlib(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["train", "--text", str(text), "--out", str(tmp_path / "run"), "--steps", "2", *TINY]) == 0
+    line = 'curve       not drawn, for want of matplotlib; it comes with: pip install "sscan[plot]"\n'
+    assert line in capsys.readouterr().out
+    assert not (tmp_path / "run" / "loss.png").exists()
 
 
 def test_train_in_bfloat16(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,21 +340,110 @@ def test_generate(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--temperature", "0", "--top-k", "5", "--top-p", "0.9"]) == 0
 
 
-def test_output_that_cannot_show_every_character(checkpoint: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "sscan.cli", "generate", str(checkpoint), "--prompt", "café", "-n", "50"],
-        env=os.environ | {"PYTHONPATH": python_path(), "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True,
-    )  # fmt: skip
-    assert run.stdout.startswith(b"caf?")
-    assert run.stderr == b""
+def generate_control_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that says: escape, bell, a, delete, C1's escape in UTF-8, half a character, a tab."""
+    said = b"\x1b[31m\x07a\x7f\xc2\x9b\xc3(\t"
+    monkeypatch.setattr(MambaLM, "generate", lambda model, prompt, n, *options: iter(said))
+
+
+class Terminal(io.TextIOWrapper):
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding, newline="\n")
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("utf-8", "café\\x1b[31m\\x07a\\x7f\\x9b\ufffd(\t\n"), ("ascii", "caf?\\x1b[31m\\x07a\\x7f\\x9b?(\t\n")],
+)
+def test_terminals_show_control_characters(
+    encoding: str, shown: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_control_bytes(monkeypatch)
+    terminal = Terminal(encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "__stdout__", terminal)
+    assert main(["generate", str(checkpoint), "--prompt", "café"]) == 0
+    assert terminal.buffer.getvalue().decode(encoding) == shown  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_pipes_get_the_bytes(encoding: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate_control_bytes(monkeypatch)
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setattr(sys, "__stdout__", pipe)
+    assert main(["generate", str(checkpoint), "--prompt", "café"]) == 0
+    assert pipe.buffer.getvalue() == b"caf\xc3\xa9\x1b[31m\x07a\x7f\xc2\x9b\xc3(\t\n"  # type: ignore[attr-defined]
 
 
 def test_reader_that_leaves_early(checkpoint: Path) -> None:
     command = f"{sys.executable} -m sscan.cli generate {checkpoint} -n 300 | head -c 1"
-    run = subprocess.run(
-        command, shell=True, env=os.environ | {"PYTHONPATH": python_path()}, capture_output=True, check=True
-    )
+    run = subprocess.run(command, shell=True, capture_output=True, check=True, **ENVIRONMENT)
     assert run.stderr == b""
+
+
+def shell(command: str) -> tuple[int, list[str]]:
+    """Exit code and lines on standard error of `sscan` in a shell's command."""
+    command = command.replace("sscan ", f"{sys.executable} -m sscan.cli ", 1)
+    run = subprocess.run(
+        ["bash", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **ENVIRONMENT
+    )
+    return run.returncode, run.stderr.splitlines()
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", "", "info", "train --help", "generate {} -n 3"])
+def test_output_that_nobody_takes(command: str, checkpoint: Path) -> None:
+    command = command.format(checkpoint)
+    name = " ".join(["sscan", *[word for word in command.split()[:1] if not word.startswith("-")]])
+    name = "sscan" if "--help" in command else name
+    assert shell(f"sscan {command} > /dev/full") == (1, [f"{name}: No space left on device"])
+    assert shell(f"sscan {command} >&-") == (1, ["sscan: standard output is closed"])
+    assert shell(f"sscan {command} > /dev/full 2>&1") == (1, [])
+    assert shell(f"sscan {command} > /dev/null 2>&-") == (0, [])
+
+
+def test_errors_that_nobody_reads() -> None:
+    for command in ("fly", "generate missing"):
+        assert shell(f"sscan {command} 2>/dev/full") == (2, [])
+        assert shell(f"sscan {command} 2>&-") == (2, [])
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_training_that_nobody_watches(stderr: str, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert shell(f"sscan train --text {text} --out {out} --steps 3 {' '.join(TINY)} {stderr}") == (0, [])
+    assert len(TrainingRun.load(out).losses) == 3
+
+
+def test_no_room_for_a_checkpoint(checkpoint: Path) -> None:
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    # A limit on the size of files fails as a full disk does, in the middle of writing.
+    command = f"ulimit -f 8; sscan train --resume {checkpoint} --steps 3"
+    code, lines = shell(command)
+    assert code == 1
+    assert len(lines) == 2  # the progress, and
+    assert "model.safetensors: " in lines[1]
+    assert "File too large" in lines[1]
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_too_little_memory(text: Path, tmp_path: Path) -> None:
+    command = f"sscan train --text {text} --out {tmp_path / 'run'} --batch 1000000000000"
+    code, lines = shell(command)
+    assert (code, len(lines)) == (1, 1)
+    assert lines[0].startswith("sscan train: not enough memory")
+
+
+def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    bare = capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert bare == capsys.readouterr()
+    assert bare.out.startswith("usage: sscan")
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,7 +529,6 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: command"),
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--wings"], "unrecognized arguments: --wings"),
         (["train", "--steps", "0"], "invalid positive integer value: '0'"),
@@ -319,6 +542,15 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["train", "--resume", "missing", "--out", "other"], "--out: a resumed run stays in the folder"),
         (["generate", "missing"], "missing/config.json: No such file or directory"),
         (["generate", "missing", "--prompt", ""], "--prompt: one byte at least"),
+        (["generate", "missing", "--prompt", "\udcff"], "--prompt: not valid text"),
+        (["generate", ""], "invalid path value: ''"),
+        (["train", "--out", ""], "invalid path value: ''"),
+        (["train", "--text", ""], "invalid path value: ''"),
+        (["train", "--resume", ""], "invalid path value: ''"),
+        (["train", "--text", "/dev/zero"], "/dev/zero: not a regular file"),
+        (["train", "--seed", "-1"], "seed must be at least 0"),
+        (["train", "--d-model", "9" * 30], "d_model"),
+        (["train", "--length", "9" * 30], "length must be below 2^63"),
     ],
 )
 def test_mistakes_in_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,7 +595,7 @@ def test_checkpoints_that_are_broken(checkpoint: Path, capsys: pytest.CaptureFix
         config.write_text(json.dumps(values | change))
         assert message in mistake(capsys, "generate", checkpoint)
     config.write_text("[]")
-    assert "config.json holds no configuration" in mistake(capsys, "generate", checkpoint)
+    assert "config.json: holds no JSON object, but list" in mistake(capsys, "generate", checkpoint)
     config.write_text("{")
     mistake(capsys, "generate", checkpoint)
     config.write_text(json.dumps(values))

@@ -130,7 +130,23 @@ class Tensor:
         return f"Tensor({self.data!r}, requires_grad={self.requires_grad})"
 
     def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("Tensor: one without axes has no length")
         return self.shape[0]
+
+    def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ValueError(f"Tensor: one of shape {self.shape} is neither true nor false; use .data.any() or .all()")
+        return bool(self.item())
+
+    # By itself Python would compare identities and say False. In sets and dictionaries it still goes by them.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("Tensor: == and != are not defined; compare the arrays in .data, or identities with `is`")
+
+    def __array__(self, *arguments: Any, **options: Any) -> Array:
+        raise TypeError("Tensor: NumPy would lose the gradient; its array is .data")
 
     def backward(self, gradient: Array | None = None, *, retain_graph: bool = False) -> None:
         """Add the gradient of this tensor to the `grad` of every leaf that it was computed from.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan.nn.arguments import check_flag, check_integer
 from sscan.nn.autodiff import Array, Tensor, array_module, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
 from sscan.nn.mamba import Mamba, MambaState
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # What configurations of released models also say, with the only value that is supported here.
 _FIXED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
+# What `ssm_cfg` may say: the arguments of a block but those that the model gives.
+_BLOCK_ARGUMENTS = inspect.signature(Mamba).parameters.keys() - {"d_model", "n_layer", "dtype", "seed"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,17 @@ class MambaConfig:
     pad_vocab_size_multiple: int = 8
     tie_embeddings: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
+            check_integer("MambaConfig", name, getattr(self, name))
+        for name in ("residual_in_fp32", "fused_add_norm", "tie_embeddings"):
+            check_flag("MambaConfig", name, getattr(self, name))
+        if not isinstance(self.ssm_cfg, dict):
+            raise TypeError(f"MambaConfig: ssm_cfg must be a dict, got {self.ssm_cfg!r}")
+        unknown = [name for name in self.ssm_cfg if name not in _BLOCK_ARGUMENTS]
+        if unknown:
+            raise ValueError(f"MambaConfig: ssm_cfg has {unknown[0]!r}, which is no argument of a Mamba block")
+
     @property
     def padded_vocab_size(self) -> int:
         """Number of rows of the embedding."""
@@ -71,12 +86,25 @@ class MambaConfig:
         ------
         ValueError
             For keys that are unknown, or ask for a model that is not a plain Mamba language model.
+        TypeError, ValueError
+            If a value is not of its type, or out of its range.
         """
         names = {f.name for f in dataclasses.fields(cls)}
         for key, value in values.items():
             if key not in names and (key not in _FIXED or value != _FIXED[key]):
                 raise ValueError(f"MambaConfig: {key} = {value!r} is not supported")
-        return cls(**{key: value for key, value in values.items() if key in names})
+        known = {key: value for key, value in values.items() if key in names}
+        if isinstance(known.get("ssm_cfg"), dict):
+            known["ssm_cfg"] = _without_layer(known["ssm_cfg"])
+        return cls(**known)
+
+
+def _without_layer(ssm_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a block; newer configurations also name its kind."""
+    layer = ssm_cfg.get("layer", "Mamba1")
+    if layer != "Mamba1":
+        raise ValueError(f"MambaConfig: ssm_cfg layer = {layer!r} is not supported, only 'Mamba1'")
+    return {name: value for name, value in ssm_cfg.items() if name != "layer"}
 
 
 class ResidualBlock(Module):
@@ -223,8 +251,19 @@ class MambaLM(Module):
         ------
         array of int64, () or (batch,)
             The next token of each sequence.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that are not as above; rows of a batch have one length.
+        FloatingPointError
+            If a logit is NaN or infinite: the model is broken.
         """
-        prompt = to_numpy(prompt)
+        check_integer("generate", "n", n, 0)
+        try:
+            prompt = to_numpy(prompt)
+        except ValueError as error:  # NumPy's "inhomogeneous shape"
+            raise ValueError("generate: prompt must be one array of token ids; its rows differ in length") from error
         if prompt.ndim not in (1, 2) or prompt.shape[-1] == 0:
             raise ValueError(f"generate: prompt must be (length,) or (batch, length), length >= 1, got {prompt.shape}")
         sampler = Sampler(temperature, top_k, top_p, seed)

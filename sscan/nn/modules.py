@@ -94,44 +94,76 @@ class Module:
         """The arrays of the parameters by name, not copied. A shared parameter stands under each of its names."""
         return {name: parameter.data for name, parameter in self.named_parameters(shared=True)}
 
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes of arrays, as of a file's header, with those of the parameters.
+
+        Raises
+        ------
+        ValueError
+            If a name is missing or unknown, or a shape differs. Of a shared parameter's names one is enough.
+        """
+        parameters, aliases = self._aliases()
+        problems = [f"unknown key {name!r}" for name in shapes if name not in parameters]
+        problems += [f"missing key {names[0]!r}" for names in aliases if not shapes.keys() & set(names)]
+        problems += [
+            f"{name!r} has shape {shapes[name]}, expected {parameter.shape}"
+            for name, parameter in parameters.items()
+            if name in shapes and shapes[name] != parameter.shape
+        ]
+        _raise_for(problems)
+
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Copy arrays into the parameters, cast to their dtypes. Of a shared parameter's names one is enough.
 
         Raises
         ------
         ValueError
-            If a name is missing or unknown, a shape differs, or the names of a shared parameter hold different values.
-            Nothing has been changed then.
+            If a name is missing or unknown, a shape differs, an array is not of a floating dtype or has values beyond
+            that of its parameter, or the names of a shared parameter hold different values. Nothing has been changed
+            then.
         """
-        names: dict[int, list[str]] = {}
+        self.check_shapes({name: tuple(array.shape) for name, array in state.items()})
+        parameters, aliases = self._aliases()
+        _raise_for(
+            [
+                f"{name!r} is {a.dtype}, expected a floating dtype"
+                for name, a in state.items()
+                if a.dtype.kind not in "fV"
+            ]
+        )
+        values = {}
+        for names in aliases:
+            present = [name for name in names if name in state]
+            if any((state[name] != state[present[0]]).any() for name in present[1:]):
+                _raise_for([f"{' and '.join(map(repr, present))} are one parameter, but their values differ"])
+            values[names[0]] = _cast(present[0], state[present[0]], parameters[names[0]])
+        for name, value in values.items():
+            parameters[name].data, parameters[name].grad = value, None
+
+    def _aliases(self) -> tuple[dict[str, Parameter], list[list[str]]]:
+        """The parameters by all their names, and the names of each."""
+        aliases: dict[int, list[str]] = {}
         parameters = dict(self.named_parameters(shared=True))
         for name, parameter in parameters.items():
-            names.setdefault(id(parameter), []).append(name)
-        problems = [f"unknown key {name!r}" for name in state if name not in parameters]
-        for aliases in names.values():
-            problems += _problems(parameters[aliases[0]], aliases, state)
-        if problems:
-            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(f"load_state_dict: {'; '.join(problems[:3])}{more}")
-        for aliases in names.values():
-            parameter = parameters[aliases[0]]
-            value = next(state[name] for name in aliases if name in state)
-            moved = move(value, array_module(parameter.data))
-            parameter.data, parameter.grad = moved.astype(parameter.dtype, copy=True), None
+            aliases.setdefault(id(parameter), []).append(name)
+        return parameters, list(aliases.values())
 
 
-def _problems(parameter: Parameter, aliases: list[str], state: Mapping[str, Array]) -> list[str]:
-    present = [name for name in aliases if name in state]
-    if not present:
-        return [f"missing key {aliases[0]!r}"]
-    problems = [
-        f"{name!r} has shape {tuple(state[name].shape)}, expected {parameter.shape}"
-        for name in present
-        if tuple(state[name].shape) != parameter.shape
-    ]
-    if not problems and any((state[name] != state[present[0]]).any() for name in present[1:]):
-        problems.append(f"{' and '.join(map(repr, present))} are one parameter, but their values differ")
-    return problems
+def _cast(name: str, array: Array, parameter: Parameter) -> Array:
+    """A copy of the array as the parameter holds it; ValueError if a value would become infinite."""
+    xp = array_module(parameter.data)
+    array = move(array, xp)
+    with np.errstate(over="ignore"):
+        cast = array.astype(parameter.dtype, copy=True)
+    if cast.dtype != array.dtype and (xp.isinf(cast) & ~xp.isinf(array)).any():
+        _raise_for([f"{name!r} has values that {parameter.dtype} cannot hold"])
+    return cast
+
+
+def _raise_for(problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"load_state_dict: {'; '.join(problems[:3])}{more}")
 
 
 def zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

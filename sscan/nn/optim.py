@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan.nn.arguments import check_integer, check_number
 from sscan.nn.autodiff import Array, array_module, move
 from sscan.nn.products import one_blas_thread
 
@@ -47,6 +48,8 @@ class AdamW:
     ------
     TypeError
         If a parameter is in half precision, where most updates would be rounded away.
+    TypeError, ValueError
+        If a number is not finite or not in its range: `lr`, `eps` and weight decay are not negative, `betas` in [0, 1).
     """
 
     def __init__(
@@ -56,6 +59,13 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
+        check_number("AdamW", "lr", lr)
+        check_number("AdamW", "eps", eps)
+        for beta in betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"AdamW: betas must be in [0, 1), got {betas}")
+        for group in groups:
+            check_number("AdamW", "weight_decay", group["weight_decay"])
         self.groups, self.lr, self.betas, self.eps = groups, lr, betas, eps
         self.steps = 0
         self.moments: dict[str, tuple[Array, Array]] = {}
@@ -70,6 +80,7 @@ class AdamW:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        check_number("AdamW", "lr", self.lr)  # assigned between steps
         self.steps += 1
         for group in self.groups:
             for name, parameter in group["parameters"].items():
@@ -106,13 +117,17 @@ class AdamW:
         Raises
         ------
         ValueError
-            If the names or shapes are not those of the parameters.
+            If the names or shapes are not those of the parameters, the moments are not of a floating dtype, or the
+            number of steps is not one.
         """
         expected = {name: array.shape for name, array in self.state_dict().items()}
         got = {name: array.shape for name, array in state.items()}
         for name in sorted(expected.keys() | got.keys()):
             if expected.get(name) != got.get(name):
                 raise ValueError(f"AdamW: state {name!r} has shape {got.get(name)}, expected {expected.get(name)}")
+            if state[name].dtype.kind not in ("iu" if name == "steps" else "fV"):
+                raise ValueError(f"AdamW: state {name!r} is {state[name].dtype}")
+        check_integer("AdamW", "steps", int(state["steps"]), 0)
         self.steps = int(state["steps"])
         for name, moments in self.moments.items():
             for letter, moment in zip("mv", moments, strict=True):
@@ -123,13 +138,22 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float = 1.0) -> Ar
     """Scale the gradients in place to a joint Euclidean norm of at most `max_norm`; returns the norm before.
 
     The norm is a number where the gradients are, so that nothing waits for a GPU before it is read.
+
+    Raises
+    ------
+    ValueError
+        Unless `max_norm` is above zero; infinity changes nothing.
     """
+    if not max_norm > 0:
+        raise ValueError(f"clip_gradients: max_norm must be above 0, got {max_norm}")
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return np.float64(0)
     xp = array_module(gradients[0])
     with one_blas_thread:
         norm = xp.sqrt(xp.stack([xp.vdot(g, g) for g in gradients]).sum(dtype=np.float64))
+    if math.isinf(max_norm):
+        return norm
     scale = max_norm / xp.maximum(norm, max_norm)
     for gradient in gradients:
         gradient *= scale.astype(gradient.dtype)
@@ -137,7 +161,17 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float = 1.0) -> Ar
 
 
 def warmup_cosine(progress: float, peak: float, final: float = 1e-5, warmup: float = 0.1) -> float:
-    """Learning rate at `progress` in [0, 1]: linear from 0 up to `peak`, then half a cosine down to `final`."""
+    """Learning rate at `progress` in [0, 1]: linear from 0 up to `peak`, then half a cosine down to `final`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is negative or not finite, or `warmup`, the share of the first part, is not below 1.
+    """
+    for name, value in {"progress": progress, "peak": peak, "final": final, "warmup": warmup}.items():
+        check_number("warmup_cosine", name, value)
+    if warmup >= 1:
+        raise ValueError(f"warmup_cosine: warmup must be below 1, got {warmup}")
     if progress < warmup:
         return peak * progress / warmup
     position = min((progress - warmup) / (1 - warmup), 1.0)

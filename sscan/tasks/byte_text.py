@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sscan.nn import no_grad
+from sscan.nn.checkpoint import check_readable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,8 +29,9 @@ def read_text(path: Path) -> Bytes:
     OSError
         If the file cannot be read.
     ValueError
-        If it is empty, or contains a NUL byte, which no text does.
+        If it is empty, no regular file, or contains a NUL byte, which no text does.
     """
+    check_readable(path)
     data = np.fromfile(path, np.uint8)
     if not data.size:
         raise ValueError(f"{path} is empty")
@@ -54,9 +56,9 @@ def overlapping_windows(data: Bytes, start: int, length: int) -> tuple[Any, Any]
     """Inputs and targets (windows, length) in which each byte from `start` on is a target that counts exactly once.
 
     Windows advance by half their length and only the second half counts, so every byte is predicted from at least
-    length / 2 bytes before it, the first ones from bytes before `start`.
+    length / 2 bytes before it, the first ones from bytes before `start`. Windows of one byte advance by one.
     """
-    half = length // 2
+    half = max(length // 2, 1)
     first = np.arange(start - 1 - (length - half), data.size - 1 - (length - half), half)
     places = first[:, None] + np.arange(length + 1)
     windows = data[np.clip(places, 0, data.size - 1)].astype(np.int32)

@@ -14,8 +14,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sscan.nn import AdamW, MambaConfig, MambaLM, clip_gradients, decay_groups, warmup_cosine
-from sscan.nn.checkpoint import load_arrays, save_arrays, save_model
+from sscan.nn import AdamW, MambaConfig, MambaLM, Tensor, clip_gradients, decay_groups, no_grad, warmup_cosine
+from sscan.nn.arguments import check_integer, check_number
+from sscan.nn.autodiff import array_module
+from sscan.nn.checkpoint import content_of, load_weights, open_arrays, parse_object, save_arrays, save_model
 from sscan.tasks.byte_text import held_out_start, random_windows, read_text
 
 STATE_FILE = "training.safetensors"
@@ -41,6 +43,20 @@ class RunOptions:
     minutes: float | None = 2.0
     precision: str = "float32"
 
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer", "length", "batch"):
+            check_integer("run", name, getattr(self, name))
+        check_integer("run", "seed", self.seed, 0)
+        check_number("run", "lr", self.lr, positive=True)
+        if self.steps is not None:
+            check_integer("run", "steps", self.steps)
+        elif self.minutes is None:
+            raise ValueError("run: either steps or minutes must be given")
+        if self.minutes is not None:
+            check_number("run", "minutes", self.minutes, positive=True)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"run: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
     def model_config(self) -> MambaConfig:
         """The model: one token per byte."""
         return MambaConfig(self.d_model, self.n_layer, vocab_size=256)
@@ -55,6 +71,8 @@ class TrainingRun:
     text : Path
     array_module : module
         numpy, or cupy to train on its current GPU. A run may change between them when it is saved and continued.
+    model : MambaLM, optional
+        To go on with; a new one if it is left out.
 
     Attributes
     ----------
@@ -68,7 +86,7 @@ class TrainingRun:
         Time spent in steps so far, over all sessions.
     """
 
-    def __init__(self, options: RunOptions, text: Path, array_module: Any = np) -> None:
+    def __init__(self, options: RunOptions, text: Path, array_module: Any = np, model: MambaLM | None = None) -> None:
         self.options = options
         self.text = text
         self.data = read_text(text)
@@ -76,7 +94,7 @@ class TrainingRun:
         if self.held_out <= options.length + 1:
             raise ValueError(f"{text} is too short: {self.data.size} bytes for windows of {options.length}")
         activation_dtype = PRECISIONS[options.precision]
-        self.model = MambaLM(options.model_config(), seed=options.seed, activation_dtype=activation_dtype)
+        self.model = model or MambaLM(options.model_config(), seed=options.seed, activation_dtype=activation_dtype)
         self.model.to(array_module)
         self.optimiser = AdamW(decay_groups(self.model, weight_decay=0.1))
         self.losses: list[float] = []
@@ -103,26 +121,42 @@ class TrainingRun:
             If the loss is not finite any more; the parameters are those from before the step.
         """
         start = time.perf_counter()
-        step = len(self.losses)
-        loss = self._gradients(step)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}; try a smaller --lr")
-        clip_gradients(self.model.parameters(), 1.0)
-        self.optimiser.lr = warmup_cosine(self.progress, self.options.lr)
-        self.optimiser.step()
+        loss = self._gradients(len(self.losses))
+        self._check_loss(loss)
+        with np.errstate(all="ignore"):  # what comes of it is checked by the next step or `save`
+            clip_gradients(self.model.parameters(), 1.0)
+            self.optimiser.lr = warmup_cosine(self.progress, self.options.lr)
+            self.optimiser.step()
         self.losses.append(loss / math.log(2))
         self.seconds += time.perf_counter() - start
 
     def _gradients(self, step: int) -> float:
-        options = self.options
-        inputs, targets = random_windows(self.data[: self.held_out], options.batch, options.length, options.seed, step)
         self.model.zero_grad()
-        loss = self.model.loss(inputs, targets)
-        loss.backward()
+        with np.errstate(all="ignore"):
+            loss = self._loss(step)
+            loss.backward()
         return loss.item()
 
+    def _loss(self, step: int) -> Tensor:
+        options = self.options
+        inputs, targets = random_windows(self.data[: self.held_out], options.batch, options.length, options.seed, step)
+        return self.model.loss(inputs, targets)
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {len(self.losses)}; try a smaller --lr")
+
     def save(self, folder: Path) -> None:
-        """Write the model, for use, and the state of the run, to continue it; the latter is one file, so never torn."""
+        """Write the model, for use, and the state of the run, to continue it; the latter is one file, so never torn.
+
+        Raises
+        ------
+        FloatingPointError
+            If the last update has left parameters or a loss that are not finite. Nothing is written then.
+        OSError
+            If the files cannot be written; older ones stay whole.
+        """
+        self._check()
         save_model(self.model, folder)
         about = {
             "options": dataclasses.asdict(self.options),
@@ -134,6 +168,14 @@ class TrainingRun:
         arrays |= {f"optimiser.{name}": array for name, array in self.optimiser.state_dict().items()}
         arrays["losses"] = np.array(self.losses, np.float64)
         save_arrays(folder / STATE_FILE, arrays, {"run": json.dumps(about)})
+
+    def _check(self) -> None:
+        """FloatingPointError if the model is of no use any more, which no step has noticed after the last update."""
+        for name, parameter in self.model.named_parameters():
+            if not array_module(parameter.data).isfinite(parameter.data).all():
+                raise FloatingPointError(f"{name} is not finite after {len(self.losses)} steps; try a smaller --lr")
+        with no_grad(), np.errstate(all="ignore"):
+            self._check_loss(self._loss(len(self.losses)).item())
 
     def _digest(self) -> str:
         return hashlib.sha256(self.data.tobytes()).hexdigest()
@@ -155,25 +197,64 @@ class TrainingRun:
 
         Raises
         ------
+        OSError
+            If the file, or the text, cannot be read.
         ValueError
-            If the text or an option differs from the saved one, or the file holds no training run.
+            If the text or an option differs from the saved one, or the file holds no training run; the message names
+            the file.
         """
-        arrays, metadata = load_arrays(folder / STATE_FILE)
-        if "run" not in metadata:
-            raise ValueError(f"{folder / STATE_FILE} holds no training run")
-        about = json.loads(metadata["run"])
-        options = RunOptions(**about["options"])
+        path = folder / STATE_FILE
+        with open_arrays(path) as file:
+            saved = _Saved.from_json((file.metadata() or {}).get("run", ""))
+            precision = PRECISIONS[saved.options.precision]
+            model = load_weights(file, saved.options.model_config(), "model.", activation_dtype=precision)
+            names = [name for name in file.keys() if not name.startswith("model.")]  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in names}
         for name, value in changes.items():
-            if name not in ("steps", "minutes") and value != getattr(options, name):
-                raise ValueError(f"{folder} was trained with {name} = {getattr(options, name)}, not {value}")
-        run = cls(dataclasses.replace(options, **changes), Path(about["text"]) if text is None else text, array_module)
-        if run._digest() != about["text_sha256"]:
+            before = getattr(saved.options, name)
+            if name not in ("steps", "minutes") and value != before:
+                raise ValueError(f"{folder} was trained with {name} = {before}, not {value}")
+        options = dataclasses.replace(saved.options, **changes)
+        run = cls(options, Path(saved.text) if text is None else text, array_module, model)
+        if run._digest() != saved.text_sha256:
             raise ValueError(f"{folder} was trained on another text than {run.text}")
-        run.model.load_state_dict(_part(arrays, "model."))
-        run.optimiser.load_state_dict(_part(arrays, "optimiser."))
-        run.losses, run.seconds = arrays["losses"].tolist(), about["seconds"]
+        run.seconds = saved.seconds
+        with content_of(path):
+            run._load_progress(arrays)
         return run
 
+    def _load_progress(self, arrays: dict[str, Any]) -> None:
+        """Take over the losses and the state of the optimiser."""
+        losses = arrays.pop("losses", np.zeros((0, 0)))
+        if losses.ndim != 1 or losses.dtype != np.float64:
+            raise ValueError("losses must be a list of float64 numbers")
+        unknown = [name for name in arrays if not name.startswith("optimiser.")]
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}")
+        self.optimiser.load_state_dict({name.removeprefix("optimiser."): array for name, array in arrays.items()})
+        if self.optimiser.steps != losses.size:
+            raise ValueError(f"holds {losses.size} losses, but the optimiser has made {self.optimiser.steps} steps")
+        self.losses = losses.tolist()
 
-def _part(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a file says about its run beside the arrays."""
+
+    options: RunOptions
+    seconds: float
+    text: str
+    text_sha256: str
+
+    @classmethod
+    def from_json(cls, text: str) -> _Saved:
+        if not text:
+            raise ValueError("holds no training run")
+        values = parse_object(text)
+        if values.keys() != {"options", "seconds", "text", "text_sha256"} or not isinstance(values["options"], dict):
+            raise ValueError("its description of the run is not complete")
+        check_number("run", "seconds", values["seconds"])
+        for name in ("text", "text_sha256"):
+            if not isinstance(values[name], str):
+                raise TypeError(f"run: {name} must be a string, got {values[name]!r}")
+        return cls(**{**values, "options": RunOptions(**values["options"])})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import time
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,7 +21,10 @@ RECENT = 50  # steps over which the loss is averaged
 
 
 class Progress:
-    """Shows loss, bits per byte, speed and time left while a run goes on; use it in a ``with`` statement."""
+    """Shows loss, bits per byte, speed and time left while a run goes on; use it in a ``with`` statement.
+
+    A stream that takes nothing more, as a terminal that was closed, does not end the run.
+    """
 
     def __init__(self, run: TrainingRun, stream: TextIO) -> None:
         self.run, self.stream = run, stream
@@ -37,10 +40,15 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()
 
     def update(self) -> None:
         """Show the state after a step."""
+        with contextlib.suppress(OSError):
+            self._show()
+
+    def _show(self) -> None:
         if not self.bar.disable:
             self.bar.set_description_str(self.describe(), refresh=False)
             self.bar.update(self.run.progress - self.bar.n)
@@ -64,10 +72,10 @@ class Progress:
 
 def draw_loss_curve(path: Path, losses: list[float], lines: dict[str, float]) -> bool:
     """Write the curve of the training loss, with held-out results as horizontal lines; False without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
         return False
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
     axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="training, each step")

@@ -1,0 +1,32 @@
+"""Checks of the numbers that models, optimisers and runs are made of: the first wrong one raises, by its name."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_integer(owner: str, name: str, value: Any, least: int = 1) -> None:
+    """TypeError unless the value is an integer (a bool is none), ValueError unless it is in [least, 2^63)."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+    if int(value) >= 1 << 63:
+        raise ValueError(f"{owner}: {name} must be below 2^63, got more")
+
+
+def check_number(owner: str, name: str, value: Any, *, positive: bool = False) -> None:
+    """TypeError unless the value is a real number, ValueError unless it is finite and at least, or above, zero."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (positive and not number):
+        raise ValueError(f"{owner}: {name} must be finite and {'above' if positive else 'at least'} 0, got {value}")
+
+
+def check_flag(owner: str, name: str, value: Any) -> None:
+    """TypeError unless the value is True or False: other things count as one of them, but seldom as the one meant."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
