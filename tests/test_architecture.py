@@ -142,6 +142,18 @@ def test_import_brings_in_no_other_array_library() -> None:
     assert run.stdout.split() == [], "import sscan must import none of these"
 
 
+@pytest.mark.parametrize(("library", "title"), [("torch", "PyTorch"), ("jax", "JAX")])
+def test_plug_ins_say_what_they_need(library: str, title: str) -> None:
+    code = (
+        f"import sys; sys.modules['{library}'] = None\n"
+        f"try: import sscan.{library}\n"
+        "except ImportError as error: print(error, error.name)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    line = f'sscan.{library} needs {title}, which is installed by: pip install "sscan[{library}]" {library}\n'
+    assert run.stdout == line
+
+
 def test_backends_export_the_same_functions() -> None:
     import sscan.cpu
     import sscan.cuda

@@ -39,6 +39,38 @@ def test_readme_has_one_line_for_each_job(heading: str) -> None:
     assert commands[0].startswith("python3 -m venv .venv && ")
 
 
+def prose(page: Path) -> str:
+    """A page without its code, of which nothing is a link."""
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to the headings of a page end in."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    # mkdocs looks at them too, but only at its own pages, and only where it is installed.
+    assert re.findall(r"\[[^\]]*\]\s?\[[^\]]*\]", prose(page)) == [], "links are written [text](target)"
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        other = (page.parent / file) if file else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def test_the_check_of_the_documentation_can_fail() -> None:
+    # mkdocs counts the warnings that it prints; told to be quiet it finds none.
+    commands = re.findall(r"-m mkdocs (.*)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert len(commands) == 1
+    assert {"build", "--strict"} <= set(commands[0].split())
+    assert not {"--quiet", "-q"} & set(commands[0].split())
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert navigation == {page.name for page in (ROOT / "docs").glob("*.md")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import operator
+import re
 import tracemalloc
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -316,3 +318,30 @@ def test_rms_norm_on_the_tape() -> None:
     check_gradients(nn.rms_norm, tensor(2, 3, 4), tensor(4))
     check_gradients(nn.rms_norm, tensor(2, 3, 4), tensor(4), tensor(2, 3, 4, seed=1))
     check_gradients(lambda x, w, r: nn.rms_norm(x, w, r)[1], tensor(2, 4), tensor(4), tensor(2, 4, seed=1))
+
+
+# What Python would answer without a word
+
+
+def test_truth_is_asked_of_one_element_only() -> None:
+    for value, truth in [(0.0, False), (2.0, True)]:
+        for shape in [(), (1,), (1, 1)]:
+            assert bool(Tensor(np.full(shape, value))) is truth
+    for shape in [(2,), (0,), (0, 3)]:
+        with pytest.raises(ValueError, match=re.escape(f"Tensor: one of shape {shape} is neither true nor false")):
+            bool(Tensor(np.zeros(shape)))
+
+
+def test_comparing_and_converting_are_refused() -> None:
+    a, b = Tensor(np.ones(2)), Tensor(np.ones(2))
+    for other in (b, a, 1.0, None, np.ones(2)):
+        for compare in (operator.eq, operator.ne):
+            with pytest.raises(TypeError, match="Tensor: == and != are not defined"):
+                compare(a, other)
+    with pytest.raises(TypeError, match="Tensor: == and != are not defined"):
+        np.ones(2) == a  # noqa: B015
+    assert {a: 1, b: 2}[b] == 2  # by identity
+    with pytest.raises(TypeError, match=r"its array is \.data"):
+        np.asarray(a)
+    with pytest.raises(TypeError, match="without axes has no length"):
+        len(Tensor(1.0))

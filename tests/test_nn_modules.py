@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -129,6 +132,14 @@ def test_state_dict_round_trip() -> None:
             "'backbone.embedding.weight' and 'lm_head.weight' are one parameter, but their values differ",
         ),
         (lambda s: s.clear(), "missing key 'backbone.embedding.weight'; .* and 19 more"),
+        (
+            lambda s: s.update({"backbone.norm_f.weight": np.ones(12, np.int64)}),
+            "'backbone.norm_f.weight' is int64, expected a floating dtype",
+        ),
+        (
+            lambda s: s.update({"backbone.norm_f.weight": np.full(12, 1e300)}),
+            "'backbone.norm_f.weight' has values that float32 cannot hold",
+        ),
     ],
 )
 def test_load_state_dict_is_strict(change: Any, message: str) -> None:
@@ -141,7 +152,76 @@ def test_load_state_dict_is_strict(change: Any, message: str) -> None:
     assert all(model.state_dict()[name] is array for name, array in before.items())
 
 
-# Initial values (check 19)
+# Defaults and initial values (check 19)
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def test_defaults_are_those_of_the_original() -> None:
+    # mamba_ssm/modules/mamba_simple.py, models/config_mamba.py and mixer_seq_simple.py; what is ours stands last.
+    assert defaults(nn.Mamba) == {
+        "d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "dt_min": 0.001, "dt_max": 0.1,
+        "dt_init": "random", "dt_scale": 1.0, "dt_init_floor": 1e-4, "conv_bias": True, "bias": False,
+        "discretization": "mamba", "n_layer": 1, "dtype": np.float32, "seed": 0,
+    }  # fmt: skip
+    assert dataclasses.asdict(MambaConfig()) == {
+        "d_model": 2560, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "residual_in_fp32": True,
+        "fused_add_norm": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True,
+    }  # fmt: skip
+    assert defaults(nn.RMSNorm)["eps"] == defaults(nn.rms_norm)["eps"] == 1e-5
+    assert defaults(nn.Linear) == {"bias": True, "dtype": np.float32, "scale": 1.0}
+    assert defaults(nn.AdamW) == {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+    assert defaults(nn.decay_groups) == {"weight_decay": 0.1}
+    assert defaults(nn.clip_gradients) == {"max_norm": 1.0}
+    assert defaults(nn.warmup_cosine) == {"final": 1e-5, "warmup": 0.1}
+    assert defaults(nn.Sampler) == {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
+    assert defaults(MambaLM.generate) == defaults(nn.Sampler)
+    for loss in (nn.cross_entropy, nn.linear_cross_entropy):
+        assert defaults(loss) == {"ignore_index": -100}
+
+
+def test_defaults_reach_what_they_are_for() -> None:
+    block = nn.Mamba(40)
+    assert (block.d_inner, block.dt_rank, block.d_state, block.d_conv) == (80, 3, 16, 4)  # 3 is 40 / 16 rounded up
+    assert block.in_proj.bias is None
+    assert block.out_proj.bias is None
+    assert block.conv1d.bias is not None
+    assert 0.5 < np.abs(block.dt_proj.weight.data).max() <= 3**-0.5
+    assert (block.dt_proj.weight.data < 0).any()
+    tiny = nn.Mamba(64, dt_min=1e-9, dt_max=1e-6, dtype=np.float64)
+    np.testing.assert_allclose(np.logaddexp(0, tiny.dt_proj.bias.data), 1e-4, rtol=1e-9)  # the floor
+    model = MambaLM(MambaConfig(8, 3, 13))
+    assert model.lm_head.weight.shape == (16, 8)
+    assert model.lm_head.bias is None
+    assert [layer.norm.eps for layer in model.backbone.layers] == [1e-5] * 3
+    assert model.backbone.norm_f.eps == 1e-5
+
+
+def test_numbers_that_no_block_can_be_made_of() -> None:
+    for arguments, error, message in [
+        ({"d_model": 0}, ValueError, "d_model must be at least 1, got 0"),
+        ({"d_state": 2.0}, TypeError, "d_state must be an integer, got 2.0"),
+        ({"d_conv": 0}, ValueError, "d_conv must be at least 1"),
+        ({"n_layer": 0}, ValueError, "n_layer must be at least 1"),
+        ({"dt_rank": -1}, ValueError, "dt_rank must be at least 0"),
+        ({"dt_rank": "all"}, TypeError, "dt_rank must be an integer"),
+        ({"expand": math.nan}, ValueError, "expand must be finite and above 0, got nan"),
+        ({"expand": 0.01}, ValueError, "expand d_model must be at least 1"),
+        ({"dt_min": 0}, ValueError, "dt_min must be finite and above 0"),
+        ({"dt_min": 0.2}, ValueError, "dt_min must be at most dt_max, got 0.2 and 0.1"),
+        ({"bias": 1}, TypeError, "bias must be True or False"),
+        ({"conv_bias": None}, TypeError, "conv_bias must be True or False"),
+        ({"dt_init": "zero"}, ValueError, "dt_init must be 'random' or 'constant'"),
+        ({"discretization": "euler"}, ValueError, "discretization must be 'mamba' or 'zoh'"),
+    ]:
+        with pytest.raises(error, match=f"Mamba: {re.escape(message)}"):
+            nn.Mamba(**{"d_model": 8, **arguments}, seed=None)
+
+
+# Initial values
 
 
 def test_step_sizes_start_log_uniform() -> None:
@@ -304,6 +384,30 @@ def test_generation() -> None:
         model.generate(prompt[:, :0], 1)
 
 
+def test_prompts_and_counts_that_are_none() -> None:
+    model = MambaLM(SMALL)
+    with pytest.raises(ValueError, match="generate: prompt must be one array of token ids; its rows differ in length"):
+        model.generate([[1, 2], [3]], 1)
+    with pytest.raises(ValueError, match="generate: n must be at least 0, got -1"):
+        model.generate(ids(1, 3), -1)
+    with pytest.raises(TypeError, match="integers, got float64"):
+        next(model.generate([1.0, 2.0], 1))
+    with pytest.raises(TypeError, match="embedding: indices must be integers, got list"):
+        model([[1, 2]])
+    with pytest.raises(TypeError, match="linear_cross_entropy: targets must be integers, got list"):
+        model.loss(ids(1, 2), [[1, 2]])
+    np.testing.assert_array_equal(next(model.generate([1, 2], 1)), next(model.generate(np.array([1, 2]), 1)))
+
+
+def test_models_that_are_ruined_generate_nothing() -> None:
+    for value in (np.nan, np.inf):
+        model = MambaLM(SMALL)
+        model.backbone.norm_f.weight.data[3] = value
+        for temperature in (0, 1.0):
+            with np.errstate(invalid="ignore"), pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+                next(model.generate(ids(2, 3), 1, temperature))
+
+
 def test_generation_leaves_recording_on_between_tokens() -> None:
     model = MambaLM(SMALL)
     for _ in model.generate(ids(1, 3)[0], 2):
@@ -326,9 +430,22 @@ def test_sampler() -> None:
     np.testing.assert_allclose(nn.Sampler(0.5).probabilities(logits), np.array([[100, 36, 9, 1]]) / 146, atol=1e-2)
     drawn = nn.Sampler(seed=1)(logits.repeat(20000, axis=0))
     np.testing.assert_allclose(np.bincount(drawn) / 20000, [0.5, 0.3, 0.15, 0.05], atol=0.01)
-    for arguments, message in [({"temperature": -1}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0}, "top_p")]:
+    for arguments, message in [
+        ({"temperature": -1}, "temperature"), ({"temperature": np.nan}, "temperature"), ({"top_k": 0}, "top_k"),
+        ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_p": np.nan}, "top_p"),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             nn.Sampler(**arguments)
+    with pytest.raises(TypeError, match="top_k must be an integer"):
+        nn.Sampler(top_k=1.5)
+    for temperature, expected in [(1e-308, [1, 0, 0, 0]), (np.inf, [0.25] * 4)]:
+        np.testing.assert_allclose(nn.Sampler(temperature).probabilities(logits), [expected])
+    masked = np.array([[-np.inf, 0.0, -np.inf]])
+    assert nn.Sampler()(masked) == nn.Sampler(0)(masked) == [1]
+    for wrong in ([[np.nan, 0]], [[0, np.inf]], [[-np.inf, -np.inf]]):
+        for temperature in (0, 1):
+            with pytest.raises(FloatingPointError, match="NaN or infinite"):
+                nn.Sampler(temperature)(np.array(wrong))
 
 
 # Add and norm (check 33), packing, dtypes (check 18), configuration
@@ -402,5 +519,9 @@ def test_config_reads_released_files_and_refuses_others() -> None:
     assert MambaConfig.from_dict(SMALL.to_dict()) == SMALL
     with pytest.raises(ValueError, match="attn_layer_idx = \\[1\\] is not supported"):
         MambaConfig.from_dict({**released, "attn_layer_idx": [1]})
-    with pytest.raises(ValueError, match="dt_init must be"):
-        nn.Mamba(8, dt_init="zero")
+    for ssm_cfg in ({"layer": "Mamba1"}, {}):
+        assert MambaConfig.from_dict({**released, "ssm_cfg": ssm_cfg}) == MambaConfig(768, 24)
+    with pytest.raises(ValueError, match="layer = 'Mamba2' is not supported"):
+        MambaConfig.from_dict({**released, "ssm_cfg": {"layer": "Mamba2"}})
+    with pytest.raises(ValueError, match="ssm_cfg has 'wings', which is no argument of a Mamba block"):
+        MambaConfig(ssm_cfg={"wings": 2})

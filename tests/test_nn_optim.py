@@ -136,3 +136,58 @@ def test_warmup_cosine() -> None:
     assert nn.warmup_cosine(0.55, 3e-3) == pytest.approx((3e-3 + 1e-5) / 2)
     assert nn.warmup_cosine(1.0, 3e-3) == pytest.approx(1e-5)
     assert nn.warmup_cosine(1.5, 3e-3) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": math.nan}, "AdamW: lr must be finite and at least 0, got nan"),
+        ({"lr": -1e-3}, "AdamW: lr"),
+        ({"lr": math.inf}, "AdamW: lr"),
+        ({"eps": -1e-8}, "AdamW: eps"),
+        ({"betas": (1.0, 0.9)}, "AdamW: betas must be in"),
+        ({"betas": (0.9, math.nan)}, "AdamW: betas must be in"),
+    ],
+)
+def test_numbers_that_adamw_refuses(arguments: dict[str, Any], message: str) -> None:
+    group = {"parameters": {"p": parameter([1.0], [0.5])}, "weight_decay": 0.1}
+    with pytest.raises(ValueError, match=message):
+        nn.AdamW([group], **arguments)
+    with pytest.raises(ValueError, match="AdamW: weight_decay"):
+        nn.AdamW([{**group, "weight_decay": math.nan}])
+    optimiser = nn.AdamW([group])
+    optimiser.lr = math.nan  # assigned later
+    with pytest.raises(ValueError, match="AdamW: lr"):
+        optimiser.step()
+    assert optimiser.steps == 0
+    np.testing.assert_array_equal(group["parameters"]["p"].data, [1.0])
+    optimiser.lr = 0.0
+    optimiser.step()
+
+
+def test_clips_that_are_none() -> None:
+    p = parameter([0.0, 0.0], [3.0, 4.0])
+    for limit in (-1.0, 0.0, math.nan):
+        with pytest.raises(ValueError, match=f"clip_gradients: max_norm must be above 0, got {limit}"):
+            nn.clip_gradients([p], limit)
+    assert nn.clip_gradients([p], math.inf) == 5.0
+    np.testing.assert_array_equal(p.grad, [3.0, 4.0])
+
+
+def test_rates_that_are_none() -> None:
+    for arguments, message in [
+        ({"progress": -0.1}, "progress"), ({"progress": math.nan}, "progress"), ({"peak": -1.0}, "peak"),
+        ({"final": math.inf}, "final"), ({"warmup": 1.0}, "warmup must be below 1"), ({"warmup": -0.1}, "warmup"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"warmup_cosine: {message}"):
+            nn.warmup_cosine(**{"progress": 0.5, "peak": 1.0, **arguments})
+    assert nn.warmup_cosine(0.0, 2.0, warmup=0.0) == 2.0
+
+
+def test_states_of_other_kinds_are_refused() -> None:
+    optimiser = nn.AdamW([{"parameters": {"p": parameter([1.0], [0.0])}, "weight_decay": 0.1}])
+    for name, array in [("p.m", np.ones(1, np.int32)), ("steps", np.array(1.5))]:
+        with pytest.raises(ValueError, match=f"AdamW: state '{name}' is {array.dtype}"):
+            optimiser.load_state_dict({**optimiser.state_dict(), name: array})
+    with pytest.raises(ValueError, match="AdamW: steps must be at least 0, got -1"):
+        optimiser.load_state_dict({**optimiser.state_dict(), "steps": np.array(-1)})

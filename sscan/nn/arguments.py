@@ -1,4 +1,4 @@
-"""Checks of the numbers that models, optimisers and runs are made of: the first wrong one raises, by its name."""
+"""Checks of what models, optimisers and runs are made of: the first wrong value raises, by its name."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def check_flag(owner: str, name: str, value: Any) -> None:
     """TypeError unless the value is True or False: other things count as one of them, but seldom as the one meant."""
     if not isinstance(value, bool):
         raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def check_integers(owner: str, name: str, array: Any) -> None:
+    """TypeError unless it is an array of integers."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or dtype.kind not in "iu":
+        raise TypeError(f"{owner}: {name} must be integers, got {dtype or type(array).__name__}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan.nn.arguments import check_integers
 from sscan.nn.autodiff import Array, Tensor, array_module, defvjp_all, move, needs_gradient, primitive
 from sscan.nn.products import matmul
 
@@ -56,8 +57,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Array, ignore_
 
 
 def _check_targets(name: str, targets: Array, logits_shape: tuple[int, ...], ignore_index: int) -> None:
-    if targets.dtype.kind not in "iu":
-        raise TypeError(f"{name}: targets must be integers, got {targets.dtype}")
+    check_integers(name, "targets", targets)
     if tuple(targets.shape) != logits_shape[:-1]:
         raise ValueError(f"{name}: targets must have shape {logits_shape[:-1]}, got {tuple(targets.shape)}")
     if not isinstance(targets, np.ndarray):

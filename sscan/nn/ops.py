@@ -13,6 +13,7 @@ import numpy as np
 
 from sscan.linear_scan import linear_scan
 from sscan.nn import products
+from sscan.nn.arguments import check_integers
 from sscan.nn.autodiff import Array, Operand, Primitive, Tensor, array_module, defvjp, defvjp_all, move, primitive
 
 if TYPE_CHECKING:
@@ -312,8 +313,7 @@ def embedding(weight: Tensor, indices: Array) -> Tensor:
         If the indices are not integers, or not in [0, rows). Values in GPU memory are not looked at, because that would
         have to wait for the GPU.
     """
-    if indices.dtype.kind not in "iu":
-        raise TypeError(f"embedding: indices must be integers, got {indices.dtype}")
+    check_integers("embedding", "indices", indices)
     rows = weight.shape[0]
     if isinstance(indices, np.ndarray) and indices.size and not (indices.min() >= 0 and indices.max() < rows):
         raise ValueError(f"embedding: indices must be in [0, {rows}), got {indices.min()} to {indices.max()}")

@@ -1,5 +1,12 @@
 """The ops of sscan inside PyTorch: under autograd, torch.compile, torch.export and autocast."""
 
+import importlib.util
+
+if importlib.util.find_spec("torch") is None:
+    raise ModuleNotFoundError(
+        'sscan.torch needs PyTorch, which is installed by: pip install "sscan[torch]"', name="torch"
+    )
+
 from sscan.torch import _flops  # noqa: F401  # registers what PyTorch's counter asks for
 from sscan.torch.mamba import Mamba
 from sscan.torch.ops import (
