@@ -1,6 +1,9 @@
-"""One command each: `nox -s test`, `lint`, `types`, `docs`, `bench`; `lowest` and `transformers` for other releases."""
+"""One command each: `nox -s test`, `lint`, `types`, `docs`, `sdist`, `bench`, `mutants`, `lowest`, `transformers`."""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
 
 import nox
 
@@ -60,6 +63,27 @@ def bench(session: nox.Session) -> None:
     """The benchmarks; arguments after `--` go to pytest."""
     install(session, "bench")
     session.run("pytest", "bench", "--override-ini=python_files=bench_*.py", *session.posargs)
+
+
+@nox.session
+def sdist(session: nox.Session) -> None:
+    """The tests of an unpacked source distribution, on the package in it; arguments after `--` go to pytest."""
+    install(session, "test", "sdist")
+    folder = Path(session.create_tmp()) / "sdist"
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--sdist", "--outdir", str(folder), ".")
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder)
+    session.chdir(folder / archive.name.removesuffix(".tar.gz"))
+    session.run("pytest", *session.posargs, env={"PYTHONPATH": str(Path.cwd())})
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Which small changes to host code no test notices: `-- nn 40` makes 40 in sscan.nn; see tests/mutants.py."""
+    install(session, "test")
+    session.install("cosmic-ray>=8.4,<9")
+    session.run("python", "tests/mutants.py", *(session.posargs or ("nn",)), success_codes=[0, 1])
 
 
 @nox.session(venv_backend="uv", python="3.10")

@@ -50,17 +50,25 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
+def links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", prose(page))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     # mkdocs looks at them too, but only at its own pages, and only where it is installed.
     assert re.findall(r"\[[^\]]*\]\s?\[[^\]]*\]", prose(page)) == [], "links are written [text](target)"
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+    for target in links(page):
         if re.match(r"[a-z]+:", target):
             continue
         file, _, anchor = target.partition("#")
         other = (page.parent / file) if file else page
         assert other.exists(), target
         assert not anchor or anchor in anchors(other), target
+
+
+def test_links_are_found() -> None:
+    assert sum(len(links(page)) for page in PAGES) > 50
 
 
 def test_the_check_of_the_documentation_can_fail() -> None:
