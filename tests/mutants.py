@@ -13,8 +13,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosmic_ray.work_db import WorkDB, use_db
+
+if TYPE_CHECKING:
+    from cosmic_ray.work_item import WorkItem
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,11 +90,17 @@ def main() -> int:
 
 
 def sample(work: WorkDB, count: int, seed: int) -> None:
-    """Leave that many changes of all."""
-    every = sorted(work.work_items, key=lambda item: str(item.mutations))
-    print(f"{len(every)} changes are possible, {count} are made")
+    """Leave one change at each of that many places."""
+    places: dict[tuple[str, tuple[int, int]], list[WorkItem]] = {}
+    for item in work.work_items:
+        (mutation,) = item.mutations
+        if "BitOr" not in mutation.operator_name:  # hardly ever more than the type of an annotation
+            places.setdefault((str(mutation.module_path), tuple(mutation.start_pos)), []).append(item)
+    print(f"{len(places)} places could be changed, {count} are")
+    rng = random.Random(seed)
+    chosen = [rng.choice(places[place]) for place in rng.sample(sorted(places), count)]
     work.clear()
-    work.add_work_items(random.Random(seed).sample(every, count))
+    work.add_work_items(chosen)
 
 
 def report(work: WorkDB, count: int) -> int:
