@@ -86,12 +86,12 @@ def two_threads() -> Iterator[None]:
     """BLAS as it comes on a machine with two cores, whatever this one has."""
     assert one_blas_thread.libraries, "no BLAS library was found, so nothing is held down"
     before = counts()
-    for library in one_blas_thread.libraries:
-        products._set(library, 2)
+    for i, count in enumerate(before):
+        one_blas_thread._set(i, 2, count)
     assert set(counts()) == {2}
     yield
-    for library, count in zip(one_blas_thread.libraries, before, strict=True):
-        products._set(library, count)
+    for i, count in enumerate(before):
+        one_blas_thread._set(i, count, 2)
 
 
 def counts() -> list[int]:

@@ -49,25 +49,23 @@ def broadcast_stacks(a: Array, b: Array) -> tuple[tuple[int, ...], Array, Array]
 
 
 def _matmul_in_parts(a: Array, b: Array, dtype: np.dtype[Any]) -> Array:
-    leading, stack_a, stack_b = broadcast_stacks(a, b)
     rows, columns = a.shape[-2], b.shape[-1]
-    work, width = rows * a.shape[-1] * columns, max(rows, columns)
-    with one_blas_thread:
-        if a.shape[-1] != b.shape[-2] or work * np.prod(leading) < 2 * LEAST_WORK:
+    if a.shape[-1] != b.shape[-2] or max(a.size * columns, b.size * rows) < 2 * LEAST_WORK:
+        with one_blas_thread:
             return np.matmul(a, b)
-        from sscan.cpu import _parallel
+    from sscan.cpu import _parallel
 
-        result = np.empty((*leading, rows, columns), dtype)
-        count = max(1, min(work // LEAST_WORK, width // LEAST_WIDTH))
-        cuts = [slice(width * i // count, width * (i + 1) // count) for i in range(count)]
-        by_rows = rows >= columns
-        parts = [
-            (stack_a[i][cut], stack_b[i], result[i][cut])
-            if by_rows
-            else (stack_a[i], stack_b[i][:, cut], result[i][:, cut])
-            for i in np.ndindex(*leading)
-            for cut in cuts
-        ]
+    leading, a, b = broadcast_stacks(a, b)
+    result = np.empty((*leading, rows, columns), dtype)
+    width, by_rows = max(rows, columns), rows >= columns
+    count = max(1, min(rows * a.shape[-1] * columns // LEAST_WORK, width // LEAST_WIDTH))
+    cuts = [slice(width * i // count, width * (i + 1) // count) for i in range(count)]
+    parts = [
+        (a[i][cut], b[i], result[i][cut]) if by_rows else (a[i], b[i][:, cut], result[i][:, cut])
+        for i in np.ndindex(*leading)
+        for cut in cuts
+    ]
+    with one_blas_thread:
         _parallel.run(_multiply, len(parts), iter(parts))
     return result
 
@@ -95,19 +93,26 @@ class _OneBlasThread:
         """The BLAS libraries that are loaded, NumPy's among them."""
         return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
+    @functools.cached_property
+    def limits_are_of_threads(self) -> list[bool]:
+        """For each library: whether the thread that sets its limit sets its own, or that of the process."""
+        return [
+            library.internal_api == "mkl" or getattr(library, "threading_layer", "") == "openmp"
+            for library in self.libraries
+        ]
+
     def _scopes(self) -> list[tuple[int, int]]:
-        """For each library the thread whose limit it is; 0 where one limit is for the whole process."""
+        """Each library, with the thread whose limit it is; 0 for the process."""
         here = threading.get_ident()
-        return [(i, here if _has_limits_of_threads(library) else 0) for i, library in enumerate(self.libraries)]
+        return [(i, here * of_threads) for i, of_threads in enumerate(self.limits_are_of_threads)]
 
     def __enter__(self) -> None:
         with self.lock:
             for scope in self._scopes():
-                library = self.libraries[scope[0]]
                 times, before = self.inside.get(scope, (0, 0))
                 if not times:
-                    before = library.get_num_threads()
-                    _set(library, 1)
+                    before = self.libraries[scope[0]].get_num_threads()
+                    self._set(scope[0], 1, before)
                 self.inside[scope] = times + 1, before
 
     def __exit__(self, *exception: object) -> None:
@@ -117,25 +122,22 @@ class _OneBlasThread:
                 if times > 1:
                     self.inside[scope] = times - 1, before
                 else:
-                    _set(self.libraries[scope[0]], before)
+                    self._set(scope[0], before, 1)
+
+    def _set(self, i: int, count: int, before: int) -> None:
+        library = self.libraries[i]
+        if count != before:
+            library.set_num_threads(count)
+            if library.internal_api == "openblas":  # which from now on listens to this thread only
+                library.clear_controlling_thread()
 
     def after_fork(self) -> None:
         """In a child nobody is inside, whatever other threads of its parent did."""
         self.lock = threading.Lock()
         for (i, thread), (_, before) in self.inside.items():
             if not thread:
-                _set(self.libraries[i], before)
+                self._set(i, before, 1)
         self.inside.clear()
-
-
-def _has_limits_of_threads(library: Any) -> bool:
-    return library.internal_api == "mkl" or getattr(library, "threading_layer", "") == "openmp"
-
-
-def _set(library: Any, count: int) -> None:
-    library.set_num_threads(count)
-    if library.internal_api == "openblas":  # which from now on listens to this thread only
-        library.clear_controlling_thread()
 
 
 one_blas_thread = _OneBlasThread()
