@@ -222,11 +222,15 @@ def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
         interrupted = _train_until_done(run, folder)
     except FloatingPointError as error:  # of the learning rate that was asked for
         raise Mistake(str(error)) from error
-    print(f"checkpoint  {folder}: {len(run.losses):,} steps in {run.seconds:.0f} s")
+    checkpoint = f"checkpoint  {folder}: {len(run.losses):,} steps in {run.seconds:.0f} s"
     if interrupted:
         where = "" if device == "cpu" else f" --device {device}"
-        print(f"sscan train: stopped; continue with: sscan train --resume {folder}{where}", file=sys.stderr)
-        return 128 + interrupted
+        try:
+            print(checkpoint, flush=True)
+        except OSError:  # the terminal was closed; the signal says more than this does
+            _discard(sys.stdout)
+        return _fail(f"sscan train: stopped; continue with: sscan train --resume {folder}{where}", 128 + interrupted)
+    print(checkpoint)
 
     results = {"Mamba": bits_per_byte(run.model, run.data, run.held_out, width.length, width.batch)}
     for order in (2, 4):
@@ -310,13 +314,15 @@ def _train_until_done(run: TrainingRun, folder: Path) -> int:
 def _stop_requests() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP, so that the step under way can end; a second one acts at once.
 
-    What our parent has us ignore, as nohup does with SIGHUP, stays ignored.
+    Except SIGHUP: when a terminal is closed it may come from the kernel and from the shell. What our parent has us
+    ignore, as nohup does with SIGHUP, stays ignored.
     """
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        if number != signal.SIGHUP:
+            signal.signal(number, before[number])
 
     before: dict[int, Any] = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

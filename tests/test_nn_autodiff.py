@@ -320,6 +320,14 @@ def test_rms_norm_on_the_tape() -> None:
     check_gradients(lambda x, w, r: nn.rms_norm(x, w, r)[1], tensor(2, 4), tensor(4), tensor(2, 4, seed=1))
 
 
+def test_what_a_tensor_says_of_its_array() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    tensor = Tensor(array)
+    assert (tensor.shape, tensor.ndim, tensor.size, len(tensor), tensor.dtype) == ((2, 3), 2, 6, 2, np.float32)
+    assert Tensor(np.full((1, 1), 2.5)).item() == 2.5
+    assert repr(tensor) == f"Tensor({array!r}, requires_grad=False)"
+
+
 # What Python would answer without a word
 
 

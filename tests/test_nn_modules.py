@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 import re
 from itertools import pairwise
@@ -147,8 +148,9 @@ def test_load_state_dict_is_strict(change: Any, message: str) -> None:
     before = model.state_dict()
     state = MambaLM(SMALL, seed=1).state_dict()
     change(state)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         model.load_state_dict(state)
+    assert str(caught.value).count("; ") == (3 if "more" in message else 0)
     assert all(model.state_dict()[name] is array for name, array in before.items())
 
 
@@ -443,9 +445,9 @@ def test_sampler() -> None:
     masked = np.array([[-np.inf, 0.0, -np.inf]])
     assert nn.Sampler()(masked) == nn.Sampler(0)(masked) == [1]
     for wrong in ([[np.nan, 0]], [[0, np.inf]], [[-np.inf, -np.inf]]):
-        for temperature in (0, 1):
+        for temperature, dtype in itertools.product((0, 1), (np.float64, np.float16, ml_dtypes.bfloat16)):
             with pytest.raises(FloatingPointError, match="NaN or infinite"):
-                nn.Sampler(temperature)(np.array(wrong))
+                nn.Sampler(temperature)(np.array(wrong, dtype))
 
 
 # Add and norm (check 33), packing, dtypes (check 18), configuration

@@ -52,7 +52,9 @@ class Sampler:
             If a logit is NaN or plus infinity, or all of a row are minus infinity.
         """
         logits = to_numpy(logits)
-        if not np.isfinite(logits.max(axis=1).astype(np.float64)).all():  # the largest is NaN if any is
+        with np.errstate(invalid="ignore"):
+            largest = logits.max(axis=1).astype(np.float64)  # NaN if any is
+        if not np.isfinite(largest).all():
             raise FloatingPointError("the model's logits are NaN or infinite; its parameters are broken")
         if self.temperature == 0:
             return logits.argmax(axis=1)
