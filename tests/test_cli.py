@@ -179,7 +179,7 @@ def test_a_terminal_that_is_closed(text: Path, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **ENVIRONMENT,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **ENVIRONMENT,  # noqa: PLW1509
     )  # fmt: skip
     os.close(theirs)
     while b"kernels" not in os.read(ours, 1000):
