@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -75,6 +76,22 @@ def test_train_from_start_to_end(text: Path, tmp_path: Path, capsys: pytest.Capt
     assert run.losses[-1] < run.losses[0]
     printed = float(out.split("held out    Mamba ")[1].split(",")[0])
     assert printed == pytest.approx(bits_per_byte(run.model, run.data, run.held_out, 16, 2), abs=1e-3)
+
+
+def test_defaults() -> None:
+    assert dataclasses.asdict(RunOptions()) == {
+        "d_model": 96, "n_layer": 6, "length": 256, "batch": 4, "lr": 1.2e-2, "seed": 0, "steps": None, "minutes": 2.0,
+        "precision": "float32",
+    }  # fmt: skip
+    train, generate = (vars(cli._parser().parse_args(words)) for words in (["train"], ["generate", "x"]))
+    given = {name for name, value in train.items() if value is not None}
+    assert given == {"name", "command", "device"}  # everything else is RunOptions' to say
+    assert train["device"] == "cpu"
+    del generate["command"]
+    assert generate == {
+        "name": "generate", "checkpoint": Path("x"), "prompt": "\n", "bytes": 400, "temperature": 0.8, "top_k": None,
+        "top_p": None, "seed": 0,
+    }  # fmt: skip
 
 
 def test_train_for_a_time(text: Path, tmp_path: Path) -> None:
