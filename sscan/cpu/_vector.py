@@ -18,10 +18,12 @@ import platform
 from typing import Any
 
 import ml_dtypes
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, overload, register_jitable, register_model
 
@@ -36,7 +38,11 @@ STORAGE = {
     np.dtype(np.float64): FLOAT64,
 }
 
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_MACHINE = platform.machine().lower()
+_X86 = _MACHINE in ("x86_64", "amd64")
+# Numba compiles for the host unless NUMBA_CPU_FEATURES or NUMBA_CPU_NAME says otherwise.
+FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
+_HALF_INSTRUCTIONS = "+f16c" in FEATURES or _MACHINE in ("aarch64", "arm64")
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
@@ -550,6 +556,11 @@ def _stored(builder, pointer, code, element):
         bits = builder.zext(fetch(_I16), integers)
         return builder.bitcast(builder.shl(bits, _constant(integers, 16)), target)
 
+    def float16():
+        if _HALF_INSTRUCTIONS:
+            return builder.fpext(fetch(_HALF), target)
+        return _from_half(builder, fetch(_I16))
+
     if element.bitwidth == 64:
         return fetch(_DOUBLE)
     result = cgutils.alloca_once(builder, target)
@@ -558,7 +569,7 @@ def _stored(builder, pointer, code, element):
         code,
         {
             FLOAT32: lambda: builder.store(fetch(_FLOAT), result),
-            FLOAT16: lambda: builder.store(builder.fpext(fetch(_HALF), target), result),
+            FLOAT16: lambda: builder.store(float16(), result),
             BFLOAT16: lambda: builder.store(bfloat16(), result),
         },
     )
@@ -580,6 +591,11 @@ def _put_stored(builder, pointer, code, value, element):
         bits = builder.select(nan, _constant(integers, 0x7FC0), rounded)
         put_back(builder.trunc(bits, ir.VectorType(_I16, WIDTH)))
 
+    def float16():
+        if _HALF_INSTRUCTIONS:
+            return builder.fptrunc(value, ir.VectorType(_HALF, WIDTH))
+        return _to_half(builder, value)
+
     if element.bitwidth == 64:
         put_back(value)
         return
@@ -588,10 +604,54 @@ def _put_stored(builder, pointer, code, value, element):
         code,
         {
             FLOAT32: lambda: put_back(value),
-            FLOAT16: lambda: put_back(builder.fptrunc(value, ir.VectorType(_HALF, WIDTH))),
+            FLOAT16: lambda: put_back(float16()),
             BFLOAT16: bfloat16,
         },
     )
+
+
+# Half precision in integer arithmetic: without instructions for it LLVM calls functions that are not there. A half
+# number has 5 bits of exponent, with bias 15, and 10 of mantissa; a float32 8, with bias 127, and 23.
+
+
+def _from_half(builder, bits):
+    """float32 of 16 half numbers, given as integers."""
+    integers, floats = ir.VectorType(_I32, WIDTH), ir.VectorType(_FLOAT, WIDTH)
+    bits = builder.zext(bits, integers)
+    sign = builder.shl(builder.and_(bits, _constant(integers, 0x8000)), _constant(integers, 16))
+    size = builder.and_(bits, _constant(integers, 0x7FFF))
+    normal = builder.add(builder.shl(size, _constant(integers, 13)), _constant(integers, (127 - 15) << 23))
+    small = builder.bitcast(builder.fmul(builder.sitofp(size, floats), _constant(floats, 2.0**-24)), integers)
+    endless = builder.or_(normal, _constant(integers, 0x7F800000))
+    quiet = builder.or_(endless, _constant(integers, 1 << 22))
+    result = builder.select(builder.icmp_unsigned("<", size, _constant(integers, 0x0400)), small, normal)
+    result = builder.select(builder.icmp_unsigned("<", size, _constant(integers, 0x7C00)), result, endless)
+    result = builder.select(builder.icmp_unsigned(">", size, _constant(integers, 0x7C00)), quiet, result)
+    return builder.bitcast(builder.or_(result, sign), floats)
+
+
+def _to_half(builder, value):
+    """16 half numbers, as integers, of float32; rounded to nearest, ties to even."""
+    integers, floats = ir.VectorType(_I32, WIDTH), value.type
+    bits = builder.bitcast(value, integers)
+    sign = builder.and_(builder.lshr(bits, _constant(integers, 16)), _constant(integers, 0x8000))
+    size = builder.and_(bits, _constant(integers, 0x7FFFFFFF))
+    # 2^16 and more become 2^16, which is infinity in half precision.
+    within = builder.select(
+        builder.icmp_unsigned("<", size, _constant(integers, 0x47800000)), size, _constant(integers, 0x47800000)
+    )
+    odd = builder.and_(builder.lshr(within, _constant(integers, 13)), _constant(integers, 1))
+    rounding = builder.sub(builder.add(odd, _constant(integers, 0x0FFF)), _constant(integers, (127 - 15) << 23))
+    normal = builder.lshr(builder.add(within, rounding), _constant(integers, 13))
+    # The last bit of numbers from 1/2 on is 2^-24, that of a small half number: the addition rounds.
+    half = _constant(floats, 0.5)
+    small = builder.bitcast(builder.fadd(builder.bitcast(size, floats), half), integers)
+    small = builder.sub(small, builder.bitcast(half, integers))
+    result = builder.select(builder.icmp_unsigned("<", size, _constant(integers, 0x38800000)), small, normal)
+    nan = builder.and_(builder.lshr(size, _constant(integers, 13)), _constant(integers, 0x03FF))
+    nan = builder.or_(nan, _constant(integers, 0x7E00))
+    result = builder.select(builder.icmp_unsigned(">", size, _constant(integers, 0x7F800000)), nan, result)
+    return builder.trunc(builder.or_(result, sign), ir.VectorType(_I16, WIDTH))
 
 
 def _switch(builder, code, cases):
@@ -730,7 +790,8 @@ def lane_sums(typingctx, source, start, stride):
 def flush_subnormals(typingctx):
     """Flush subnormal numbers to zero from here on; returns what ``restore_environment`` needs. x86 only, else nothing.
 
-    A state that has decayed below 1e-38 costs over a hundred cycles an operation until it reaches zero.
+    A state that has decayed below 1e-38 costs over a hundred cycles an operation until it reaches zero. Kernels
+    allocate before they call it: an error, for want of memory, would leave the thread so.
     """
 
     def codegen(context, builder, sig, args):

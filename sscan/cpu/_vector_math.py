@@ -8,8 +8,6 @@ function named beside them, computed with 60 digits.
 
 import math
 
-import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -18,6 +16,7 @@ from numba.extending import intrinsic, overload, register_jitable
 
 from sscan.cpu._vector import (
     _I32,
+    FEATURES,
     Complex,
     _call,
     _common,
@@ -35,9 +34,7 @@ from sscan.cpu._vector import (
 )
 
 LOG2_E = math.log2(math.e)
-# Numba compiles for the host unless NUMBA_CPU_FEATURES or NUMBA_CPU_NAME says otherwise.
-_CHOSEN = numba.config.CPU_FEATURES
-_AVX512 = "+avx512dq" in (llvm.get_host_cpu_features().flatten() if _CHOSEN is None else _CHOSEN)
+_AVX512 = "+avx512dq" in FEATURES
 
 
 def _literal(ty, element, number):
