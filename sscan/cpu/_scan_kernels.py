@@ -276,7 +276,6 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 
         ``checkpoints`` is empty, or takes the states at the start of each chunk. Without y only last_state is computed.
         """
-        environment = flush_subnormals()
         (dim, state), step = A.shape, states_per_step(A)
         padded, blocks = padded_to(state, step), tasks // len(segments)
         size, steps_scratch, Y = (
@@ -291,6 +290,7 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         CS[:] = 0
         R[:] = PADDING_RATE
         I[:] = 0
+        environment = flush_subnormals()
         while True:
             task = take(counter)
             if task >= tasks:
@@ -585,7 +585,6 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         is the only one to write that part of the partial sums: slices of dB and dC (a view of the first one, the stride
         of planes, the offset of the second slice and the stride of those behind it), bundles of the others.
         """
-        environment = flush_subnormals()
         (dim, state), step, T = A.shape, states_per_step(A), CHECKPOINT
         blocks = (dim // groups + TILE - 1) // TILE
         padded, most = padded_to(state, step), (blocks + slices - 1) // slices
@@ -602,6 +601,7 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         own.R[:] = PADDING_RATE
         own.I[:] = 0
         own.AA[:] = 0
+        environment = flush_subnormals()
         while True:
             task = take(counter)
             if task >= tasks:
@@ -682,11 +682,11 @@ def reach(counter, tasks, groups, segments, waves, A, gone, from_end, sums, walk
     softplus promises that delta is positive, so that what is gone stays gone; without it the walk is over all of the
     segment.
     """
-    environment = flush_subnormals()
     delta, dtype = waves.delta, waves.D.dtype
     blocks = tasks // len(segments)
     S, slowest = scratch(SQUARE, dtype), np.empty(TILE, dtype)
     zero = splat(dtype.type(0))
+    environment = flush_subnormals()
     while True:
         task = take(counter)
         if task >= tasks:
@@ -725,7 +725,6 @@ def carry_kernel(C_varies: bool) -> Any:
     @kernel
     def carry_back(counter, tasks, groups, segments, waves, C, dy, A, C_constant, dinitial_state):
         """One task: the gradient of the initial state of one block of one segment, from dy alone."""
-        environment = flush_subnormals()
         (dim, state), step, dtype = A.shape, states_per_step(A), waves.D.dtype
         padded, blocks = padded_to(state, step), tasks // len(segments)
         chunk, GY, GR = chunk_scratch(CHUNK, dtype), scratch(CHUNK * TILE, dtype), scratch(CHUNK * TILE, dtype)
@@ -733,6 +732,7 @@ def carry_kernel(C_varies: bool) -> Any:
         CS = scratch(padded * (CHUNK if C_varies else TILE), A.dtype)
         R[:] = 0
         CS[:] = 0
+        environment = flush_subnormals()
         while True:
             task = take(counter)
             if task >= tasks:

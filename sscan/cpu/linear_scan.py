@@ -88,13 +88,13 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
     ``shape`` is (length, parts, part_length); ``descending``: from the last step to the first. ``adjoint``: the
     recurrence is c <- conj(a) (b + c), which carries gradients.
     """
-    environment = flush_subnormals()
     nothing, one = lanes(like_a.dtype.type(0)), lanes(like_a.dtype.type(1))
     T, steps = scratch(5 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64)
     T[:] = 0
     A, B, H, ONE, ZERO = 0, SQUARE, 2 * SQUARE, 3 * SQUARE, 4 * SQUARE
     store_lanes(T, ONE, one)
     tiles = shape[2] // TILE
+    environment = flush_subnormals()
     while True:
         task = take(counter)
         if task >= tasks:
@@ -132,7 +132,6 @@ def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, line
     db = G = dh + carry, da = G conj(state before the step): the state is read one tile ahead, and ``before`` holds the
     state before each whole line.
     """
-    environment = flush_subnormals()
     nothing = lanes(like_a.dtype.type(0))
     T, steps = scratch(9 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64)
     T[:] = 0
@@ -141,6 +140,7 @@ def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, line
     store_lanes(T, ONE, lanes(like_a.dtype.type(1)))
     tiles = shape[2] // TILE
     towards, edge = (-TILE, PLANE - TILE) if descending else (TILE, 0)  # the step before in the scan's direction
+    environment = flush_subnormals()
     while True:
         task = take(counter)
         if task >= tasks:

@@ -30,7 +30,6 @@ def update(
     ``sizes`` is (dim, state, groups of B, groups of C); ``like_A`` is an empty array of A's dtype. States are read and
     written once.
     """
-    environment = flush_subnormals()
     dim, count, groups_B, groups_C = sizes
     blocks = (dim + TILE - 1) // TILE
     nothing = lanes(like_A.dtype.type(0))
@@ -38,6 +37,7 @@ def update(
     none = real(nothing)
     tile, T = scratch(TILE * TILE, like_A.real.dtype), scratch(2 * TILE, like_A.real.dtype)
     tile[:] = 0  # lanes past the last channel
+    environment = flush_subnormals()
     while True:
         task = take(counter)
         if task >= tasks:

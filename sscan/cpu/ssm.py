@@ -38,11 +38,11 @@ def load_powers(like, T, first, x):
 @kernel
 def kernel_forward(counter, tasks, A_bar, CB, K):
     """One task: ``CHUNK`` steps of one channel. K[d, k] = Re sum_n CB[d, n] A_bar[d, n]^k, 16 steps at a time."""
-    environment = flush_subnormals()
     dim, state = A_bar.shape
     length = K.shape[1]
     one, nothing = A_bar.dtype.type(1), lanes(A_bar.dtype.type(0))
     T, S = scratch(SQUARE, K.dtype), scratch(CHUNK, K.dtype)
+    environment = flush_subnormals()
     while True:
         task = take(counter)
         if task >= tasks:
@@ -67,12 +67,12 @@ def kernel_backward(counter, tasks, dK, A_bar, sums):
 
     sums[chunk, :, part, d] = the real and imaginary parts of its sums of dK_k a^k and of (k + 1) dK_{k+1} a^k.
     """
-    environment = flush_subnormals()
     dim, state = A_bar.shape
     length = dK.shape[1]
     one, nothing = A_bar.dtype.type(1), lanes(A_bar.dtype.type(0))
     T = scratch(SQUARE, dK.dtype)
     G, E = scratch(CHUNK, dK.dtype), scratch(CHUNK, dK.dtype)
+    environment = flush_subnormals()
     while True:
         task = take(counter)
         if task >= tasks:
