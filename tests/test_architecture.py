@@ -25,7 +25,7 @@ LAYERS = {
     "torch": 4, "jax": 4, "nn": 4, "compat": 4, "tasks": 4, "cli": 4, "__main__": 4,
     "_backends": 2, "_arrays": 2, "_checks": 2,
     "cpu": 1, "cuda": 1,
-    "_segments": 0, "reference": 0,
+    "_cache": 0, "_segments": 0, "reference": 0,
 }  # fmt: skip
 OP_LAYER = 3
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sscan import _cache
 from sscan.cuda import _launch, _workspace
 from sscan.cuda._launch import Kernel
 
@@ -84,7 +85,7 @@ def test_other_kernels_have_other_files(
     assert len(compilations) == len(files(folder)) == 2
 
 
-@pytest.mark.parametrize("kept", [0, 3, 4, 20, 36, 37, -1])
+@pytest.mark.parametrize("kept", [0, 3, 20, 32, 36, 37, -1])
 def test_a_truncated_file_is_made_again(folder: Path, compilations: list[Any], kept: int) -> None:
     first = _launch.cached(KERNEL, (9, 0))
     (file,) = files(folder)
@@ -95,13 +96,67 @@ def test_a_truncated_file_is_made_again(folder: Path, compilations: list[Any], k
     assert file.read_bytes() == whole
 
 
-def test_a_damaged_file_is_made_again(folder: Path, compilations: list[Any]) -> None:
+@pytest.mark.parametrize("at", [0, 31, 32, 33, 36, -1])
+def test_a_damaged_file_is_made_again(folder: Path, compilations: list[Any], at: int) -> None:
+    """Its checksum, the number of threads, the cubin."""
     first = _launch.cached(KERNEL, (9, 0))
     (file,) = files(folder)
     data = bytearray(file.read_bytes())
-    data[-1] ^= 1
+    data[at] ^= 1
     file.write_bytes(data)
     assert _launch.cached(KERNEL, (9, 0)) == first
+    assert len(compilations) == 2
+
+
+@pytest.mark.parametrize("owner", [0, "another"])
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_cache_of_another_owner(
+    folder: Path, compilations: list[Any], monkeypatch: pytest.MonkeyPatch, what: str, owner: Any
+) -> None:
+    """Kernels of the administrator are used, those of others are not, with one warning for all of them."""
+    first = _launch.cached(KERNEL, (9, 0))
+    place = _launch.cache_folder()
+    (file,) = files(folder)
+    changed = place if what == "folder" else file
+    stat, fstat = os.stat, os.fstat
+    given = SimpleNamespace(st_uid=os.geteuid() + 1 if owner == "another" else owner, st_mode=0o755)
+    inode = stat(changed).st_ino
+    monkeypatch.setattr(Path, "stat", lambda path: given if stat(path).st_ino == inode else stat(path))
+    monkeypatch.setattr(os, "fstat", lambda handle: given if fstat(handle).st_ino == inode else fstat(handle))
+    _cache._warn.cache_clear()
+    if owner == 0:
+        assert _launch.cached(KERNEL, (9, 0)) == first
+        assert len(compilations) == 1
+        return
+    with pytest.warns(RuntimeWarning, match=f"sscan: compiled kernels in {place} are not used") as seen:
+        found = [_launch.cached(KERNEL, (9, 0)) for _ in range(2)]
+    assert found == [first] * 2
+    assert len(seen) == 1
+    # A folder of another is not written to; a file of another in a folder of one's own is replaced.
+    assert len(compilations) == (3 if what == "folder" else 2)
+
+
+def test_others_cannot_write_to_the_cache(folder: Path, compilations: list[Any]) -> None:
+    """Whatever the umask, and they may read."""
+    before = os.umask(0)
+    try:
+        _launch.cached(KERNEL, (9, 0))
+    finally:
+        os.umask(before)
+    (file,) = files(folder)
+    assert _launch.cache_folder().stat().st_mode & 0o777 == 0o755
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_user_without_a_home(compilations: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is kept."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    _launch.cache_folder.cache_clear()
+    assert _launch.cache_folder() is None
+    for _ in range(2):
+        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128)
     assert len(compilations) == 2
 
 
@@ -130,17 +185,17 @@ def test_a_full_disk(folder: Path, compilations: list[Any], monkeypatch: pytest.
 
 def test_many_writers_of_one_file(folder: Path) -> None:
     """Whoever reads sees all of what one of them wrote."""
-    path, contents, failures = folder / "file", [bytes([i]) * 10**6 for i in range(4)], []
-    _launch._write(path, contents[0])
+    contents, failures = [bytes([i]) * 10**6 for i in range(4)], []
+    _cache.write(folder, "file", contents[0])
     reading = threading.Event()
 
     def write(data: bytes) -> None:
         for _ in range(20):
-            _launch._write(path, data)
+            _cache.write(folder, "file", data)
 
     def read() -> None:
         while not reading.is_set():
-            if path.read_bytes() not in contents:
+            if _cache.read(folder, "file") not in contents:
                 failures.append("a mixture")
 
     reader, writers = threading.Thread(target=read), [threading.Thread(target=write, args=(x,)) for x in contents]
@@ -151,7 +206,7 @@ def test_many_writers_of_one_file(folder: Path) -> None:
     reading.set()
     reader.join()
     assert not failures
-    assert files(folder) == [path]
+    assert files(folder) == [folder / "file"]
 
 
 def test_the_folder_is_of_the_sources_and_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +239,8 @@ def test_a_warm_process_loads_no_compiler() -> None:
     """The first compiles, the second only reads."""
 
     def run() -> list[str]:
-        process = subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True, cwd=ROOT)
+        command = [sys.executable, "-c", WARM]
+        process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=300)
         return process.stdout.split()
 
     cold, warm = run(), run()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import compileall
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +13,8 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -165,6 +170,184 @@ def test_error_in_the_caller_waits_for_the_helpers(monkeypatch: pytest.MonkeyPat
     assert finished.is_set()
 
 
+# A handler for signals that raises if it finds ``run`` on its way, and with it every time that a timer rings.
+RINGING = """
+    import signal
+    import sys
+    import threading
+    import time
+    import numpy as np
+    import sscan
+    from sscan.cpu import _parallel
+
+    class TimeOut(BaseException):
+        pass
+
+    def ring(_, frame):
+        while frame is not None:
+            if frame.f_code is _parallel.run.__code__:
+                raise TimeOut
+            frame = frame.f_back
+
+    left = 0
+    signal.signal(signal.SIGALRM, ring)
+    signal.signal(signal.SIGPROF, ring)
+"""
+
+
+def test_no_exception_leaves_while_a_helper_works() -> None:
+    """Whatever a handler raises, anywhere in ``run`` and many times over: also while helpers are called."""
+    code = """
+    inside = []
+
+    def work(counter, tasks):
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.001)
+        else:
+            inside.append(1)
+            time.sleep(0.003)
+            inside.pop()
+
+    _parallel.run(work, 3)  # starts the helpers
+    signal.setitimer(signal.ITIMER_REAL, 0.00021, 0.00021)
+    signal.setitimer(signal.ITIMER_PROF, 0.00013, 0.00013)
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        try:
+            _parallel.run(work, 3)
+        except TimeOut:
+            left += 1
+        assert not inside
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    sys.stdout.write(f"{left > 100}")
+    """
+    assert output(start(RINGING + code, NUMBA_NUM_THREADS="3")) == "True"
+
+
+def test_nothing_is_written_after_a_time_out() -> None:
+    """Three long tasks on two threads: one of them works longer, and the calling thread waits for it."""
+    code = """
+    import numba
+
+    @numba.njit(nogil=True)
+    def work(counter, tasks, out):
+        while True:
+            task = _parallel.take(counter)
+            if task >= tasks:
+                break
+            for i in range(out.shape[1]):
+                for k in range(50):
+                    out[task, i] = out[task, i] * 0.5 + k
+
+    out = np.zeros((3, 10**6))
+    _parallel.run(work, 3, out[:, :10])  # compiles
+    for _ in range(8):
+        out[:] = 0
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+            _parallel.run(work, 3, out)
+        except TimeOut:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            left += 1
+            before = out.copy()
+            time.sleep(0.2)
+            assert (before == out).all()
+    sys.stdout.write(str(left))
+    """
+    assert output(start(RINGING + code, NUMBA_NUM_THREADS="2")) == "8"
+
+
+def test_error_in_a_helper_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_parallel, "threads", lambda: 2)
+    begun, caller = threading.Event(), threading.current_thread()
+
+    def kernel(counter: Any, tasks: int) -> None:
+        if threading.current_thread() is caller:
+            begun.wait()
+        else:
+            begun.set()
+            raise MemoryError("no more")
+
+    with pytest.raises(MemoryError, match="no more"):
+        _parallel.run(kernel, 2)
+    _parallel.run(lambda counter, tasks: None, 2)  # the helper lives on
+
+
+def test_a_busy_helper_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds no helper does the work alone, and leaves no arrays behind with those that come later."""
+    monkeypatch.setattr(_parallel, "threads", lambda: 2)
+    begun, ending = threading.Event(), threading.Event()
+    found: list[Any] = []
+
+    def long_kernel(counter: Any, tasks: int) -> None:
+        if threading.current_thread() is caller:
+            begun.wait()
+            array = np.zeros(10)
+            died = weakref.ref(array)
+            _parallel.run(lambda counter, tasks, array: found.append(threading.current_thread()), 2, array)
+            del array
+            found.append(died())
+            ending.set()
+        else:
+            begun.set()
+            ending.wait()
+
+    caller = threading.Thread(target=_parallel.run, args=(long_kernel, 2), daemon=True)
+    caller.start()
+    caller.join(timeout=30)  # a hang fails
+    ending.set()
+    assert found == [caller, None]
+
+
+# --- The end of a process ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", ["", "digest()"], ids=["first", "again"])
+def test_work_after_the_main_thread_is_done(before: str) -> None:
+    """In a thread that lives on, and in an atexit handler."""
+    code = f"""
+    import atexit
+    import time
+
+    def later():
+        threading.main_thread().join()
+        time.sleep(0.1)
+        sys.stdout.write(digest() + " ")
+
+    atexit.register(lambda: sys.stdout.write(digest()))
+    {before}
+    threading.Thread(target=later).start()
+    """
+    results = output(start(SCAN.replace("expected = digest()", "") + code, NUMBA_NUM_THREADS="3")).split()
+    expected = output(start(SCAN + "    sys.stdout.write(expected)", NUMBA_NUM_THREADS="1"))
+    assert results == [expected, expected]
+
+
+def test_helpers_do_not_keep_a_process() -> None:
+    """Not even when one of its daemon threads is in a kernel."""
+    code = """
+    threading.Thread(target=lambda: [digest() for _ in iter(int, 1)], daemon=True).start()
+    sys.stdout.write("well")
+    """
+    assert output(start(SCAN + code, NUMBA_NUM_THREADS="3")) == "well"
+
+
+def test_no_more_threads() -> None:
+    """Where no thread can be started, the calling one does it all."""
+    code = """
+    def refuse(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    import _thread
+    threading._start_new_thread = threading._start_joinable_thread = refuse
+    sys.stdout.write(digest())
+    """
+    first = SCAN.replace("expected = digest()", "")
+    alone = output(start(first + code, NUMBA_NUM_THREADS="3"))
+    assert alone == output(start(SCAN + "    sys.stdout.write(expected)", NUMBA_NUM_THREADS="3"))
+
+
 # --- Forks ------------------------------------------------------------------------------------------------------------
 
 SCAN = """
@@ -234,6 +417,102 @@ def test_fork_while_kernels_run() -> None:
     assert output(start(SCAN + code, NUMBA_NUM_THREADS="3")) == "well"
 
 
+def test_fork_while_a_kernel_is_compiled(tmp_path: Path) -> None:
+    """The child compiles for itself."""
+    code = """
+    import multiprocessing
+    import os
+    import sys
+    import threading
+    import time
+    import numpy as np
+    import sscan
+    from numba.core.compiler_lock import global_compiler_lock
+
+    x, weight = np.ones((4, 64), np.float32), np.ones(64, np.float32)
+    entered = threading.Event()
+
+    def work():
+        import sscan.cpu
+        entered.set()
+        sscan.rms_norm(x, weight)
+
+    def child(queue):
+        queue.put(float(sscan.rms_norm(2 * x, weight).sum()))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    entered.wait()
+    free = True
+    while free:  # until the worker compiles
+        free = global_compiler_lock._lock.acquire(blocking=False)
+        if free:
+            global_compiler_lock._lock.release()
+            time.sleep(0.001)
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(queue,))
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0, process.exitcode
+    worker.join(60)
+    sys.stdout.write(f"{queue.get():.2f}")
+    """
+    assert output(start(code, NUMBA_CACHE_DIR=str(tmp_path))) == "256.00"
+
+
+# --- The environment of threads ---------------------------------------------------------------------------------------
+
+
+def test_an_error_in_a_kernel_leaves_subnormal_numbers() -> None:
+    """No memory for a kernel's workspace: the thread goes on as it was."""
+    code = """
+    import resource
+    import sys
+    import numpy as np
+    import sscan
+
+    def scan(state):
+        u, A = np.ones((1, 1, 40), np.float32), -np.ones((1, state), np.float32)
+        sscan.selective_scan(u, u, A, A, A)
+
+    scan(3)  # compiles
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + 2**28
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    tiny = np.full(4, 1e-40, np.float32)
+    try:
+        scan(2**21)
+    except MemoryError:
+        sys.stdout.write(f"{(tiny * np.float32(1) != 0).all()}")
+    """
+    assert output(start(code, NUMBA_NUM_THREADS="1")) == "True"
+
+
+FLUSHING = [
+    pytest.param(node, id=f"{path.stem}.{node.name}")
+    for path in sorted((ROOT / "sscan" / "cpu").glob("*.py"))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    if isinstance(node, ast.FunctionDef)
+    and any(isinstance(x, ast.Assign) and "flush_subnormals()" in ast.unparse(x) for x in node.body)
+]
+
+
+def test_kernels_that_flush_are_known() -> None:
+    assert len(FLUSHING) >= 9
+
+
+@pytest.mark.parametrize("kernel", FLUSHING)
+def test_kernels_allocate_before_they_flush(kernel: ast.FunctionDef) -> None:
+    """What fails for want of memory fails while the environment is the caller's."""
+    lines = [ast.unparse(x) for x in kernel.body]
+    begin = next(i for i, line in enumerate(lines) if "flush_subnormals()" in line)
+    assert lines[-1] == "restore_environment(environment)"
+    assert any("scratch" in line for line in lines[:begin])
+    assert not [line for line in lines[begin:] if re.search(r"scratch\(|np\.(empty|zeros|full)|\.copy\(", line)]
+
+
 # --- The cache on disk ------------------------------------------------------------------------------------------------
 
 # Calls one small kernel from four threads at once; prints how often it was read from disk and compiled, and its result.
@@ -289,6 +568,76 @@ def test_cached_kernels_that_are_damaged(filled: tuple[Path, str], tmp_path: Pat
         assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))).split() == [*counts, filled[1]]
 
 
+def test_cached_kernels_of_which_bits_flipped(filled: tuple[Path, str], tmp_path: Path) -> None:
+    """Anywhere in the file: what does not add up is not run."""
+    shutil.copytree(filled[0], tmp_path, dirs_exist_ok=True)
+    (file,) = (path for path in tmp_path.rglob("*.rms_norm.forward-*"))
+    whole = file.read_bytes()
+    for at in (0, 40, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))).split() == ["0", "1", filled[1]]
+    assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))).split() == ["1", "0", filled[1]]
+
+
+def of_others(change: str, folder: Path) -> None:
+    """Make the folder, or the files in it, what others may have written."""
+    (kernels,) = folder.iterdir()
+    for path in [kernels] if "folder" in change else list(kernels.iterdir()):
+        if "writable" in change:
+            path.chmod(path.stat().st_mode | 0o002)
+        else:
+            os.chown(path, 12345, 12345)
+
+
+@pytest.mark.parametrize("change", ["writable folder", "writable file", "folder of another", "file of another"])
+def test_cached_kernels_that_others_may_have_written(filled: tuple[Path, str], tmp_path: Path, change: str) -> None:
+    """They are compiled, with one warning."""
+    shutil.copytree(filled[0], tmp_path, dirs_exist_ok=True)
+    if "another" in change and os.geteuid() != 0:  # only root can give files away: be the other one instead
+        change = change.replace("of another", "writable")
+    of_others(change, tmp_path)
+    always = "    import warnings; warnings.simplefilter('always')"
+    process = start(always + FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))
+    out, error = process.communicate(timeout=120)
+    assert out.split() == ["0", "1", filled[1]]
+    assert re.findall(r"RuntimeWarning: (sscan: compiled kernels in \S+ are not used)", error), error
+    assert error.count("Warning") == 1
+    if "file" in change:  # it was replaced
+        assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))).split() == ["1", "0", filled[1]]
+
+
+def test_cache_of_a_user_without_a_home(filled: tuple[Path, str]) -> None:
+    """A number without a name, as in containers: NUMBA_CACHE_DIR is enough, and without it nothing is kept."""
+    code = """
+    import os
+    import pwd
+    import sys
+
+    def nobody(uid):
+        raise KeyError(uid)
+
+    pwd.getpwuid = nobody
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        os.environ.pop(name, None)
+    """
+    without = output(start(textwrap.dedent(code) + textwrap.dedent(FIRST_CALL), NUMBA_CACHE_DIR=""))
+    assert without.split() == ["0", "1", filled[1]]
+    given = output(start(textwrap.dedent(code) + textwrap.dedent(FIRST_CALL), NUMBA_CACHE_DIR=str(filled[0])))
+    assert given.split() == ["1", "0", filled[1]]
+
+
+def test_compiled_where_numba_is_switched_off(filled: tuple[Path, str], tmp_path: Path) -> None:
+    """NUMBA_DISABLE_JIT is for somebody's own functions: they stay Python."""
+    own = """
+    import numba
+
+    assert not hasattr(numba.njit(lambda x: x), "py_func")
+    """
+    folder = str(tmp_path)
+    found = output(start(FIRST_CALL + own, NUMBA_CACHE_DIR=folder, NUMBA_DISABLE_JIT="1"))
+    assert found.split() == ["0", "1", filled[1]]
+
+
 FOLDER = "import sys; from sscan.cpu import _parallel; sys.stdout.write(str(_parallel.cache_folder()))"
 
 
@@ -307,6 +656,43 @@ def test_cache_folder_is_named_by_the_kernels_sources(tmp_path: Path) -> None:
         names.append(folder())
     assert names[1] == names[0]
     assert len(set(names)) == 3
+
+
+def zipped(source: Path, file: Path) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(source.rglob("*")):
+            archive.write(path, path.relative_to(source))
+    return file
+
+
+def test_cache_folder_of_a_zip(filled: tuple[Path, str], tmp_path: Path) -> None:
+    """The same sources have the same name there, other sources have another one; and kernels are kept."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "sscan", tmp_path / "tree" / "sscan", ignore=ignored)
+    same = zipped(tmp_path / "tree", tmp_path / "same.zip")
+    with (tmp_path / "tree" / "sscan" / "cpu" / "_tiles.py").open("a") as file:
+        file.write("\n# edited\n")
+    other = zipped(tmp_path / "tree", tmp_path / "other.zip")
+    names = [output(start(FOLDER, PYTHONPATH=str(path))) for path in (ROOT, same, other)]
+    assert names[0] == names[1] != names[2]
+    found = output(start(FIRST_CALL, PYTHONPATH=str(same), NUMBA_CACHE_DIR=str(filled[0])))
+    assert found.split() == ["1", "0", filled[1]]
+
+
+def test_cache_folder_without_sources(tmp_path: Path) -> None:
+    """Byte code alone, as in a frozen program: each release has its own."""
+    names = []
+    for release in ("1.2.3", "1.2.4"):
+        tree = tmp_path / release / "sscan"
+        shutil.copytree(ROOT / "sscan", tree, ignore=shutil.ignore_patterns("__pycache__"))
+        first = tree / "__init__.py"
+        first.write_text(re.sub(r'__version__ = ".*"', f'__version__ = "{release}"', first.read_text()))
+        compileall.compile_dir(tree, quiet=2, legacy=True)
+        for path in tree.rglob("*.py"):
+            path.unlink()
+        names.append(output(start(FOLDER, PYTHONPATH=str(tree.parent))))
+    assert len(set(names)) == 2
+    assert all("cpu-" in name for name in names)
 
 
 def test_cache_folder_of_the_user(tmp_path: Path) -> None:

@@ -6,95 +6,88 @@ the GIL, and take task numbers from a counter in memory; a few Python threads ru
 What a task computes does not depend on who runs it, so results are bit-identical for every number of threads.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
+import pickle
+import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.caching import Cache, CompileResultCacheImpl, _CacheLocator
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import CPUDispatcher
+from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
-_PACKAGE = Path(__file__).parent
-
+from sscan import _cache
 
 # --- compilation -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $NUMBA_CACHE_DIR or the user's cache folder, by digest of all kernel sources.
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept, by digest of all kernel sources.
 
-    Numba's own rule looks at one file's time stamp and misses an edit in a file that the kernel's file imports.
+    Numba's own rule looks at one file only, and misses an edit in a file that the kernel's file imports.
     """
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.glob("*.py")):
-        digest.update(path.read_bytes())
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else Path(home) / "sscan"
-    return root / f"cpu-{digest.hexdigest()[:16]}"
+    return _cache.folder("cpu", "*.py", versions=numba.__version__)
 
 
-class _Locator(_CacheLocator):
+class _Cache(NullCache):
+    """A kernel's cache: what cannot be read is compiled, what cannot be written is not kept."""
+
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._name = function.__module__
+        self._function = function
 
-    def get_cache_path(self) -> str:
-        return str(cache_folder())
-
-    def get_source_stamp(self) -> str:
-        return cache_folder().name
-
-    def get_disambiguator(self) -> str:
-        return self._name
-
-    @classmethod
-    def from_function(cls, function: Callable[..., Any], source: str) -> "_Locator":
-        return cls(function)
-
-
-class _CacheImpl(CompileResultCacheImpl):
-    _locator_classes = (_Locator,)
-
-
-class _Cache(Cache):
-    """A cache that is never in the way: what cannot be read is compiled, what cannot be written is not kept."""
-
-    _impl_class = _CacheImpl
+    def _name(self, sig: Any, codegen: Any) -> str:
+        """The file of one specialisation, for this Python and the processor that is compiled for."""
+        function = self._function
+        constants = [cell.cell_contents for cell in function.__closure__ or ()]
+        python = sys.implementation.cache_tag, getattr(sys, "abiflags", "")
+        key = repr((function.__module__, function.__qualname__, constants, sig, codegen.magic_tuple(), python))
+        return f"{function.__module__}.{function.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.kernel"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # no such folder, not permitted, or a file that was cut short: unpickling raises anything
-            return None
+        target_context.refresh()
+        data = _cache.read(cache_folder(), self._name(sig, target_context.codegen()))
+        return None if data is None else CompileResult._rebuild(target_context, *pickle.loads(data))
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        try:
-            super().save_overload(sig, data)
-        except OSError:
-            return
-        except Exception:  # a damaged index, which is begun anew
-            with contextlib.suppress(OSError):
-                self.flush()
-                super().save_overload(sig, data)
+        _cache.write(cache_folder(), self._name(sig, data.codegen), dumps(data._reduce()))
+
+
+class _Dispatcher(CPUDispatcher):
+    """Compiles also where NUMBA_DISABLE_JIT is set, for somebody's own code: vectors mean nothing to Python."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        options = {"nopython": True, "nogil": True, "error_model": "numpy", "boundscheck": None}
+        super().__init__(function, targetoptions=options)
+        self._cache = _Cache(function)
+
+    def compile(self, sig: Any) -> Any:
+        with global_compiler_lock:
+            disabled, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, 0
+            try:
+                return super().compile(sig)
+            finally:
+                numba.config.DISABLE_JIT = disabled
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile with Numba on first call: GIL released, IEEE arithmetic, kept on disk."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-    dispatcher._cache = _Cache(function)
-    return dispatcher
+    return _Dispatcher(function)
 
 
-# --- threads ---------------------------------------------------------------------------------------------------------
+# --- atomic steps ----------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -108,8 +101,42 @@ def take(typingctx, counter):
     return types.int64(counter), codegen
 
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
+@intrinsic
+def _add_at(typingctx, address, number):
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@kernel
+def add(address, number):
+    """The integer at an address, and add a number to it, in one atomic step."""
+    return _add_at(address, number)
+
+
+ALL_TAKEN = CLOSED = 1 << 62
+_sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+@kernel
+def close(counter, inside):
+    """Leave no task to take, let no more helpers in, and return when the last one is out; two addresses.
+
+    Signal handlers run between steps of Python only, so they cannot end this wait, whatever they raise.
+    """
+    _add_at(counter, ALL_TAKEN)
+    _add_at(inside, -CLOSED)
+    turns, pause = 0, 20
+    while _add_at(inside, 0) != -CLOSED:
+        turns += 1
+        if turns > 500:  # some microseconds
+            _sleep(pause)
+            pause = min(pause + pause // 4, 1000)
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
 
 
 def threads() -> int:
@@ -117,48 +144,92 @@ def threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)
 
 
-def _helpers() -> ThreadPoolExecutor:
-    global _pool
+class _Call:
+    """A kernel's call, on which helpers work together with the thread that makes it."""
+
+    def __init__(self, function: Any, tasks: int, arguments: tuple[Any, ...], caller: Any) -> None:
+        self.function, self.tasks, self.arguments = function, tasks, arguments
+        self.caller = caller  # the frame, which holds the arrays
+        self.state = np.zeros(2, np.int64)  # the next task; the helpers inside, less CLOSED when none may enter
+        self.addresses = self.state.ctypes.data, self.state.ctypes.data + self.state.itemsize
+        self.error: BaseException | None = None
+
+    def help(self) -> None:
+        """Work on it, unless its own thread has done so already."""
+        inside = self.addresses[1]
+        if add(inside, 1) >= 0:
+            try:
+                self.function(self.state, self.tasks, *self.arguments)
+            except BaseException as error:
+                self.error = error
+        add(inside, -1)
+
+
+_lock = threading.Lock()
+_calls: "SimpleQueue[_Call]" = SimpleQueue()
+_helpers = 0  # threads that take calls from there
+
+
+def _help(calls: "SimpleQueue[_Call]") -> None:
+    while True:
+        calls.get().help()
+
+
+def _start_helpers() -> int:
+    """How many helpers there are, after starting all of them, or as many as can be.
+
+    They are daemon threads: they help whoever still works when the main thread is done, and do not keep the process.
+    """
+    global _helpers
     with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(max(1, threads() - 1), thread_name_prefix="sscan")
-        return _pool
+        try:
+            while _helpers < threads() - 1:
+                if not _helpers:  # compiles what calls with helpers need, before there is one
+                    counter, inside = _Call(None, 0, (), None).addresses
+                    add(counter, 0)
+                    close(counter, inside)
+                threading.Thread(target=_help, args=(_calls,), name="sscan", daemon=True).start()
+                _helpers += 1
+        except RuntimeError:  # no more threads; Python starts none when it is about to end
+            pass
+        return _helpers
 
 
 def _after_fork() -> None:
     """A child has none of its parent's threads; it starts its own when it needs them."""
-    global _pool, _lock
-    _lock, _pool = threading.Lock(), None
+    global _calls, _helpers, _lock
+    _calls, _helpers, _lock = SimpleQueue(), 0, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+    # A fork waits for a kernel that is being compiled: a child could do nothing with half of a compiler's state.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 def run(function: Any, tasks: int, *arguments: Any) -> None:
-    """Call ``function(counter, tasks, *arguments)`` on up to ``threads()`` threads at once, this one included."""
-    counter = np.zeros(1, np.int64)
-    helpers: list[Future[None]] = []
+    """Call ``function(counter, tasks, *arguments)`` on up to ``threads()`` threads at once, this one included.
+
+    Kernels know arrays by address, so nothing may leave this function, whatever is raised and how often, before the
+    last helper has left the kernel. Python 3.10 looks for signals once more before ``finally``; should anything leave
+    there, the call still holds the arrays.
+    """
+    wanted = min(threads(), tasks) - 1
+    helpers = wanted if wanted <= _helpers else min(wanted, _start_helpers())
+    if not helpers:
+        function(np.zeros(1, np.int64), tasks, *arguments)
+        return
+    call = _Call(function, tasks, arguments, sys._getframe(1))
     try:
-        for _ in range(min(threads(), tasks) - 1):
-            helpers.append(_helpers().submit(function, counter, tasks, *arguments))
-        function(counter, tasks, *arguments)
+        for _ in range(helpers):
+            _calls.put(call)
+        function(call.state, tasks, *arguments)
     finally:
-        counter[0] = tasks  # matters after an error only
-        _finish(helpers)
-    for helper in helpers:
-        if not helper.cancelled():
-            helper.result()
-
-
-def _finish(helpers: "list[Future[None]]") -> None:
-    """Wait until no helper runs. They know arrays by address, so not even Ctrl-C may go on before them."""
-    interrupted = None
-    for helper in [helper for helper in helpers if not helper.cancel()]:
-        while not helper.done():
-            try:
-                helper.exception()
-            except KeyboardInterrupt as error:
-                interrupted = error
-    if interrupted is not None:
-        raise interrupted
+        close(*call.addresses)
+    call.arguments, call.caller = (), None  # the queue may hold the call for a while
+    if call.error is not None:
+        raise call.error

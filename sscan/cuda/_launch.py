@@ -18,14 +18,13 @@ import os
 import re
 import struct
 import sys
-import tempfile
 import threading
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-_PACKAGE = Path(__file__).parent
+from sscan import _cache
+
 OLDEST = (8, 0)  # Ampere: the first with bfloat16
 BEFORE_SM_90 = "// before sm_90"  # ends a line of PTX that later GPUs do without
 
@@ -90,46 +89,24 @@ def assemble(ptx, capability):
 
 @functools.cache
 def cache_folder():
-    """$NUMBA_CACHE_DIR or the user's cache folder, by digest of the kernels' sources and of the compilers' versions."""
-    digest = hashlib.sha256()
-    for path in [*sorted(_PACKAGE.glob("_*.py")), *sorted((_PACKAGE / "kernels").glob("*.py"))]:
-        digest.update(path.read_bytes())
+    """Where cubins are kept, by digest of the kernels' sources and of the compilers' versions."""
+    versions = []
     for package in ("numba-cuda", "llvmlite", "nvidia-cuda-nvvm", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            digest.update(f"{package} {importlib.metadata.version(package)}".encode())
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = os.environ.get("NUMBA_CACHE_DIR") or Path(home) / "sscan"
-    return Path(root) / f"cuda-{digest.hexdigest()[:16]}"
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return _cache.folder("cuda", "_*.py", "kernels/*.py", versions=" ".join(versions))
 
 
 def cached(kernel, capability):
     """(cubin, threads) of a kernel from the cache folder, or made and put there."""
     key = hashlib.sha256(repr((*kernel, capability)).encode()).hexdigest()[:24]
-    path = cache_folder() / f"{kernel.name}-{key}.cubin"
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data[36:]).digest() == data[4:36]:  # a file may be cut short
-            return data[36:], int.from_bytes(data[:4], "little")
-    except OSError:
-        pass
-    ptx, threads = compile_ptx(kernel)
-    cubin, _ = assemble(ptx, capability)
-    with contextlib.suppress(OSError):  # what cannot be written is not kept
-        _write(path, threads.to_bytes(4, "little") + hashlib.sha256(cubin).digest() + cubin)
-    return cubin, threads
-
-
-def _write(path, data):
-    """All of it or nothing, however many processes do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    name = f"{kernel.name}-{key}.cubin"
+    data = _cache.read(cache_folder(), name)
+    if data is None:
+        ptx, threads = compile_ptx(kernel)
+        data = threads.to_bytes(4, "little") + assemble(ptx, capability)[0]
+        _cache.write(cache_folder(), name, data)
+    return data[4:], int.from_bytes(data[:4], "little")
 
 
 # --- the driver ------------------------------------------------------------------------------------------------------
@@ -175,7 +152,9 @@ def capability_of(device):
 
 
 _functions: dict[Any, Any] = {}  # of (kernel, device)
-_lock = threading.Lock()
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a fork waits for a kernel that is being made: half of a compiler is of no use
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def function(kernel, device):
