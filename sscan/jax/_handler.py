@@ -19,6 +19,7 @@ import sscan
 from sscan import _arrays
 from sscan.jax import _frame
 from sscan.jax._frame import Region
+from sscan.jax._gate import Gate
 
 UPDATES = {"selective_state_update": "state", "causal_conv1d_update": "conv_state"}
 OPS = tuple(name for name in sscan.__all__ if name.islower())
@@ -185,7 +186,7 @@ def _handler(platform: str) -> Any:
     return _frame.HANDLER(handle)
 
 
-_HANDLERS = {platform: _handler(platform) for platform in EXECUTE}  # held as long as the process runs
+_GATES = {platform: Gate(_handler(platform)) for platform in EXECUTE}
 
 
 def target(op: str) -> str:
@@ -196,5 +197,5 @@ def target(op: str) -> str:
 def register() -> None:
     """Make every op known to XLA."""
     for op in OPS:
-        for platform, handler in _HANDLERS.items():
-            jax.ffi.register_ffi_target(target(op), jax.ffi.pycapsule(handler), platform)
+        for platform, gate in _GATES.items():
+            jax.ffi.register_ffi_target(target(op), jax.ffi.pycapsule(gate.function), platform)
