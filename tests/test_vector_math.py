@@ -369,9 +369,13 @@ def test_part_of_a_vector(dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     "machine",
-    [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_NAME": "sandybridge", "NUMBA_CPU_FEATURES": ""}, {"NUMBA_ENABLE_AVX": "0"}],
-    ids=lambda machine: " ".join(machine.values()),
-)  # fmt: skip
+    [
+        {"NUMBA_CPU_NAME": "generic"},
+        {"NUMBA_CPU_NAME": "sandybridge", "NUMBA_CPU_FEATURES": ""},
+        {"NUMBA_ENABLE_AVX": "0"},
+    ],
+    ids=["generic", "sandybridge", "no AVX"],
+)
 def test_storage_on_other_processors(machine: dict[str, str]) -> None:
     """Without instructions for half precision, without AVX: the tests above, and an op to the same bits."""
     env = {**os.environ, **machine}
