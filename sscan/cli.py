@@ -411,7 +411,7 @@ def _info(options: argparse.Namespace) -> int:
         print(f"{title:<12}" + ", ".join(f"{name} {_version(name)}" for name in names))
     print(f"CPU         {os.cpu_count()} cores, {_parallel.threads()} threads (NUMBA_NUM_THREADS)")
     print("threading   kernels release the GIL and run on sscan's own Python threads; no Numba threading layer")
-    print(f"cache       {_parallel.cache_folder()} (NUMBA_CACHE_DIR)")
+    print(f"cache       {_parallel.cache_folder() or 'none'} (NUMBA_CACHE_DIR)")
     for title, line in zip(itertools.chain(["CUDA"], itertools.repeat("")), _gpus(), strict=False):
         print(f"{title:<12}{line}")
     return 0

@@ -40,6 +40,7 @@ from cases import (
     scan_problem,
     update_problem,
 )
+from jax import export
 
 import sscan
 import sscan.jax
@@ -200,6 +201,24 @@ def assert_close(found: dict[str, Any], expected: dict[str, Array]) -> None:
         assert error_of(np.asarray(found[name]), x) < 1e-13, name
 
 
+@pytest.mark.parametrize("op", dict.fromkeys(case.op for case in CASES))
+def test_vmap_over_an_empty_axis(op: str) -> None:
+    """Every result and gradient has the axis too."""
+    case = next(case for case in CASES if case.op == op)
+    arrays, options = split(case.arguments())
+    expected = forward(sscan, op, {**arrays, **options})
+    none = {name: np.zeros((0, *x.shape), x.dtype) for name, x in arrays.items()}
+    with double_precision(any(map(of_double, arrays.values()))):
+        for transformed in (jax.vmap, lambda function: jax.jit(jax.vmap(function))):
+            found = transformed(lambda arrays: outputs_of(case, arrays, options))(none)
+            assert_same(found, {name: np.zeros((0, *x.shape), x.dtype) for name, x in expected.items()})
+        if op not in _UPDATED:
+            floating = {name: x for name, x in none.items() if x.dtype.kind != "i"}
+            rest = {name: x for name, x in arrays.items() if name not in floating}
+            loss = loss_of(lambda arrays: outputs_of(case, {**arrays, **rest}, options))
+            assert_same(jax.vmap(jax.grad(loss))(floating), floating)
+
+
 # --- other transformations --------------------------------------------------------------------------------------------
 
 
@@ -320,6 +339,54 @@ def test_results_are_made_in_the_memory_of_xla(op: str, monkeypatch: pytest.Monk
     assert all(found)
 
 
+ENDING = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sscan.jax
+
+u = np.random.default_rng(0).standard_normal((2, 64, 20000)).astype(np.float32)
+A, B = -np.ones((64, 16), np.float32), np.ones((2, 16, 20000), np.float32)
+scan = jax.jit(lambda u: sscan.jax.selective_scan(u, abs(u), A, B, B))
+before = np.asarray(scan(u))
+"""
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "results = [scan(u + i) for i in range(8)]",
+        "for i in range(8): scan(u + i)",  # which nobody waits for
+        "import atexit; atexit.register(lambda: print((scan(u) == before).all()))",
+    ],
+    ids=["kept", "dropped", "at exit"],
+)  # fmt: skip
+def test_a_process_ends_with_calls_in_flight(end: str) -> None:
+    run = subprocess.run([sys.executable, "-c", ENDING + end], capture_output=True, text=True, check=False, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert run.stdout.split() == (["True"] if "atexit" in end else [])
+
+
+def test_calls_after_the_end_are_refused() -> None:
+    """By an atexit handler that was registered before JAX's own."""
+    late = """
+import atexit
+
+def late():
+    try:
+        print(scan(u)[0, 0, 0])
+    except Exception as error:
+        print(error)
+
+atexit.register(late)
+"""
+    command = [sys.executable, "-c", late + ENDING]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert "sscan.jax: Python is ending" in run.stdout, run.stdout + run.stderr
+
+
 def test_threads_share_a_compiled_function() -> None:
     arrays, options = scan_case(length=200)
     compiled = jax.jit(partial(scanned, options))
@@ -332,7 +399,7 @@ def test_threads_share_a_compiled_function() -> None:
 def test_on_four_devices() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", Path(__file__).with_name("jax_devices.py")],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
 
@@ -419,6 +486,35 @@ def test_bad_input_fails_while_it_is_traced(change: dict[str, Any], error: type[
         arrays, options = split(arrays | options | change)
         with pytest.raises(error, match=message):
             jax.jit(partial(scanned, options)).trace(arrays)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x, option: sscan.jax.selective_scan(x, x, x[0], x, x, delta_softplus=option), "delta_softplus"),
+        (lambda x, option: sscan.jax.linear_scan(x, x, reverse=option), "reverse"),
+        (lambda x, option: sscan.jax.rms_norm(x, x[0, 0], eps=option), "eps"),
+        (lambda x, option: sscan.jax.causal_conv1d(x, x[0], activation=option), "activation"),
+        (lambda x, option: sscan.jax.ssm_kernel(x[0, :, 0], x[0], x[0], x[0], option), "length"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_traced_options_are_refused(call: Any, name: str) -> None:
+    x = np.ones((2, 4, 4), np.float32)
+    for given, run in ((jnp.asarray(1), call), (1, jax.jit(call)), (np.array([1]), call), ([1], call)):
+        with pytest.raises(TypeError, match=rf"^\w+: {name} must be known while JAX traces, got"):
+            run(x, given)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_symbolic_shapes_are_refused(backward: bool) -> None:
+    (rows,) = export.symbolic_shape("rows")
+    norm = partial(sscan.jax.rms_norm, weight=np.ones(5, np.float32))
+    function = jax.grad(loss_of(norm)) if backward else norm
+    with pytest.raises(
+        ValueError, match=r"^rms_norm: x must have a shape of numbers, got the symbolic one \(rows, 5\)"
+    ):
+        export.export(jax.jit(function))(jax.ShapeDtypeStruct((rows, 5), np.float32))
 
 
 def test_bad_values_are_an_error_of_jax() -> None:

@@ -26,12 +26,19 @@ def call(op: str, arrays: Mapping[str, Any], **options: Any) -> Any:
     given = {name: x for name, x in arrays.items() if x is not None}
     checkpoints = _shapes.platform() if op in CHECKPOINTED else ""
     made = Call(op, tuple(given), tuple(options.items()), checkpoints)
-    stand_ins = {name: None if x is None else _shapes.Shape(x.shape, x.dtype) for name, x in arrays.items()}
+    stand_ins = {name: None if x is None else _stand_in(op, name, x) for name, x in arrays.items()}
     results = getattr(sscan, op)(**stand_ins, **options)
     if op in UPDATES:
         results = (results, stand_ins[UPDATES[op]])
     leaves, structure = jax.tree.flatten(results)
     return jax.tree.unflatten(structure, _bind(made, leaves, given.values()))
+
+
+def _stand_in(op: str, name: str, x: Any) -> _shapes.Shape:
+    if not all(isinstance(size, int) for size in x.shape):
+        op = op.removesuffix("_forward").removesuffix("_backward")
+        raise ValueError(f"{op}: {name} must have a shape of numbers, got the symbolic one {x.shape}")
+    return _shapes.Shape(x.shape, x.dtype)
 
 
 def _bind(made: Call, results: list[Any], arrays: Any) -> Any:
@@ -165,6 +172,8 @@ class Problems(NamedTuple):
 
 def _batched(made: Call, results: list[Any], size: int, mapped: Any, *arrays: Any) -> Any:
     """The rule of vmap: the results, and which of them have an axis of problems."""
+    if size == 0:
+        return tuple(jnp.zeros((0, *x.shape), x.dtype) for x in results), (True,) * len(results)
     op, options = made.op, dict(made.options)
     given = dict(zip(made.names, arrays, strict=True))
     given.pop("checkpoints", None)  # their layout belongs to the kernels: the backward makes its own

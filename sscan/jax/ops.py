@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sscan.jax import _shapes
 from sscan.jax._call import alike, call
@@ -21,8 +22,15 @@ def _compiled(function: Callable[..., Any], op: str) -> Callable[..., Any]:
         return function(options, alike(arrays))
 
     run.__name__ = run.__qualname__ = op  # in error messages and profiles
-    compiled: Callable[..., Any] = jax.jit(run, static_argnums=0, inline=True)
-    return compiled
+    compiled = jax.jit(run, static_argnums=0, inline=True)
+
+    def checked(options: Options, arrays: Arrays) -> Any:
+        for name, value in options:
+            if isinstance(value, jax.Array | np.ndarray | list):
+                raise TypeError(f"{op}: {name} must be known while JAX traces, got {type(value).__name__}")
+        return compiled(options, arrays)
+
+    return checked
 
 
 def _plain(op: str, options: Options, arrays: Arrays) -> Any:
