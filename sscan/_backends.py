@@ -1,5 +1,6 @@
 """Devices to kernel packages. A package is imported when the first array of its device arrives."""
 
+import concurrent.futures.thread  # noqa: F401  # SciPy imports it; once the main thread is done, Python lets nobody
 import functools
 import importlib
 import importlib.util
