@@ -77,6 +77,19 @@ def test_calls_from_several_threads() -> None:
             done.result()
 
 
+def test_first_calls_from_several_threads() -> None:
+    """The helpers are started, and everything is compiled, by whichever comes first."""
+    code = """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        digests = set(pool.map(lambda _: digest(), range(8)))
+    sys.stdout.write(str(digests == {digest()}))
+    """
+    for _ in range(3):
+        assert output(start(SCAN.replace("expected = digest()", "") + code, NUMBA_NUM_THREADS="3")) == "True"
+
+
 def long_problem() -> Arguments:
     """A scan of 2^30 states, from inputs with strides of 0."""
     dim, state, length = 128, 256, 2**15

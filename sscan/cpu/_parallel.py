@@ -182,16 +182,16 @@ def _start_helpers() -> int:
     """
     global _helpers
     with _lock:
-        try:
-            while _helpers < threads() - 1:
-                if not _helpers:  # compiles what calls with helpers need, before there is one
-                    counter, inside = _Call(None, 0, (), None).addresses
-                    add(counter, 0)
-                    close(counter, inside)
+        if not _helpers:  # compiles what calls with helpers need, before there is one
+            call = _Call(None, 0, (), None)
+            add(call.addresses[1], 0)
+            close(*call.addresses)
+        while _helpers < threads() - 1:
+            try:
                 threading.Thread(target=_help, args=(_calls,), name="sscan", daemon=True).start()
-                _helpers += 1
-        except RuntimeError:  # no more threads; Python starts none when it is about to end
-            pass
+            except RuntimeError:  # no more threads; Python starts none when it is about to end
+                break
+            _helpers += 1
         return _helpers
 
 
