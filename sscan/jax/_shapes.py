@@ -100,6 +100,11 @@ def keeps_checkpoints(arrays: dict[str, Any]) -> bool:
     return _shape_of_checkpoints(1, 1, 1, 1, 1, np.float32, "seq_idx" in arrays, sequences) is not None
 
 
+def channels_last(*arrays: Any) -> bool:
+    """XLA's arrays are row-major."""
+    return False
+
+
 def __getattr__(name: str) -> Any:
     if name.endswith(("_forward", "_backward", "_update")):
         return _nothing
