@@ -60,7 +60,9 @@ SOME: dict[str, tuple[str, ...]] = {
         "length 1", "length 500", "dim 17", "seq_idx, initial state", "seq_idx, width 8", "cu_seqlens",
         "cu_seqlens with empty sequences", "cu_seqlens bfloat16", "offset memory",
     ),
-    "causal_conv1d_update": ("base", "float64", "bfloat16", "width 1, wide state", "wide state"),
+    "causal_conv1d_update": (
+        "base", "float64", "bfloat16", "width 1, wide state", "wide state", "very wide state", "bfloat16, all in it",
+    ),
     "rms_norm": (
         "base", "residual", "float64 residual", "float16", "bfloat16, float32 residual", "bfloat16 residual", "width 1",
         "width 17", "width 1000", "strided memory",
@@ -113,6 +115,18 @@ def more() -> Iterator[Case]:
         f"{name} {dtype}": {"dim": 8, "dtype": dtype, **changes}
         for dtype in ("float32", "bfloat16")
         for name, changes in {"aligned": {"length": 512}, "wide": {"width": 12, "initial_state": True}}.items()
+    }
+    convolutions |= {
+        f"neighbouring channels {dtype}": {"dim": 8, "length": 77, "layout": "transposed", "dtype": dtype, **changes}
+        for dtype, changes in {
+            "float32": {"initial_state": True},
+            "bfloat16": {"seq_idx": "int32"},
+            "float64": {},
+            "float16": {"batch": 1, "cu_seqlens": (0, 13, 45, 77), "initial_state": True},
+        }.items()
+    }
+    convolutions |= {
+        f"rows anywhere {dtype}": {"dim": 9, "length": 777, "dtype": dtype} for dtype in ("float32", "bfloat16")
     }
     convolutions["wide, packed"] = {"batch": 1, "width": 12, "cu_seqlens": (0, 13, 45, 70), "initial_state": True}
     discretizations = {

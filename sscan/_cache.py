@@ -15,6 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 _SUM = hashlib.sha256().digest_size  # bytes of the checksum that a file begins with
 
 
@@ -36,9 +38,12 @@ def folder(package: str, *patterns: str, versions: str = "") -> Path | None:
 
 
 def _of_user() -> str | None:
-    """The user's cache folder for sscan; a user may have no home."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return None if home.startswith("~") else os.path.join(home, "sscan")
+    """The user's cache folder for sscan; None for one without a home, of whom older platformdirs say "~"."""
+    try:
+        found = platformdirs.user_cache_dir("sscan", appauthor=False)
+    except RuntimeError:
+        return None
+    return None if found.startswith("~") else found
 
 
 def _sources(package: str, patterns: tuple[str, ...]) -> list[bytes]:

@@ -314,8 +314,8 @@ def _train_until_done(run: TrainingRun, folder: Path) -> int:
 def _stop_requests() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP, so that the step under way can end; a second one acts at once.
 
-    Except SIGHUP: when a terminal is closed it may come from the kernel and from the shell. What our parent has us
-    ignore, as nohup does with SIGHUP, stays ignored.
+    Except SIGHUP: when a terminal is closed it may come from the kernel and from the shell, so after the first it is
+    ignored. What our parent has us ignore, as nohup does with SIGHUP, stays ignored.
     """
     received: list[int] = []
 
@@ -334,7 +334,8 @@ def _stop_requests() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            gone = number == signal.SIGHUP and number in received
+            signal.signal(number, signal.SIG_IGN if gone else handler)
 
 
 # sscan generate

@@ -169,6 +169,7 @@ def test_who_comes_first_may_leave_first() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # which is the point
+@pytest.mark.filterwarnings("ignore:os.fork.* was called:RuntimeWarning")  # JAX's, if it is there
 def test_a_child_forked_meanwhile_has_its_threads_back() -> None:
     inside, leave = threading.Event(), threading.Event()
 
