@@ -17,6 +17,7 @@ import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -290,6 +291,8 @@ def test_error_in_a_helper_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_busy_helper_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who finds no helper does the work alone, and leaves no arrays behind with those that come later."""
     monkeypatch.setattr(_parallel, "threads", lambda: 2)
+    monkeypatch.setattr(_parallel, "_calls", SimpleQueue())  # whose only helper is the one that is started here
+    monkeypatch.setattr(_parallel, "_helpers", 0)
     begun, ending = threading.Event(), threading.Event()
     found: list[Any] = []
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from distributed_cases import check, solved
 from distributed_worker import NAMES, splits
+from test_torch_distributed import test_sharded_parameters_have_the_same_gradients  # noqa: F401
 
 if TYPE_CHECKING:
     from pathlib import Path

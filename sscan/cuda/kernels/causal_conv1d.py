@@ -422,7 +422,7 @@ def backward(storage, width, group, ends, silu, mask):
             write(dbias, part * dim + d, sum_over_warp(db), inside & (lane == 0))
 
     lean = real.itemsize == 4 and width <= 4 and not masked
-    return kernel, Shape(CHANNELS * WARP, 6 if lean else 3)
+    return kernel, Shape(CHANNELS * WARP, 6 if lean else 3 if real.itemsize == 4 else 2)
 
 
 # --- tables and states -----------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows
             one[0] = select(live, sum_of_row, none)
             write(y, row * dim + d, one, select(lane == 0, there, 0))
 
-    return kernel, Shape(THREADS, 6 if real == np.float32 else 3)
+    return kernel, Shape(THREADS, 5 if real == np.float32 else 2)
 
 
 def shipped():
