@@ -426,3 +426,29 @@ def test_bad_input() -> None:
         made(x, initial_states=states_of(made, 3))
     with pytest.raises(TypeError, match="seq_idx"):
         made(x, seq_idx=torch.zeros(BATCH, LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": "16"}, "d_model must be a positive integer, got '16'"),
+        ({"d_state": 0}, "d_state must be a positive integer, got 0"),
+        ({"d_conv": 0}, "d_conv must be a positive integer, got 0"),
+    ],
+)
+def test_sizes_that_are_none(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Mamba: {message}$"):
+        Mamba(**{"d_model": 8, **changes})
+
+
+def test_inputs_that_are_none() -> None:
+    made, x = Mamba(8), torch.zeros(1, 5, 8)
+    for wrong in (None, x.numpy()):
+        with pytest.raises(TypeError, match=r"^Mamba: hidden_states must be a torch.Tensor, got \w+$"):
+            made(wrong)
+    with pytest.raises(TypeError, match=r"^Mamba.step: hidden_states must be a torch.Tensor, got ndarray$"):
+        made.step(x[:, :1].numpy(), *made.allocate_inference_cache(1, 0))
+    with pytest.raises(ValueError, match=r"hidden_states must have shape \(batch, length, d_model\), got \(5, 8\)"):
+        made(x[0])
+    with pytest.raises(TypeError, match=r"^Mamba: cu_seqlens must be a torch\.Tensor, got list$"):
+        made(x, cu_seqlens=[0, 5])

@@ -501,6 +501,29 @@ def test_gpu_is_understood_without_one(packing: Arguments) -> None:
             sscan.torch.selective_scan(**arguments | {"z": torch.empty(arguments["z"].shape)})
 
 
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("selective_scan", {"delta_softplus": 1}),
+        ("selective_scan", {"return_last_state": None}),
+        ("selective_scan", {"discretization": None}),
+        ("causal_conv1d", {"activation": True}),
+        ("causal_conv1d", {"return_final_state": "no"}),
+        ("selective_state_update", {"dt_softplus": "no"}),
+        ("causal_conv1d_update", {"activation": "relu"}),
+    ],
+    ids=str,
+)
+def test_options_are_refused_as_in_the_core(op: str, options: Arguments) -> None:
+    arguments = {**problem(op), **options}
+    said = []
+    for module in (sscan, sscan.torch):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            getattr(module, op)(**arguments)
+        said.append((caught.type, str(caught.value)))
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize(("dim", "kept"), [(8, True), (6, False)])  # groups of four channels
 def test_gpu_keeps_neighbouring_channels(dim: int, kept: bool) -> None:
     with FakeTensorMode():

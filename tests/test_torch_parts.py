@@ -279,6 +279,45 @@ def test_packed_sequences_need_a_plain_convolution() -> None:
         made.step(x[:, :1], *few)
 
 
+OTHER_CONVOLUTIONS = {
+    "dilation": {"dilation": 2, "padding": 6},
+    "padding": {"padding_mode": "replicate", "padding": 3},
+    "taps": {"kernel_size": 7, "padding": 6},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", OTHER_CONVOLUTIONS.values(), ids=list(OTHER_CONVOLUTIONS))
+def test_states_need_a_convolution_that_they_know(changes: dict[str, Any]) -> None:
+    """Whole sequences go through any convolution; what it looks back to has to fit into a state."""
+    made = block()
+    dim = made.d_inner
+    made.conv1d = nn.Conv1d(dim, dim, **{"kernel_size": 4, "groups": dim, "dtype": torch.float64, **changes})
+    x = hidden()
+    torch.testing.assert_close(made(x), called(made, x))
+    states = made.allocate_inference_cache(2, 0)
+    for call in (
+        lambda: made.step(x[:, :1], *states),
+        lambda: made(x, return_final_states=True),
+        lambda: made(x, initial_states=states),
+    ):
+        with pytest.raises(ValueError, match="states and steps need a conv1d with d_conv = 4 taps side by side"):
+            call()
+
+
+@torch.no_grad()
+def test_a_convolution_that_is_wrapped_has_a_cache() -> None:
+    made, x = block(layer_idx=0), hidden()
+    made.conv1d = nn.Sequential(made.conv1d)
+    expected, cache = made(x), SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    found = []
+    for t in range(LENGTH):
+        found.append(made(x[:, t : t + 1], inference_params=cache))
+        cache.seqlen_offset += 1
+    torch.testing.assert_close(torch.cat(found, 1), expected)
+    assert made.allocate_inference_cache(2, 0)[0].dtype is torch.float64
+
+
 @pytest.mark.parametrize("changed", [False, True])
 def test_compiles_to_one_graph(changed: bool) -> None:
     made, x = block(torch.float32), hidden(torch.float32)

@@ -433,7 +433,7 @@ def test_refuses_what_it_does_not_know(pair: Any, models: Any, monkeypatch: pyte
     with pytest.raises(TypeError, match="cache and cache_params are one argument under two names"):
         mixer(x, cache=cache, cache_params=cache)
     for mask in (torch.ones(1, 3), torch.ones(2, 4), torch.ones(1, 1, 4, 4)):
-        with pytest.raises(ValueError, match=r"attention_mask must have shape \(batch, length or more\) = \(1, 4 or"):
+        with pytest.raises(ValueError, match=r"must have shape \(batch or 1, length or more\) = \(1, 4 or"):
             mixer(x, attention_mask=mask)
     cache.layers[0].activate_past_recording()
     with pytest.raises(ValueError, match="a cache that records its past"):

@@ -51,12 +51,12 @@ class Mixer(Mamba):
 
     def _of_last_tokens(self, mask: Any, hidden: Any) -> Any:
         batch, length, _ = hidden.shape
-        if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] < length:
             raise ValueError(
-                f"Mixer: attention_mask must have shape (batch, length or more) = ({batch}, {length} or more), got "
-                f"{tuple(mask.shape)}"
+                f"Mixer: attention_mask must have shape (batch or 1, length or more) = ({batch}, {length} or more), "
+                f"got {tuple(mask.shape)}"
             )
-        return mask[:, mask.shape[1] - length :]
+        return mask[:, mask.shape[1] - length :].expand(batch, -1)
 
 
 def replace_mixers(model: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sscan.torch import _registered
 from sscan.torch._mamba_inner import applied, applied_back, mamba_inner, masked
-from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
+from sscan.torch.ops import causal_conv1d, causal_conv1d_update, check_tensors, selective_state_update
 
 States = tuple[Any, Any]
 Weights = tuple[Any, Any]  # weight and bias of a part
@@ -120,6 +121,10 @@ class Mamba(nn.Module):  # type: ignore[misc]
     ) -> None:
         if dt_init not in ("random", "constant"):
             raise ValueError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}")
+        sizes: dict[str, Any] = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv}
+        for name, size in sizes.items():
+            if not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"Mamba: {name} must be a positive integer, got {size!r}")
         super().__init__()
         made = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
@@ -205,7 +210,14 @@ class Mamba(nn.Module):  # type: ignore[misc]
 
         One op behind the input projection if all parts are plain, else part by part.
         """
+        check_tensors("Mamba", {"hidden_states": hidden}, {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens})
+        if hidden.ndim != 3:
+            raise ValueError(
+                f"Mamba: hidden_states must have shape (batch, length, d_model), got {tuple(hidden.shape)}"
+            )
         plain = self._plain_parts(hidden)
+        if initial_states is not None or return_final_states:
+            self._check_taps()
         if mask is not None:
             hidden = hidden * mask[..., None].to(hidden.dtype)
         conv_state, ssm_state = (None, None) if initial_states is None else initial_states
@@ -221,6 +233,17 @@ class Mamba(nn.Module):  # type: ignore[misc]
             delta_bias, *rest, True, return_final_states,
         )  # fmt: skip
         return out, tuple(final_states)
+
+    def _check_taps(self) -> None:
+        """ValueError if states of d_conv - 1 inputs are not all that the convolution knows of the past."""
+        conv = self.conv1d
+        if isinstance(conv, nn.Conv1d) and not (
+            conv.kernel_size == (self.d_conv,) and conv.stride == conv.dilation == (1,) and conv.padding_mode == "zeros"
+        ):
+            raise ValueError(
+                f"Mamba: states and steps need a conv1d with d_conv = {self.d_conv} taps side by side and zeros before "
+                f"the first input, got {conv}"
+            )
 
     def _last_inputs(self, conv_state: Any) -> Any:
         """The columns that the next steps need, d_conv - 1 of those that there are."""
@@ -348,11 +371,13 @@ class Mamba(nn.Module):  # type: ignore[misc]
         ``allocate_inference_cache`` gave, or the final states of ``forward``. Not differentiable: TypeError for what
         requires grad, except under ``torch.no_grad()``.
         """
+        check_tensors("Mamba.step", {"hidden_states": hidden_states}, {})
         if hidden_states.ndim != 3 or hidden_states.shape[1] != 1:
             raise ValueError(
                 f"Mamba.step: hidden_states must have shape (batch, 1, d_model), got {tuple(hidden_states.shape)}"
             )
         self._refuse_gradients("step", hidden_states, conv_state, ssm_state)
+        self._check_taps()
         plain = self._plain_parts(hidden_states)
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, 1)
         x = self._convolve_next(plain["conv1d"], x, conv_state)
@@ -380,5 +405,6 @@ class Mamba(nn.Module):  # type: ignore[misc]
         ssm_state is at least float32, because its rounding errors add up over a sequence.
         """
         made, wide = self.A_log.new_zeros, torch.promote_types(self.A_log.dtype, torch.float32)
-        conv_state = made((batch_size, self.d_inner, self.d_conv), dtype=dtype or self.conv1d.weight.dtype)
+        stored = next((x.dtype for x in self.conv1d.parameters()), wide)  # whatever wraps the convolution
+        conv_state = made((batch_size, self.d_inner, self.d_conv), dtype=dtype or stored)
         return conv_state, made((batch_size, self.d_inner, self.d_state), dtype=dtype or wide)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sscan import _checks
+from sscan.causal_conv1d import _is_silu
 from sscan.torch import _registered
 
 if TYPE_CHECKING:
@@ -57,6 +59,10 @@ def selective_scan(
             "cu_seqlens": cu_seqlens,
         },
     )  # fmt: skip
+    delta_softplus = _checks.boolean("selective_scan", "delta_softplus", delta_softplus)
+    return_last_state = _checks.boolean("selective_scan", "return_last_state", return_last_state)
+    if discretization not in ("mamba", "zoh"):
+        raise ValueError(f'selective_scan: discretization must be "mamba" or "zoh", got {discretization!r}')
     recorded = _needs_gradient(u, delta, A, B, C, D, z, delta_bias, initial_state)
     y, last_state, _ = _registered.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens,
@@ -87,6 +93,7 @@ def selective_state_update(
         {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C},
         {"D": D, "z": z, "dt_bias": dt_bias, "state_batch_indices": state_batch_indices},
     )
+    dt_softplus = _checks.boolean("selective_state_update", "dt_softplus", dt_softplus)
     return _registered.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus)
 
 
@@ -109,6 +116,8 @@ def causal_conv1d(
         {"x": x, "weight": weight},
         {"bias": bias, "initial_state": initial_state, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens},
     )
+    _is_silu("causal_conv1d", activation)
+    return_final_state = _checks.boolean("causal_conv1d", "return_final_state", return_final_state)
     y, final_state = _registered.causal_conv1d(
         x, weight, bias, initial_state, seq_idx, cu_seqlens, activation, return_final_state
     )
@@ -121,6 +130,7 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
     It has no gradient: tensors that require one raise a TypeError, except under ``torch.no_grad()``.
     """
     check_tensors("causal_conv1d_update", {"x": x, "conv_state": conv_state, "weight": weight}, {"bias": bias})
+    _is_silu("causal_conv1d_update", activation)
     return _registered.causal_conv1d_update(x, conv_state, weight, bias, activation)
 
 
