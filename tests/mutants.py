@@ -27,9 +27,9 @@ AREAS = {
     "nn": ("sscan/nn/*.py", "test_nn_*.py test_broken_files.py"),
     "shell": ("sscan/cli.py sscan/tasks/*.py", "test_cli.py test_broken_files.py"),
     "checks": ("sscan/_*.py sscan/[a-z]*_*.py", "test_ops.py test_selective_scan.py test_interchange.py"),
-    "torch": ("sscan/torch/*.py", "test_torch_ops.py test_torch_mamba.py"),
+    "torch": ("sscan/torch/*.py", "test_torch_mamba.py test_torch_parts.py test_torch_ops.py"),
     "jax": ("sscan/jax/*.py", "test_jax.py"),
-    "compat": ("sscan/compat/*.py", "test_compat.py"),
+    "compat": ("sscan/compat/*.py", "test_transformers.py test_compat.py"),
 }
 SECONDS = 600.0  # after which a test run counts as one that noticed
 
