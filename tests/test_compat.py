@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -914,3 +915,29 @@ def test_extension_modules_of_vmamba(out_float: bool) -> None:
         torch.testing.assert_close(mine.float(), theirs, rtol=rtol, atol=rtol * theirs.abs().max().item())
     narrow, _ = selective_scan_cuda_oflex.fwd(u, delta, A, B, C, D, bias, True, 1, False)
     assert narrow.dtype is torch.float16
+
+
+SCAN_OPTIONS = {"D": None, "z": None, "delta_bias": None, "delta_softplus": False, "return_last_state": False}
+INNER_OPTIONS = {
+    **dict.fromkeys(("B", "C", "D", "delta_bias", "B_proj_bias", "C_proj_bias")), "delta_softplus": True,
+}  # fmt: skip
+STEP_OPTIONS = {"D": None, "z": None, "dt_bias": None, "dt_softplus": False}
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [
+        (selective_scan_fn, SCAN_OPTIONS),
+        (selective_scan_ref, SCAN_OPTIONS),
+        (mamba_inner_fn, {**INNER_OPTIONS, "checkpoint_lvl": 1, "b_c_dt_rms_eps": 1e-6}),
+        (mamba_inner_ref, INNER_OPTIONS),
+        (selective_state_update, {**STEP_OPTIONS, "state_batch_indices": None}),
+        (selective_state_update_ref, STEP_OPTIONS),
+        (causal_conv1d_fn, {"bias": None, "seq_idx": None, "return_final_states": False, "activation": None}),
+        (causal_conv1d_update, {"bias": None, "activation": None, "cache_seqlens": None}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_defaults_are_those_of_the_originals(function: Any, defaults: dict[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    assert {name: parameters[name].default for name in defaults} == defaults
