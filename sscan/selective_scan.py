@@ -377,10 +377,15 @@ class _Problem(NamedTuple):
         return SelectiveScanGradients(*[None if x is None else leave(x) for x in made])
 
 
-def _prepare(op: str, given: _Arguments, delta_softplus: bool, discretization: str) -> _Problem:
+def _is_zoh(op: str, discretization: str) -> bool:
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
-    softplus, zoh = _checks.boolean(op, "delta_softplus", delta_softplus), discretization == "zoh"
+    return discretization == "zoh"
+
+
+def _prepare(op: str, given: _Arguments, delta_softplus: bool, discretization: str) -> _Problem:
+    zoh = _is_zoh(op, discretization)
+    softplus = _checks.boolean(op, "delta_softplus", delta_softplus)
     caller, a, plan = _checked(op, given, softplus, zoh)
     backend = _backends.for_device(op, caller.device)
     if plan.copies:

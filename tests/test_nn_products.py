@@ -20,7 +20,7 @@ from sscan.nn import MambaConfig, MambaLM, products
 from sscan.nn.products import one_blas_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 NN = Path(sscan.nn.__file__).parent
 
@@ -145,32 +145,8 @@ def test_no_other_file_calls_blas() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.usefixtures("two_threads")
-def test_who_comes_first_may_leave_first() -> None:
-    inside, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
-        with one_blas_thread:
-            inside.set()
-            leave.wait()
-
-    thread = threading.Thread(target=other)
-    with one_blas_thread:
-        thread.start()
-        inside.wait()
-    assert set(counts()) == {1}
-    leave.set()
-    thread.join()
-    assert set(counts()) == {2}
-    with pytest.raises(ValueError, match="matmul"):
-        products.matmul(operand(2, 3), operand(4, 5))
-    assert set(counts()) == {2}
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # which is the point
-@pytest.mark.filterwarnings("ignore:os.fork.* was called:RuntimeWarning")  # JAX's, if it is there
-def test_a_child_forked_meanwhile_has_its_threads_back() -> None:
+def someone_inside() -> Callable[[], None]:
+    """Another thread holds BLAS to one; the function has it leave."""
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -181,6 +157,31 @@ def test_a_child_forked_meanwhile_has_its_threads_back() -> None:
     thread = threading.Thread(target=other)
     thread.start()
     inside.wait()
+
+    def end() -> None:
+        leave.set()
+        thread.join()
+
+    return end
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_who_comes_first_may_leave_first() -> None:
+    with one_blas_thread:
+        end = someone_inside()
+    assert set(counts()) == {1}
+    end()
+    assert set(counts()) == {2}
+    with pytest.raises(ValueError, match="matmul"):
+        products.matmul(operand(2, 3), operand(4, 5))
+    assert set(counts()) == {2}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # which is the point
+@pytest.mark.filterwarnings("ignore:os.fork.* was called:RuntimeWarning")  # JAX's, if it is there
+def test_a_child_forked_meanwhile_has_its_threads_back() -> None:
+    end = someone_inside()
     child = os.fork()
     if not child:
         code = 1
@@ -188,8 +189,7 @@ def test_a_child_forked_meanwhile_has_its_threads_back() -> None:
             code = int(set(counts()) != {1})
         os._exit(code or int(set(counts()) != {2}))
     _, status = os.waitpid(child, 0)
-    leave.set()
-    thread.join()
+    end()
     assert os.waitstatus_to_exitcode(status) == 0
 
 

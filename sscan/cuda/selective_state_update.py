@@ -10,8 +10,8 @@ STATES = 16  # of a thread, about: enough loads under way, not too many register
 
 
 @functools.cache
-def _kernel(storage, state_storage, number, slots, count, together, batch):
-    """The kernel for dtypes, and the rows and channels of a block.
+def _kernel(storage, state_storage, number, slots, count, together, most):
+    """The kernel for dtypes, and the rows, ``most`` or fewer, and channels of a block.
 
     A thread has ``each`` neighbouring states, 16 bytes if possible, at up to four places of each of its rows; at least
     two threads have a channel, so that they read whole sectors of memory.
@@ -21,7 +21,7 @@ def _kernel(storage, state_storage, number, slots, count, together, batch):
     while lanes < 32 and 4 * lanes * each < count:
         lanes *= 2
     vectors = min(4, -(-count // (lanes * each)))
-    rows = max(1, min(batch, STATES // (vectors * each)))
+    rows = max(1, min(most, STATES // (vectors * each)))
     bits = 0 if slots is None else 8 * slots.itemsize
     key = (
         storage.name,
@@ -47,7 +47,7 @@ def selective_state_update(state, slots, x, dt, A, B, C, D, z, dt_bias, dt_softp
     (dim, count), number, itemsize = A.shape, A.dtype, x.itemsize
     together = number.kind != "c" and _launch.aligned(16 // number.itemsize, state, A, B, C)
     slots_dtype, batch = None if slots is None else slots.dtype, x.shape[0]
-    kernel, rows, channels = _kernel(x.dtype, state.dtype, number, slots_dtype, count, together, batch)
+    kernel, rows, channels = _kernel(x.dtype, state.dtype, number, slots_dtype, count, together, min(batch, STATES))
     state_slot, state_dim, _ = state.strides
     B_row, B_group, _ = B.strides
     C_row, C_group, _ = C.strides

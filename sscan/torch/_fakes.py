@@ -16,7 +16,7 @@ from sscan.causal_conv1d import _checked_step, _is_silu, _Step
 from sscan.discretize import _checked as _checked_system
 from sscan.linear_scan import _initial as _checked_state
 from sscan.rms_norm import _weight
-from sscan.selective_scan import _Arguments, _check_dtypes, _check_shapes
+from sscan.selective_scan import _Arguments, _check_dtypes, _check_shapes, _is_zoh
 from sscan.selective_state_update import _Arguments as _ScanStep
 from sscan.selective_state_update import _checked as _checked_scan_step
 from sscan.ssm import _checked as _checked_kernel
@@ -86,8 +86,7 @@ def selective_scan(
 ) -> tuple[Any, Any, Any]:
     *tensors, _, discretization, return_last_state, keep_checkpoints = arguments
     op, u, A = "selective_scan", tensors[0], tensors[2]
-    if discretization not in ("mamba", "zoh"):
-        raise ValueError(f'{op}: discretization must be "mamba" or "zoh", got {discretization!r}')
+    _is_zoh(op, discretization)
     a, sizes = checked_scan(*tensors)
     number = number_of(u, A)
     last_state, checkpoints = u.new_empty(0), u.new_empty(0)

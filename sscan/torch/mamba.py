@@ -44,10 +44,12 @@ def _plain(part: Any, kind: Any) -> Weights | None:
 
 def _is_causal(conv: Any) -> bool:
     (width,) = conv.kernel_size
-    return (  # type: ignore[no-any-return]
-        conv.groups == conv.in_channels and conv.padding == (width - 1,) and conv.padding_mode == "zeros"
-        and conv.stride == conv.dilation == (1,)
-    )  # fmt: skip
+    return conv.groups == conv.in_channels and conv.padding == (width - 1,) and _has_neighbouring_taps(conv)
+
+
+def _has_neighbouring_taps(conv: Any) -> bool:
+    """Whether a step sees the inputs right before it, and zeros before the first."""
+    return conv.stride == conv.dilation == (1,) and conv.padding_mode == "zeros"  # type: ignore[no-any-return]
 
 
 def _in_one_dtype(*tensors: Any) -> tuple[Any, ...]:
@@ -237,9 +239,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
     def _check_taps(self) -> None:
         """ValueError if states of d_conv - 1 inputs are not all that the convolution knows of the past."""
         conv = self.conv1d
-        if isinstance(conv, nn.Conv1d) and not (
-            conv.kernel_size == (self.d_conv,) and conv.stride == conv.dilation == (1,) and conv.padding_mode == "zeros"
-        ):
+        if isinstance(conv, nn.Conv1d) and not (conv.kernel_size == (self.d_conv,) and _has_neighbouring_taps(conv)):
             raise ValueError(
                 f"Mamba: states and steps need a conv1d with d_conv = {self.d_conv} taps side by side and zeros before "
                 f"the first input, got {conv}"

@@ -8,6 +8,7 @@ import torch
 
 from sscan import _checks
 from sscan.causal_conv1d import _is_silu
+from sscan.selective_scan import _is_zoh
 from sscan.torch import _registered
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ def selective_scan(
     )  # fmt: skip
     delta_softplus = _checks.boolean("selective_scan", "delta_softplus", delta_softplus)
     return_last_state = _checks.boolean("selective_scan", "return_last_state", return_last_state)
-    if discretization not in ("mamba", "zoh"):
-        raise ValueError(f'selective_scan: discretization must be "mamba" or "zoh", got {discretization!r}')
+    _is_zoh("selective_scan", discretization)
     recorded = _needs_gradient(u, delta, A, B, C, D, z, delta_bias, initial_state)
     y, last_state, _ = _registered.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens,
