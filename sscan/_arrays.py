@@ -19,6 +19,8 @@ from typing import Any, ParamSpec, TypeVar
 import ml_dtypes
 import numpy as np
 
+from sscan import _recording
+
 Array = np.ndarray[Any, Any]
 
 INSTALL_CUDA = 'pip install "sscan[cuda13]", or "sscan[cuda12]" if the driver is older than CUDA 13'
@@ -35,6 +37,19 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
+class Planning:
+    """What is asked of a library whose calls on a GPU are planned, see ``_plans``."""
+
+    # Of all arguments: what the call depends on, the addresses of the arrays, their device; None if there is anything
+    # about them that is to be looked at each time.
+    seen: Callable[[tuple[Any, ...]], tuple[list[Any], list[int], Any] | None]
+    stream: Callable[[Any], int | None]  # the current one of a device; None if that is not the current device
+    address: Callable[[Any], int]
+    like: Callable[[Any], Callable[[], Any]]  # of a result: what makes memory for another
+    workspace: Callable[[int, Any], Callable[[], Any]]  # of a size in bytes and a device: likewise
+
+
+@dataclass(frozen=True, slots=True)
 class Library:
     """What is asked of an array library."""
 
@@ -43,6 +58,7 @@ class Library:
     surroundings: Callable[..., contextlib.AbstractContextManager[Any] | None]  # of (op, its array, all arguments)
     metadata: Callable[[tuple[Any, ...]], list[Any] | None] | None = None  # see below
     known_view: Callable[[Any], Any] | None = None  # of an array whose metadata an op knows, if that takes less
+    planning: Planning | None = None
 
 
 def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Caller, tuple[Any, ...]]:
@@ -139,6 +155,14 @@ def follows_caller(op: Callable[Parameters, Result]) -> Callable[Parameters, Res
 
     return following
 
+
+def planning(first: Any) -> Planning | None:
+    """How a call with this first argument is planned, if it may be."""
+    library = _known.get(type(first))
+    return None if library is None else library.planning
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})  # the types of options that are what they are equal to
 
 # --- which library an array is of -------------------------------------------------------------------------------------
 
@@ -237,7 +261,50 @@ def _cupy_metadata(arrays: tuple[Any, ...]) -> list[Any]:
 
 
 def _empty_on_gpu(shape: tuple[int, ...], dtype: Any) -> Any:
-    return sys.modules["cupy"].empty(shape, dtype)
+    array = sys.modules["cupy"].empty(shape, dtype)
+    _recording.allocated(array, array.data.ptr, array.nbytes)
+    return array
+
+
+def _cupy_seen(arguments: tuple[Any, ...]) -> tuple[list[Any], list[int], Any] | None:
+    kind, device = sys.modules["cupy"].ndarray, arguments[0].data.device_id
+    key: list[Any] = [device]
+    addresses: list[int] = []
+    for x in arguments:
+        if type(x) is kind:
+            memory = x.data
+            address = memory.ptr
+            if not address or memory.device_id != device:
+                return None
+            addresses.append(address)
+            key += x.dtype, x.shape, x.strides, address % 16
+        elif type(x) in _PLAIN:
+            key += type(x), x
+        else:
+            return None
+    return key, addresses, device
+
+
+def _cupy_stream(device: int) -> int | None:
+    cuda = sys.modules["cupy"].cuda
+    return cuda.get_current_stream().ptr if device == cuda.runtime.getDevice() else None
+
+
+def _cupy_address(array: Any) -> int:
+    return array.data.ptr  # type: ignore[no-any-return]
+
+
+def _cupy_like(result: Any) -> Callable[[], Any]:
+    order = sorted(range(result.ndim), key=lambda axis: -result.strides[axis])
+    make = functools.partial(sys.modules["cupy"].ndarray, tuple(result.shape[axis] for axis in order), result.dtype)
+    if order == list(range(result.ndim)):
+        return make
+    back = [order.index(axis) for axis in range(result.ndim)]
+    return lambda: make().transpose(back)
+
+
+def _cupy_workspace(size: int, device: int) -> Callable[[], Any]:
+    return functools.partial(sys.modules["cupy"].ndarray, size, np.uint8)
 
 
 @functools.cache
@@ -386,7 +453,55 @@ class TensorView:
 
 
 def _empty_tensor(device: Any, shape: tuple[int, ...], dtype: Any) -> TensorView:
-    return TensorView(sys.modules["torch"].empty(shape, dtype=_torch_dtype(dtype), device=device))
+    view = TensorView(sys.modules["torch"].empty(shape, dtype=_torch_dtype(dtype), device=device))
+    _recording.allocated(view, view.ptr, view.tensor.nbytes)
+    return view
+
+
+def _torch_seen(arguments: tuple[Any, ...]) -> tuple[list[Any], list[int], Any] | None:
+    torch: Any = sys.modules["torch"]
+    first = arguments[0]
+    if not first.is_cuda or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    tensor, parameter, lost = torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled()
+    key: list[Any] = []
+    addresses: list[int] = []
+    for x in arguments:
+        if type(x) is tensor or type(x) is parameter:
+            address = x.data_ptr()
+            if not address or (lost and x.requires_grad) or x.is_conj() or x.is_neg():
+                return None
+            addresses.append(address)
+            key += x.dtype, x.shape, x.stride(), x.device, address % 16
+        elif type(x) in _PLAIN:
+            key += type(x), x
+        else:
+            return None
+    return key, addresses, first.device
+
+
+def _torch_stream(device: Any) -> int | None:
+    dispatch = sys.modules["torch"]._C
+    if device.index != dispatch._cuda_getDevice():
+        return None
+    return dispatch._cuda_getCurrentRawStream(device.index)  # type: ignore[no-any-return]
+
+
+def _torch_address(tensor: Any) -> int:
+    return tensor.data_ptr()  # type: ignore[no-any-return]
+
+
+def _torch_like(result: Any) -> Callable[[], Any]:
+    torch: Any = sys.modules["torch"]
+    made = {"dtype": result.dtype, "device": result.device}
+    if result.is_contiguous():
+        return functools.partial(torch.empty, result.shape, **made)
+    return functools.partial(torch.empty_strided, result.shape, result.stride(), **made)
+
+
+def _torch_workspace(size: int, device: Any) -> Callable[[], Any]:
+    torch: Any = sys.modules["torch"]
+    return functools.partial(torch.empty, size, dtype=torch.uint8, device=device)
 
 
 def _leave_tensor(result: Any) -> Any:
@@ -606,9 +721,15 @@ def _dlpack_caller(op: str, name: str, array: Any) -> Caller:
 # ----------------------------------------------------------------------------------------------------------------------
 
 NUMPY = Library(_numpy_caller, _numpy_view, _nothing, _numpy_metadata)
-TORCH = Library(_torch_caller, _torch_view, _torch_surroundings, _torch_metadata, _known_tensor)
+TORCH = Library(
+    _torch_caller, _torch_view, _torch_surroundings, _torch_metadata, _known_tensor,
+    Planning(_torch_seen, _torch_stream, _torch_address, _torch_like, _torch_workspace),
+)  # fmt: skip
 JAX = Library(_jax_caller, _jax_view, _jax_surroundings)
-CUPY = Library(_cupy_caller, _itself, _cupy_surroundings, _cupy_metadata)
+CUPY = Library(
+    _cupy_caller, _itself, _cupy_surroundings, _cupy_metadata,
+    planning=Planning(_cupy_seen, _cupy_stream, _cupy_address, _cupy_like, _cupy_workspace),
+)  # fmt: skip
 DLPACK = Library(_dlpack_caller, np.from_dlpack, _nothing)
 
 _LIBRARIES = (

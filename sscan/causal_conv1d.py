@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sscan import _arrays, _backends, _checks
+from sscan import _arrays, _backends, _checks, _plans
 
 
 class CausalConv1dGradients(NamedTuple):
@@ -80,7 +80,7 @@ def _empty_wave(caller: _arrays.Caller, x: Any, last: bool) -> Any:
     return caller.empty((batch, length, dim), x.dtype).transpose(0, 2, 1)
 
 
-@_arrays.follows_caller
+@_plans.planned
 def causal_conv1d(
     x: Any,
     weight: Any,
@@ -152,7 +152,7 @@ def causal_conv1d(
     return caller.leave(y), caller.leave(final_state.astype(y.dtype, copy=False))
 
 
-@_arrays.follows_caller
+@_plans.planned
 def causal_conv1d_backward(
     dy: Any,
     x: Any,
@@ -218,7 +218,7 @@ def causal_conv1d_backward(
     )
 
 
-@_arrays.follows_caller
+@_plans.planned
 def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
     """One step of `causal_conv1d`, for decoding: y of one token, and the state moved on by it.
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from sscan import _arrays, _backends, _checks
+from sscan import _arrays, _backends, _checks, _plans
 from sscan._arrays import Array
 
 METHODS = ("zoh", "mamba", "bilinear", "euler")
@@ -51,7 +51,7 @@ def _checked(op: str, delta: Array, A: Array, B: Array, method: str) -> _Problem
     return _Problem(delta, A, B, A.shape if lti else selective, selective)
 
 
-@_arrays.follows_caller
+@_plans.planned
 def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> Any:
     r"""Discretisation A_bar = f(delta A), B_bar = delta s(delta A) B of h' = A h + B x.
 
@@ -106,7 +106,7 @@ def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> Any:
     return caller.leave(A_bar.reshape(problem.shape)), caller.leave(B_bar.reshape(problem.shape))
 
 
-@_arrays.follows_caller
+@_plans.planned
 def discretize_backward(
     dA_bar: Any, dB_bar: Any, delta: Any, A: Any, B: Any, method: str = "zoh"
 ) -> DiscretizeGradients:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from sscan import _arrays, _backends, _checks
+from sscan import _arrays, _backends, _checks, _plans
 from sscan._arrays import Array
 
 
@@ -17,8 +17,11 @@ class LinearScanGradients(NamedTuple):
     dinitial_state: Any
 
 
-def _initial(op: str, caller: _arrays.Caller, initial_state: Array | None, **arrays: Array) -> Array:
-    """The initial state (zeros if None) as (rows,) in the accumulation dtype, after the checks on all arguments."""
+def _initial(op: str, caller: _arrays.Caller, initial_state: Array | None, **arrays: Array) -> Array | None:
+    """The initial state as (rows,) in the accumulation dtype, after the checks on all arguments.
+
+    Zeros if there is none; on a GPU, whose kernels know what None means, None.
+    """
     _checks.same_shape(op, **arrays)
     a = arrays["a"]
     dtype = a.dtype
@@ -29,16 +32,14 @@ def _initial(op: str, caller: _arrays.Caller, initial_state: Array | None, **arr
     else:
         dtype = _checks.accumulation(_checks.storage(op, **{"a": a, **arrays}))
     if initial_state is None:
-        zeros: Array = caller.empty((math.prod(a.shape[:-1]),), dtype)
-        zeros.fill(0)
-        return zeros
+        return np.zeros(math.prod(a.shape[:-1]), dtype) if caller.device == "cpu" else None
     if initial_state.shape != a.shape[:-1]:
         expected = f"the shape of a without its last axis, {a.shape[:-1]}"
         raise ValueError(f"{op}: initial_state must have {expected}, got {initial_state.shape}")
     return cast(Array, _checks.parameter(op, "initial_state", initial_state, dtype)).reshape(-1)
 
 
-@_arrays.follows_caller
+@_plans.planned
 def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
     """Linear recurrence h_t = a_t h_{t-1} + b_t along the last axis; h_t = a_t h_{t+1} + b_t, if `reverse`.
 
@@ -86,7 +87,7 @@ def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False
     return caller.leave(h)
 
 
-@_arrays.follows_caller
+@_plans.planned
 def linear_scan_backward(
     dh: Any, a: Any, h: Any, initial_state: Any = None, reverse: bool = False
 ) -> LinearScanGradients:
@@ -118,12 +119,12 @@ def linear_scan_backward(
     caller, (a, dh, h, initial_state) = _arrays.enter(op, a=a, dh=dh, h=h, initial_state=initial_state)
     kernels = _backends.for_device(op, caller.device)
     state = _initial(op, caller, initial_state, a=a, dh=dh, h=h)
-    da, db, dstate = (caller.empty(array.shape, array.dtype) for array in (a, a, state))
+    da, db, dstate = (None if x is None else caller.empty(x.shape, x.dtype) for x in (a, a, state))
     kernels.linear_scan_backward(
         _checks.rows(dh), _checks.rows(a), _checks.rows(h), state, descending,
         _checks.rows(da), _checks.rows(db), dstate,
     )  # fmt: skip
     dinitial_state = None
-    if initial_state is not None:
+    if initial_state is not None and dstate is not None:
         dinitial_state = caller.leave(dstate.reshape(initial_state.shape).astype(initial_state.dtype, copy=False))
     return LinearScanGradients(caller.leave(da), caller.leave(db), dinitial_state)

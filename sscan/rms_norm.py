@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from sscan import _arrays, _backends, _checks
+from sscan import _arrays, _backends, _checks, _plans
 from sscan._arrays import Array
 
 
@@ -36,7 +36,7 @@ def _stream(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Ar
     return _checks.rows(_checks.parameter(op, name, array, dtype))
 
 
-@_arrays.follows_caller
+@_plans.planned
 def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> Any:
     """Normalisation y = s / sqrt(mean(s^2) + eps) * weight over the last axis, of s = x or s = x + residual.
 
@@ -85,7 +85,7 @@ def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> An
     return caller.leave(y) if residual_out is None else (caller.leave(y), caller.leave(residual_out))
 
 
-@_arrays.follows_caller
+@_plans.planned
 def rms_norm_backward(
     dy: Any, x: Any, weight: Any, residual: Any = None, eps: float = 1e-5, dresidual_out: Any = None
 ) -> RMSNormGradients:

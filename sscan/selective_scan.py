@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sscan import _arrays, _backends, _checks
+from sscan import _arrays, _backends, _checks, _plans
 from sscan._arrays import Array
 
 Discretization = Literal["mamba", "zoh"]
@@ -35,7 +35,7 @@ class SelectiveScanGradients(NamedTuple):
 Exchange = Callable[[Any], Any]
 
 
-@_arrays.follows_caller
+@_plans.planned
 def selective_scan(
     u: Any,
     delta: Any,
@@ -119,7 +119,7 @@ def selective_scan(
     return y
 
 
-@_arrays.follows_caller
+@_plans.planned
 def selective_scan_forward(
     u: Any,
     delta: Any,
@@ -170,7 +170,7 @@ def selective_scan_forward(
     return y, last_state, None if checkpoints is None else problem.caller.leave(checkpoints)
 
 
-@_arrays.follows_caller
+@_plans.planned
 def selective_scan_backward(
     dy: Any,
     u: Any,

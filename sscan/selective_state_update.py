@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from sscan import _arrays, _backends, _checks
+from sscan import _backends, _checks, _plans
 from sscan._arrays import Array
 
 
@@ -81,7 +81,7 @@ def _by_group(array: Array) -> Array:
     return cast(Array, _checks.by_group(array)) if array.ndim == 2 else array
 
 
-@_arrays.follows_caller
+@_plans.planned
 def selective_state_update(
     state: Any,
     x: Any,

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import operator
 import os
 import re
 import struct
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sscan import _cache
+from sscan import _cache, _recording
 
 OLDEST = (8, 0)  # Ampere: the first with bfloat16
 BEFORE_SM_90 = "// before sm_90"  # ends a line of PTX that later GPUs do without
@@ -115,6 +116,7 @@ def cached(kernel, capability):
 class Function(NamedTuple):
     """A loaded kernel."""
 
+    name: str
     handle: int
     threads: int
 
@@ -174,7 +176,7 @@ def _load(kernel, capability):
         f"loading the kernel {kernel.name}",
     )
     _check(_driver().cuLibraryGetKernel(ctypes.byref(handle), library, kernel.name.encode()), f"finding {kernel.name}")
-    return Function(handle.value, threads)
+    return Function(kernel.name, handle.value, threads)
 
 
 def address(array):
@@ -201,7 +203,9 @@ def aligned(count, *arrays):
 
 def empty(shape, dtype):
     """Workspace, in the memory of the current device and from the caller's allocator."""
-    return sys.modules["cupy"].empty(shape, dtype)
+    array = sys.modules["cupy"].empty(shape, dtype)
+    _recording.allocated(array, array.data.ptr, array.nbytes)
+    return array
 
 
 class _Parameters(threading.local):
@@ -231,20 +235,46 @@ def launch(kernel, blocks, *arguments):
     cuda = sys.modules["cupy"].cuda
     device = cuda.runtime.getDevice()
     loaded = _functions.get((kernel, device)) or function(kernel, device)
-    count, parameters = len(arguments), _parameters
-    _packers[count](
-        parameters.memory, 0, 8 * count,
-        *[x if type(x) is int else 0 if x is None else x.data.ptr for x in arguments],
+    if _recording.current.recording is not None:
+        _recording.current.recording.launches.append((kernel, blocks, arguments))
+    _start(
+        loaded, blocks, [x if isinstance(x, int) else 0 if x is None else x.data.ptr for x in arguments],
+        cuda.get_current_stream().ptr,
     )  # fmt: skip
-    stream = cuda.get_current_stream().ptr
+
+
+def _start(loaded, blocks, arguments, stream):
+    count, parameters = len(arguments), _parameters
+    _packers[count](parameters.memory, 0, 8 * count, *arguments)
     call = (loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, stream, 0, parameters.description)
+    cuda = sys.modules["cupy"].cuda
     try:
         cuda.driver.launchKernel(*call)  # a tenth of what it costs through ctypes
     except cuda.driver.CUDADriverError as error:
         if error.status != NO_CONTEXT:
-            raise RuntimeError(f"sscan: launching {kernel.name}: {error}") from error
+            raise RuntimeError(f"sscan: launching {loaded.name}: {error}") from error
         cuda.runtime.free(0)  # brings up the current device's, which a new thread has not
         cuda.driver.launchKernel(*call)
+
+
+class Repeatable(NamedTuple):
+    """A launch whose arguments are picked from a pool of numbers."""
+
+    loaded: Function
+    blocks: int
+    pick: Any
+
+
+def repeatable(kernel, blocks, places):
+    """The launch of a kernel, on the current device, with the arguments that stand at these places of a pool."""
+    loaded = function(kernel, sys.modules["cupy"].cuda.runtime.getDevice())
+    return Repeatable(loaded, blocks, operator.itemgetter(*places))
+
+
+def repeat(launches, pool, stream):
+    """Launch, with arguments from the pool, on a stream of the current device."""
+    for loaded, blocks, pick in launches:
+        _start(loaded, blocks, pick(pool), stream)
 
 
 def processors():

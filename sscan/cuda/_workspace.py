@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sscan._recording import Address
 from sscan.cuda import _launch
 
 ALIGNMENT = 256  # bytes, as of what allocators give
@@ -33,4 +34,4 @@ def take(layout):
         return None, layout.starts
     memory = _launch.empty(layout.total, _BYTE)
     base = _launch.address(memory)
-    return memory, [None if start is None else base + start for start in layout.starts]
+    return memory, [None if start is None else Address(base + start) for start in layout.starts]

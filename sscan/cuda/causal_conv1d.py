@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+from sscan import _recording
 from sscan.cuda import _launch
 from sscan.cuda._launch import Kernel
 from sscan.cuda._sums import over_parts
@@ -268,6 +269,7 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
     (batch, dim), kept, width = x.shape, conv_state.shape[2], weight.shape[1]
     unused = kept - (width - 1)
     if unused > LONGEST:  # which the kernel would write out
+        _recording.not_repeatable()
         conv_state[..., :unused] = conv_state[..., 1 : unused + 1].copy()
         conv_state, kept = conv_state[..., unused:], width - 1
     together = kept in (2, 4, 8) and _launch.aligned(kept, conv_state)

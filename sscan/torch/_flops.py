@@ -13,13 +13,14 @@ import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from sscan.torch import _mamba_inner, _registered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sscan.torch._library import Op
 
 # For a state at a time: real, complex. A complex product is six, a complex exponential four, a real part three.
 SCAN = (1 + 1 + 1 + 2 + 2, 2 + 4 + 2 + 8 + 4)
@@ -28,14 +29,13 @@ LINEAR_SCAN = (2, 8)
 LINEAR_SCAN_BACKWARD = (2 + 1, 8 + 6)
 
 
-def _register(op: Any, formula: Callable[[Any], int]) -> None:
+def _register(op: Op, formula: Callable[[Any], int]) -> None:
     """Count ``formula`` of the op's arguments, by their names, for it."""
-    names = [argument.name for argument in op._schema.arguments]
 
     def count(*arguments: Any, out_val: Any = None) -> int:
-        return formula(SimpleNamespace(**dict(zip(names, arguments, strict=True))))
+        return formula(SimpleNamespace(**dict(zip(op.arguments, arguments, strict=True))))
 
-    register_flop_formula(op.overloadpacket, get_raw=True)(count)
+    register_flop_formula(op.registered.overloadpacket, get_raw=True)(count)
 
 
 def _scan(u: Any, A: Any, numbers: tuple[int, int]) -> int:
@@ -79,4 +79,4 @@ _register(_registered.causal_conv1d_update, lambda a: _convolution(a.x, a.weight
 _register(_registered.linear_scan, lambda a: math.prod(a.a.shape) * LINEAR_SCAN[a.a.is_complex()])
 _register(_registered.linear_scan_backward, lambda a: math.prod(a.a.shape) * LINEAR_SCAN_BACKWARD[a.a.is_complex()])
 _register(_mamba_inner.mamba_inner, _inner)
-_register(torch.ops.sscan.mamba_inner_backward.default, _inner_backward)
+_register(_mamba_inner.mamba_inner_backward, _inner_backward)

@@ -16,25 +16,67 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 _library = torch.library.Library("sscan", "DEF")
-_kernels: dict[str, Callable[..., Any]] = {}
 _PLAIN = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)  # tensors of which nobody else wants to know
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+class Op:
+    """An op of torch.library.
+
+    A call that the dispatcher would bring to ``kernel`` without telling anybody else goes there at once.
+    """
+
+    def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
+        self.name, self.kernel = name, kernel
+        self.registered = getattr(torch.ops.sscan, name).default
+        arguments = self.registered._schema.arguments
+        self.arguments = [argument.name for argument in arguments]
+        # Which arguments are tensors, or may be.
+        self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
+        self.record: Callable[..., Any] | None = None  # what is called if an input requires grad
+        self.lower: Callable[..., Any] | None = None  # what autocast makes of the inputs, from its dtype
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._is_nobodys(inputs):
+            return self.registered(*inputs)
+        if self.lower is not None and torch.is_autocast_enabled(device := inputs[0].device.type):
+            with torch.autocast(device, enabled=False):
+                return self(*self.lower(device, *inputs))
+        if self.record is not None and torch.is_grad_enabled():
+            for i in self.tensors:
+                if inputs[i] is not None and inputs[i].requires_grad:
+                    return self.record(None, *inputs)
+        return self.kernel(*inputs)
+
+    def _is_nobodys(self, inputs: Any) -> bool:
+        """Whether all tensors are plain ones with data, and no mode, transformation or profiler is active."""
+        dispatch = torch._C
+        if (
+            dispatch._len_torch_dispatch_stack() or dispatch._len_torch_function_stack()
+            or dispatch._are_functorch_transforms_active() or dispatch._get_tracing_state() is not None
+            or dispatch._autograd._profiler_enabled() or forward_ad._current_level >= 0
+        ):  # fmt: skip
+            return False
+        for i in self.tensors:
+            x = inputs[i]
+            if x is not None and (type(x) not in _TENSORS or not (x.is_cuda or x.is_cpu)):
+                return False
+        return True
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Op:
     """The op ``sscan::<schema>``; ``fake`` checks tensors without data and makes results of the right shapes.
 
     The kernel serves tensors of every device: the core says what is wrong with one that it does not know. Only where a
     tensor is on meta, the dispatcher asks the fake one, which therefore must not be given memory to fill.
     """
     name = schema.partition("(")[0]
-    _kernels[name] = kernel
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    op = getattr(torch.ops.sscan, name).default
-    places = [(i, op._schema.arguments[i].name) for i in _tensors(op)]
+    op = Op(name, kernel)
 
     def checked_fake(*arguments: Any) -> Any:
-        check_together(name, **{argument: arguments[i] for i, argument in places})
+        check_together(name, **{op.arguments[i]: arguments[i] for i in op.tensors})
         return fake(*arguments)
 
     torch.library.register_fake(f"sscan::{name}", checked_fake, lib=_library)
@@ -49,21 +91,20 @@ class Saved(NamedTuple):
     constants: Sequence[Any] = ()
 
 
-def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable[..., Iterable[Any]]) -> None:
+def differentiate(op: Op, save: Callable[[Any, Any], Saved], backward: Callable[..., Iterable[Any]]) -> None:
     """Give an op gradients: ``save(inputs, outputs)`` says what to keep for them.
 
     ``backward(gradients of the outputs, tensors, options)`` gives a gradient, or None, for each of the first inputs;
     the others have none.
     """
-    number = len(op._schema.arguments)
-    places = _tensors(op)
-    listed = "List" in str(op._schema.returns[0].type)
-    below, implementation = torch._C._after_autograd_keyset, _kernels[_name(op)]
+    number = len(op.arguments)
+    listed = "List" in str(op.registered._schema.returns[0].type)
+    below = torch._C._after_autograd_keyset
 
     class Recorded(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, keys: Any, *inputs: Any) -> Any:
-            outputs = run(keys, inputs)
+            outputs = op.kernel(*inputs) if keys is None else run(keys, inputs)
             tensors, ctx.options, constants = save(inputs, outputs)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*constants)
@@ -77,73 +118,63 @@ def differentiate(op: Any, save: Callable[[Any, Any], Saved], backward: Callable
             made = tuple(backward(gradients, ctx.saved_tensors, ctx.options))
             return None, *made, *(None,) * (number - len(made))
 
+    def record(keys: Any, *inputs: Any) -> Any:
+        outputs = Recorded.apply(keys, *inputs)
+        return list(outputs) if listed else outputs
+
     def run(keys: Any, inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            if keys.highestPriorityTypeId() in _PLAIN:  # where the dispatcher would come to, but for its time
-                return implementation(*inputs)
-            return op.redispatch(keys, *inputs)
+            return op.registered.redispatch(keys, *inputs)
 
     # What torch.library.register_autograd would register, but for 100 us that it spends on defaults that no op has.
     def kernel(keys: Any, *inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, inputs)
-        if torch.is_grad_enabled() and any(inputs[i] is not None and inputs[i].requires_grad for i in places):
+        if torch.is_grad_enabled() and any(inputs[i] is not None and inputs[i].requires_grad for i in op.tensors):
             if torch._C._are_functorch_transforms_active():
-                raise NotImplementedError(f"{_name(op)}: torch.func has no gradients of sscan; use torch.autograd.grad")
-            outputs = Recorded.apply(keys & below, *inputs)
-            return list(outputs) if listed else outputs
+                raise NotImplementedError(f"{op.name}: torch.func has no gradients of sscan; use torch.autograd.grad")
+            return record(keys & below, *inputs)
         return run(keys & below, inputs)
 
-    _library.impl(_name(op), kernel, "Autograd", with_keyset=True)
+    op.record = record
+    _library.impl(op.name, kernel, "Autograd", with_keyset=True)
 
 
-def refuse_derivatives(op: Any) -> None:
+def refuse_derivatives(op: Op) -> None:
     """Have an op that updates a state in place raise a TypeError for tensors that require grad: it would be lost."""
-    places = _tensors(op)
-    below, implementation = torch._C._after_autograd_keyset, _kernels[_name(op)]
+
+    def record(keys: Any, *inputs: Any) -> Any:
+        name = next(op.arguments[i] for i in op.tensors if inputs[i] is not None and inputs[i].requires_grad)
+        raise TypeError(f"{op.name}: {name} requires grad, which an update in place would lose; use torch.no_grad()")
 
     def kernel(keys: Any, *inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, inputs)
-        if torch.is_grad_enabled():
-            for i in places:
-                if inputs[i] is not None and inputs[i].requires_grad:
-                    raise TypeError(
-                        f"{_name(op)}: {op._schema.arguments[i].name} requires grad, which an update in place would "
-                        "lose; use torch.no_grad()"
-                    )
-        keys = keys & below
+        if torch.is_grad_enabled() and any(inputs[i] is not None and inputs[i].requires_grad for i in op.tensors):
+            record(keys, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return implementation(*inputs) if keys.highestPriorityTypeId() in _PLAIN else op.redispatch(keys, *inputs)
+            return op.registered.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
-    _library.impl(_name(op), kernel, "Autograd", with_keyset=True)
+    op.record = record
+    _library.impl(op.name, kernel, "Autograd", with_keyset=True)
 
 
-def _refuse_tangents(op: Any, inputs: Sequence[Any]) -> None:
+def _refuse_tangents(op: Op, inputs: Sequence[Any]) -> None:
     """NotImplementedError for inputs with a tangent, which would be zero behind the op."""
-    for i in _tensors(op):
+    for i in op.tensors:
         if inputs[i] is not None and has_tangent(inputs[i]):
             raise NotImplementedError(
-                f"{_name(op)}: {op._schema.arguments[i].name} has a tangent, but the ops of sscan have no forward-mode "
-                "derivatives; use reverse mode (torch.autograd.grad)"
+                f"{op.name}: {op.arguments[i]} has a tangent, but the ops of sscan have no forward-mode derivatives; "
+                "use reverse mode (torch.autograd.grad)"
             )
 
 
-def _name(op: Any) -> str:
-    return str(op._schema.name).partition("::")[2]
-
-
-def _tensors(op: Any) -> list[int]:
-    """Which of the op's arguments are tensors, or may be."""
-    return [i for i, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
-
-
-def differentiate_again(backward: Any, composed: Callable[..., Any], constants: int = 0) -> None:
+def differentiate_again(backward: Op, composed: Callable[..., Any], constants: int = 0) -> None:
     """Give a backward op gradients: those of a composition, which takes what the op takes but the ``constants``.
 
     These are its last tensors.
     """
-    tensors = len(_tensors(backward))
+    tensors = len(backward.tensors)
 
     def save(inputs: Any, outputs: Any) -> Saved:
         return Saved(inputs[: tensors - constants], inputs[tensors:])
@@ -165,25 +196,29 @@ def or_zeros(gradient: Any, like: Any) -> Any:
     return torch.zeros_like(like) if gradient is None else gradient
 
 
-def cast_under_autocast(op: Any, *names: str, axes: int) -> None:
+def cast_under_autocast(op: Op, *names: str, axes: int) -> None:
     """Under autocast, have these arguments in autocast's dtype, as matrix products have theirs.
 
     Those with fewer axes are parameters, and left alone; so is, as everywhere in autocast, what is not a floating-point
     tensor on its device, and float64.
     """
-    named = [argument.name in names for argument in op._schema.arguments]
+    named = [name in names for name in op.arguments]
+
+    def lower(device: str, *arguments: Any) -> list[Any]:
+        dtype = torch.get_autocast_dtype(device)
+        return [
+            _lowered(x, device, dtype) if lowered and x is not None and x.ndim >= axes else x
+            for x, lowered in zip(arguments, named, strict=True)
+        ]
+
+    op.lower = lower
     for device in ("cpu", "cuda"):
 
         def kernel(*arguments: Any, device: str = device) -> Any:
-            dtype = torch.get_autocast_dtype(device)
-            cast = [
-                _lowered(x, device, dtype) if lowered and x is not None and x.ndim >= axes else x
-                for x, lowered in zip(arguments, named, strict=True)
-            ]
             with torch.autocast(device, enabled=False):
-                return op(*cast)
+                return op.registered(*lower(device, *arguments))
 
-        _library.impl(_name(op), kernel, f"Autocast{device.upper()}")
+        _library.impl(op.name, kernel, f"Autocast{device.upper()}")
 
 
 def autocast_dtype(x: Any) -> Any:

@@ -138,7 +138,7 @@ mamba_inner = define(
     _block(sscan.causal_conv1d, sscan.selective_scan),
     _fake,
 )
-_backward = define(
+mamba_inner_backward = define(
     f"mamba_inner_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, {_ARGUMENTS}) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
@@ -158,7 +158,7 @@ def _gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
     if dout is None:
         x, out_proj_weight = inputs[0], inputs[6]
         dout = x.new_zeros((x.shape[0], x.shape[2], out_proj_weight.shape[0]))
-    return for_each(_backward(dout, *dstates, *tensors, *options), inputs)
+    return for_each(mamba_inner_backward(dout, *dstates, *tensors, *options), inputs)
 
 
 differentiate(mamba_inner, _saved, _gradients)
