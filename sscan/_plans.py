@@ -55,8 +55,9 @@ def planned(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
     @functools.wraps(op)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
-        planning = _arrays.planning(args[0]) if args else None
-        seen = None if planning is None else planning.seen((*args, *kwargs.values()) if kwargs else args)
+        arguments = (*args, *kwargs.values()) if kwargs else args
+        planning = _arrays.planning(arguments[0]) if arguments else None
+        seen = None if planning is None else planning.seen(arguments)
         if planning is None or seen is None or _recording.current.recording is not None:
             return following(*args, **kwargs)
         kind, addresses, device = seen

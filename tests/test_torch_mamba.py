@@ -136,7 +136,9 @@ def test_op_keeps_the_rules_of_torch() -> None:
     ]  # fmt: skip
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, z, *weights)]
     for return_states, mask in ((True, None), (False, torch.ones(BATCH, LENGTH))):
-        torch.library.opcheck(mamba_inner.registered, (*leaves, conv_state, ssm_state, None, None, mask, True, return_states))
+        torch.library.opcheck(
+            mamba_inner.registered, (*leaves, conv_state, ssm_state, None, None, mask, True, return_states)
+        )
 
 
 @torch.no_grad()
