@@ -28,17 +28,19 @@ class Plan(NamedTuple):
     workspace, and numbers.
     """
 
-    results: tuple[Callable[[], Any], ...]  # each makes one
+    results: tuple[
+        tuple[Callable[..., Any], int | None], ...
+    ]  # see ``Planning.like``
     workspace: Callable[[], Any] | None
     parts: tuple[int, ...]  # where they start in the workspace
     numbers: tuple[int, ...]
     launches: tuple[Any, ...]  # as ``sscan.cuda._launch.repeat`` takes them
     returned: Callable[[list[Any]], Any]  # what the op returns, of its results
 
-    def repeat(self, address: Callable[[Any], int], pool: list[int], stream: int) -> Any:
-        """What the op returns for arrays at the addresses that the pool starts with."""
-        results = [make() for make in self.results]
-        pool += map(address, results)
+    def repeat(self, address: Callable[[Any], int], arrays: list[Any], stream: int) -> Any:
+        """What the op returns for these arrays."""
+        results = [make() if place is None else make(arrays[place]) for make, place in self.results]
+        pool = [*map(address, arrays), *map(address, results)]
         if self.workspace is not None:
             memory = self.workspace()  # held until the last launch
             start = address(memory)
@@ -60,7 +62,7 @@ def planned(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         seen = None if planning is None else planning.seen(arguments)
         if planning is None or seen is None or _recording.current.recording is not None:
             return following(*args, **kwargs)
-        kind, addresses, device = seen
+        kind, arrays, device = seen
         stream = planning.stream(device)
         if stream is None:
             return following(*args, **kwargs)
@@ -68,12 +70,12 @@ def planned(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         plan = known.get(key)
         if plan is None:
             recording, returned = _recorded(following, args, kwargs)
-            if len(set(addresses)) == len(addresses):  # else nobody knows which of two arrays an address was of
+            if len(set(map(planning.address, arrays))) == len(arrays):  # else one address stood for two arguments
                 if len(known) >= REMEMBERED:
                     known.clear()
-                known[key] = _plan(recording, planning, addresses, device, returned)
+                known[key] = _plan(recording, planning, arrays, device, returned)
             return returned
-        return following(*args, **kwargs) if plan is _NEVER else plan.repeat(planning.address, addresses, stream)
+        return following(*args, **kwargs) if plan is _NEVER else plan.repeat(planning.address, arrays, stream)
 
     return call
 
@@ -95,13 +97,13 @@ def _recorded(op: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Recording
         _recording.current.recording = None
 
 
-def _plan(recording: Recording, planning: _arrays.Planning, arrays: list[int], device: Any, returned: Any) -> Any:
-    """The plan of a recorded call on arrays at these addresses, or ``_NEVER``."""
+def _plan(recording: Recording, planning: _arrays.Planning, arrays: list[Any], device: int, returned: Any) -> Any:
+    """The plan of a recorded call on these arrays, or ``_NEVER``."""
     results = [x for x in (returned if isinstance(returned, tuple) else (returned,)) if x is not None]
     places = [planning.address(x) for x in results]
     workspaces, total = _laid_out(recording, places)
     # The pool, as the place of each thing in it.
-    known = {address: place for place, address in enumerate((*arrays, *places))}
+    known = {address: place for place, address in enumerate((*map(planning.address, arrays), *places))}
     parts: dict[int, int] = {}
     numbers: dict[int, int] = {}
 
@@ -131,7 +133,7 @@ def _plan(recording: Recording, planning: _arrays.Planning, arrays: list[int], d
         parts[part] = place
     repeatable = _launches().repeatable
     return Plan(
-        tuple(planning.like(x) for x in results),
+        tuple(planning.like(x, arrays) for x in results),
         planning.workspace(total, device) if total else None,
         tuple(parts),
         tuple(numbers),

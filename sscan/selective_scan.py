@@ -135,14 +135,14 @@ def selective_scan_forward(
     seq_idx: Any = None,
     cu_seqlens: Any = None,
     discretization: Discretization = "mamba",
+    return_last_state: bool = True,
     keep_checkpoints: bool = True,
     exchange: Exchange | None = None,
 ) -> tuple[Any, Any, Any]:
     """``selective_scan`` for autodiff layers and for parts of a sequence: ``(y, last_state, checkpoints)``.
 
     The checkpoints are states at regular intervals, which ``selective_scan_backward`` starts from: length * state / 32
-    numbers for each channel on the CPU. Their layout belongs to the backend. Without ``keep_checkpoints`` they are
-    None.
+    numbers for each channel on the CPU. Their layout belongs to the backend. What is not asked for is None.
 
     Parameters
     ----------
@@ -165,8 +165,9 @@ def selective_scan_forward(
     if exchange is not None:
         problem, parts = problem.exchanged(exchange)
     kept = _checks.boolean("selective_scan", "keep_checkpoints", keep_checkpoints)
+    ended = _checks.boolean("selective_scan", "return_last_state", return_last_state)
     checkpoints = problem.empty_checkpoints() if kept else None
-    y, last_state = problem.run(checkpoints, problem.empty_last_state(), parts)
+    y, last_state = problem.run(checkpoints, problem.empty_last_state() if ended else None, parts)
     return y, last_state, None if checkpoints is None else problem.caller.leave(checkpoints)
 
 

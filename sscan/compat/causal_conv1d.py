@@ -9,8 +9,7 @@ from torch.nn import functional
 
 from sscan.torch import causal_conv1d
 from sscan.torch import causal_conv1d_update as one_token
-from sscan.torch._library import without_autocast
-from sscan.torch.ops import check_tensors
+from sscan.torch._library import check_tensors, without_autocast
 
 
 def causal_conv1d_fn(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from sscan.torch import rms_norm
-from sscan.torch.ops import check_tensors
+from sscan.torch._library import check_tensors
 
 Tensor = Any
 

@@ -237,17 +237,15 @@ def launch(kernel, blocks, *arguments):
     loaded = _functions.get((kernel, device)) or function(kernel, device)
     if _recording.current.recording is not None:
         _recording.current.recording.launches.append((kernel, blocks, arguments))
-    _start(
-        loaded, blocks, [x if isinstance(x, int) else 0 if x is None else x.data.ptr for x in arguments],
-        cuda.get_current_stream().ptr,
-    )  # fmt: skip
+    values = [x if isinstance(x, int) else 0 if x is None else x.data.ptr for x in arguments]
+    _packers[len(values)](_parameters.memory, 0, 8 * len(values), *values)
+    _start(loaded, blocks, cuda.get_current_stream().ptr)
 
 
-def _start(loaded, blocks, arguments, stream):
-    count, parameters = len(arguments), _parameters
-    _packers[count](parameters.memory, 0, 8 * count, *arguments)
-    call = (loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, stream, 0, parameters.description)
+def _start(loaded, blocks, stream):
+    """Start a function with the parameters of this thread."""
     cuda = sys.modules["cupy"].cuda
+    call = (loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, stream, 0, _parameters.description)
     try:
         cuda.driver.launchKernel(*call)  # a tenth of what it costs through ctypes
     except cuda.driver.CUDADriverError as error:
@@ -263,18 +261,22 @@ class Repeatable(NamedTuple):
     loaded: Function
     blocks: int
     pick: Any
+    pack: Any
+    size: int  # of the arguments, in bytes
 
 
 def repeatable(kernel, blocks, places):
     """The launch of a kernel, on the current device, with the arguments that stand at these places of a pool."""
     loaded = function(kernel, sys.modules["cupy"].cuda.runtime.getDevice())
-    return Repeatable(loaded, blocks, operator.itemgetter(*places))
+    return Repeatable(loaded, blocks, operator.itemgetter(*places), _packers[len(places)], 8 * len(places))
 
 
 def repeat(launches, pool, stream):
     """Launch, with arguments from the pool, on a stream of the current device."""
-    for loaded, blocks, pick in launches:
-        _start(loaded, blocks, pick(pool), stream)
+    memory = _parameters.memory
+    for loaded, blocks, pick, pack, size in launches:
+        pack(memory, 0, size, *pick(pool))
+        _start(loaded, blocks, stream)
 
 
 def processors():

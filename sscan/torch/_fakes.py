@@ -90,7 +90,7 @@ def selective_scan(
     a, sizes = checked_scan(*tensors)
     number = number_of(u, A)
     last_state, checkpoints = u.new_empty(0), u.new_empty(0)
-    if return_last_state or keep_checkpoints:
+    if return_last_state:
         last_state = A.new_empty((sizes.get("sequences", sizes["batch"]), *A.shape), dtype=number)
     if keep_checkpoints:
         shape = checkpoints_shape(u, A, a.B, a.C, a.seq_idx, a.cu_seqlens)
@@ -177,8 +177,8 @@ def rms_norm(x: Any, weight: Any, residual: Any, eps: float) -> tuple[Any, Any]:
     op = "rms_norm"
     x_, weight_, residual_ = described(x, weight, residual)
     _weight(op, x_, weight_, eps, residual=residual_)
-    number = accumulation(x)
-    return x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0, dtype=number)
+    y = x.new_empty(x.shape)
+    return y, x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=accumulation(x))
 
 
 def rms_norm_backward(dy: Any, dresidual_out: Any, x: Any, weight: Any, residual: Any, eps: float) -> list[Any]:

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 _library = torch.library.Library("sscan", "DEF")
-_PLAIN = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)  # tensors of which nobody else wants to know
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_TENSOR, _PARAMETER = torch.Tensor, torch.nn.Parameter
 
 
 class Op:
@@ -31,13 +30,14 @@ class Op:
         self.registered = getattr(torch.ops.sscan, name).default
         arguments = self.registered._schema.arguments
         self.arguments = [argument.name for argument in arguments]
-        # Which arguments are tensors, or may be.
-        self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
+        self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]  # or None
+        self.optional = {i for i in self.tensors if "Optional" in str(arguments[i].type)}
         self.record: Callable[..., Any] | None = None  # what is called if an input requires grad
-        self.lower: Callable[..., Any] | None = None  # what autocast makes of the inputs, from its dtype
+        self.lower: Callable[..., Any] | None = None  # what autocast makes of the inputs, on a kind of device
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling() or not self._is_nobodys(inputs):
+            self._check(inputs)
             return self.registered(*inputs)
         if self.lower is not None and torch.is_autocast_enabled(device := inputs[0].device.type):
             with torch.autocast(device, enabled=False):
@@ -59,21 +59,49 @@ class Op:
             return False
         for i in self.tensors:
             x = inputs[i]
-            if x is not None and (type(x) not in _TENSORS or not (x.is_cuda or x.is_cpu)):
+            kind = type(x)
+            if kind is _TENSOR or kind is _PARAMETER:
+                if not (x.is_cuda or x.is_cpu):
+                    return False
+            elif x is not None or i not in self.optional:
                 return False
         return True
+
+    def _check(self, inputs: Any) -> None:
+        named = {i: (self.arguments[i], inputs[i]) for i in self.tensors}
+        check_tensors(
+            self.name,
+            dict(named[i] for i in named if i not in self.optional),
+            dict(named[i] for i in named if i in self.optional),
+        )
+
+
+def check_tensors(op: str, required: dict[str, Any], optional: dict[str, Any]) -> None:
+    """TypeError for what is no tensor, with its name and type: PyTorch would print its values."""
+    for name, x in {**required, **optional}.items():
+        if isinstance(x, torch.Tensor):
+            if x.is_nested:
+                raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got a nested one")
+        elif x is not None or name in required:
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Op:
     """The op ``sscan::<schema>``; ``fake`` checks tensors without data and makes results of the right shapes.
 
-    The kernel serves tensors of every device: the core says what is wrong with one that it does not know. Only where a
-    tensor is on meta, the dispatcher asks the fake one, which therefore must not be given memory to fill.
+    What the kernel returns None for is an empty tensor to torch.library, which knows no optional results. The kernel
+    serves tensors of every device: the core says what is wrong with one that it does not know. Only where a tensor is
+    on meta, the dispatcher asks the fake one, which therefore must not be given memory to fill.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
     op = Op(name, kernel)
+
+    def complete(*arguments: Any) -> Any:
+        made = kernel(*arguments)
+        return tuple(arguments[0].new_empty(0) if x is None else x for x in made) if type(made) is tuple else made
+
+    _library.impl(name, complete, "CompositeExplicitAutograd")
 
     def checked_fake(*arguments: Any) -> Any:
         check_together(name, **{op.arguments[i]: arguments[i] for i in op.tensors})
@@ -91,36 +119,61 @@ class Saved(NamedTuple):
     constants: Sequence[Any] = ()
 
 
+class _Call:
+    """A call of which gradients will be asked: what is not known to autograd, which looks at every argument."""
+
+    __slots__ = ("inputs", "keys", "outputs", "places", "variable")
+
+    def __init__(self, keys: Any, inputs: Sequence[Any], places: list[int]) -> None:
+        self.keys, self.inputs, self.places = keys, inputs, places
+        self.outputs: list[Any] = []
+        self.variable: list[int] = []  # which of them have gradients
+
+
 def differentiate(op: Op, save: Callable[[Any, Any], Saved], backward: Callable[..., Iterable[Any]]) -> None:
     """Give an op gradients: ``save(inputs, outputs)`` says what to keep for them.
 
     ``backward(gradients of the outputs, tensors, options)`` gives a gradient, or None, for each of the first inputs;
     the others have none.
     """
-    number = len(op.arguments)
-    listed = "List" in str(op.registered._schema.returns[0].type)
+    kind = str(op.registered._schema.returns[0].type)
+    listed, single = "List" in kind, len(op.registered._schema.returns) == 1
     below = torch._C._after_autograd_keyset
 
     class Recorded(torch.autograd.Function):  # type: ignore[misc]
-        @staticmethod
-        def forward(ctx: Any, keys: Any, *inputs: Any) -> Any:
-            outputs = op.kernel(*inputs) if keys is None else run(keys, inputs)
-            tensors, ctx.options, constants = save(inputs, outputs)
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*constants)
-            ctx.save_for_backward(*tensors)
-            return tuple(outputs) if listed else outputs
+        """Of a call, which holds all inputs and is given all outputs, and of those inputs that require grad."""
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            if all(gradient is None for gradient in gradients):
-                return (None,) * (1 + number)
+        def forward(ctx: Any, call: _Call, *_: Any) -> Any:
+            outputs = op.kernel(*call.inputs) if call.keys is None else run(call.keys, call.inputs)
+            tensors, ctx.options, constants = save(call.inputs, outputs)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors)
+            call.outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+            fixed = {id(x) for x in (None, *constants)}
+            call.variable = [i for i, x in enumerate(call.outputs) if id(x) not in fixed]
+            ctx.places, ctx.variable, ctx.outputs = call.places, call.variable, len(call.outputs)
+            return tuple(call.outputs[i] for i in call.variable)
+
+        @staticmethod
+        def backward(ctx: Any, *given: Any) -> Any:
+            gradients = [None] * ctx.outputs
+            for i, gradient in zip(ctx.variable, given, strict=True):
+                gradients[i] = gradient
+            if all(gradient is None for gradient in given):
+                return (None,) * (1 + len(ctx.places))
             made = tuple(backward(gradients, ctx.saved_tensors, ctx.options))
-            return None, *made, *(None,) * (number - len(made))
+            return None, *[made[i] if i < len(made) else None for i in ctx.places]
+
+    # Without the part in Python, which is about torch.func's transformations and takes as long as the rest.
+    apply = super(torch.autograd.Function, Recorded).apply
 
     def record(keys: Any, *inputs: Any) -> Any:
-        outputs = Recorded.apply(keys, *inputs)
-        return list(outputs) if listed else outputs
+        call = _Call(keys, inputs, [i for i in op.tensors if inputs[i] is not None and inputs[i].requires_grad])
+        results = apply(call, *[inputs[i] for i in call.places])
+        for i, result in zip(call.variable, results, strict=True):
+            call.outputs[i] = result
+        return call.outputs if listed else call.outputs[0] if single else tuple(call.outputs)
 
     def run(keys: Any, inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

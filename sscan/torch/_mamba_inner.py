@@ -33,14 +33,14 @@ def _block(causal_conv1d: Any, selective_scan: Any) -> Any:
         cu_seqlens: Any, mask: Any, delta_softplus: bool, return_states: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
         u = causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, return_states, seq_idx, cu_seqlens)
-        u, conv_state = u if return_states else (u, x.new_empty(0))
+        u, conv_state = u if return_states else (u, None)
         u = masked(u, mask)
         dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
         y = selective_scan(
             u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, return_states,
             initial_state=ssm_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        y, ssm_state = y if return_states else (y, x.new_empty(0))
+        y, ssm_state = y if return_states else (y, None)
         return applied_back(out_proj_weight, out_proj_bias, y), conv_state, ssm_state
 
     return block

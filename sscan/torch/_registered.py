@@ -43,14 +43,10 @@ def _selective_scan(
     options = {
         "initial_state": initial_state, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "discretization": discretization,
     }  # fmt: skip
-    if keep_checkpoints:
-        if _has_checkpoints(u, A, B, C, seq_idx, cu_seqlens):
-            return sscan.selective_scan_forward(*arguments, **options)
-        return_last_state = True
-    if return_last_state:
-        y, last_state = sscan.selective_scan(*arguments, True, **options)
-        return y, last_state, u.new_empty(0)
-    return sscan.selective_scan(*arguments, **options), u.new_empty(0), u.new_empty(0)
+    return sscan.selective_scan_forward(
+        *arguments, **options, return_last_state=return_last_state,
+        keep_checkpoints=keep_checkpoints and _has_checkpoints(u, A, B, C, seq_idx, cu_seqlens),
+    )  # fmt: skip
 
 
 def _selective_scan_backward(
@@ -97,7 +93,7 @@ def _scan_saved(inputs: Any, outputs: Any) -> Saved:
     return Saved(
         (*tensors, checkpoints if kept else None),
         (delta_softplus, discretization),
-        (checkpoints,) if return_last_state or keep_checkpoints else (last_state, checkpoints),
+        (checkpoints,) if return_last_state else (last_state, checkpoints),
     )
 
 
@@ -142,7 +138,7 @@ def _causal_conv1d(
     activation: str | None, return_final_state: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
     result = sscan.causal_conv1d(x, weight, bias, activation, initial_state, return_final_state, seq_idx, cu_seqlens)
-    return result if return_final_state else (result, x.new_empty(0))
+    return result if return_final_state else (result, None)
 
 
 def _causal_conv1d_backward(
@@ -206,7 +202,7 @@ cast_under_autocast(causal_conv1d_update, "x", axes=2)
 
 def _rms_norm(x: Any, weight: Any, residual: Any, eps: float) -> tuple[Any, Any]:
     result = sscan.rms_norm(x, weight, residual, eps)
-    return (result, x.new_empty(0, dtype=_fakes.accumulation(x))) if residual is None else result
+    return (result, None) if residual is None else result
 
 
 def _rms_norm_backward(dy: Any, dresidual_out: Any, x: Any, weight: Any, residual: Any, eps: float) -> list[Any]:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 import sscan
 from sscan.torch import _fakes, ops
-from sscan.torch._library import _lowered, autocast_dtype, or_zeros
+from sscan.torch._library import _lowered, autocast_dtype, check_tensors, or_zeros
 
 if TYPE_CHECKING:
     from sscan.selective_scan import Discretization
@@ -109,7 +109,7 @@ def selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
             initial_state=initial_state, discretization=discretization,
         )  # fmt: skip
-    ops.check_tensors(
+    check_tensors(
         op,
         {"u": u, "delta": delta, "A": A, "B": B, "C": C},
         {"D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state},
@@ -216,7 +216,7 @@ def causal_conv1d(
     """
     op = "causal_conv1d"
     rank, size = _place(op, group, initial_state)
-    ops.check_tensors(op, {"x": x, "weight": weight}, {"bias": bias, "initial_state": initial_state})
+    check_tensors(op, {"x": x, "weight": weight}, {"bias": bias, "initial_state": initial_state})
     _fakes.check_together(op, x=x, weight=weight, bias=bias, initial_state=initial_state)
     _fakes.checked_convolution(x, weight, bias, initial_state, None, None)  # before any rank waits for another one
     if size == 1 or weight.shape[1] == 1 or 0 in x.shape[:2]:

@@ -13,8 +13,9 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from sscan.torch import _registered
+from sscan.torch._library import check_tensors
 from sscan.torch._mamba_inner import applied, applied_back, mamba_inner, masked
-from sscan.torch.ops import causal_conv1d, causal_conv1d_update, check_tensors, selective_state_update
+from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
 
 States = tuple[Any, Any]
 Weights = tuple[Any, Any]  # weight and bias of a part

@@ -19,16 +19,6 @@ def _needs_gradient(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
-def check_tensors(op: str, required: dict[str, Any], optional: dict[str, Any]) -> None:
-    """TypeError for what is no tensor, with its name and type: PyTorch would print its values."""
-    for name, x in {**required, **optional}.items():
-        if isinstance(x, torch.Tensor):
-            if x.is_nested:
-                raise TypeError(f"{op}: {name} must be a dense tensor on cpu or cuda, got a nested one")
-        elif x is not None or name in required:
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-
-
 def selective_scan(
     u: Any,
     delta: Any,
@@ -52,14 +42,6 @@ def selective_scan(
     for each channel on the CPU and length * state / 16 on a GPU. On the CPU, calls with ``seq_idx`` or ``cu_seqlens``
     keep none and run the forward a second time. Under autocast, u, delta, z and varying B and C are cast to its dtype.
     """
-    check_tensors(
-        "selective_scan",
-        {"u": u, "delta": delta, "A": A, "B": B, "C": C},
-        {
-            "D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state, "seq_idx": seq_idx,
-            "cu_seqlens": cu_seqlens,
-        },
-    )  # fmt: skip
     delta_softplus = _checks.boolean("selective_scan", "delta_softplus", delta_softplus)
     return_last_state = _checks.boolean("selective_scan", "return_last_state", return_last_state)
     _is_zoh("selective_scan", discretization)
@@ -88,11 +70,6 @@ def selective_state_update(
 
     It has no gradient: tensors that require one raise a TypeError, except under ``torch.no_grad()``.
     """
-    check_tensors(
-        "selective_state_update",
-        {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C},
-        {"D": D, "z": z, "dt_bias": dt_bias, "state_batch_indices": state_batch_indices},
-    )
     dt_softplus = _checks.boolean("selective_state_update", "dt_softplus", dt_softplus)
     return _registered.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus)
 
@@ -111,11 +88,6 @@ def causal_conv1d(
 
     The final state carries gradients too. Under autocast, x is cast to its dtype.
     """
-    check_tensors(
-        "causal_conv1d",
-        {"x": x, "weight": weight},
-        {"bias": bias, "initial_state": initial_state, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens},
-    )
     _is_silu("causal_conv1d", activation)
     return_final_state = _checks.boolean("causal_conv1d", "return_final_state", return_final_state)
     y, final_state = _registered.causal_conv1d(
@@ -129,37 +101,31 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
 
     It has no gradient: tensors that require one raise a TypeError, except under ``torch.no_grad()``.
     """
-    check_tensors("causal_conv1d_update", {"x": x, "conv_state": conv_state, "weight": weight}, {"bias": bias})
     _is_silu("causal_conv1d_update", activation)
     return _registered.causal_conv1d_update(x, conv_state, weight, bias, activation)
 
 
 def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> Any:
     """:func:`sscan.rms_norm` with gradients for x, weight and residual; residual_out carries them too."""
-    check_tensors("rms_norm", {"x": x, "weight": weight}, {"residual": residual})
     y, residual_out = _registered.rms_norm(x, weight, residual, eps)
     return y if residual is None else (y, residual_out)
 
 
 def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
     """:func:`sscan.linear_scan` with gradients for a, b and initial_state."""
-    check_tensors("linear_scan", {"a": a, "b": b}, {"initial_state": initial_state})
     return _registered.linear_scan(a, b, initial_state, reverse)
 
 
 def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> Any:
     """:func:`sscan.discretize` with gradients for delta, A and B."""
-    check_tensors("discretize", {"delta": delta, "A": A, "B": B}, {})
     return _registered.discretize(delta, A, B, method)
 
 
 def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "zoh") -> Any:
     """:func:`sscan.ssm_kernel` with gradients for delta, A, B and C."""
-    check_tensors("ssm_kernel", {"delta": delta, "A": A, "B": B, "C": C}, {})
     return _registered.ssm_kernel(delta, A, B, C, length, method)
 
 
 def ssm_convolution(u: Any, kernel: Any) -> Any:
     """:func:`sscan.ssm_convolution` with gradients for u and kernel."""
-    check_tensors("ssm_convolution", {"u": u, "kernel": kernel}, {})
     return _registered.ssm_convolution(u, kernel)

@@ -17,12 +17,12 @@ def plans_repeat_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every plan that a test makes is carried out at once: bit for bit, the results must be the recorded ones."""
     make = _plans._plan
 
-    def checked(recording: Any, planning: Any, arrays: list[int], device: Any, returned: Any) -> Any:
+    def checked(recording: Any, planning: Any, arrays: list[Any], device: int, returned: Any) -> Any:
         plan = make(recording, planning, arrays, device, returned)
         factories = {(kernel.module, kernel.factory) for kernel, _, _ in recording.launches}
         in_place = factories & {("selective_state_update", "update"), ("causal_conv1d", "update")}
         if plan is not _plans._NEVER and not in_place:
-            again = plan.repeat(planning.address, list(arrays), planning.stream(device))
+            again = plan.repeat(planning.address, arrays, planning.stream(device))
             pairs = zip(_results(returned), _results(again), strict=True)
             for number, (first, second) in enumerate(pairs):
                 assert (type(first), first.dtype, first.shape) == (type(second), second.dtype, second.shape)
@@ -41,4 +41,9 @@ def _bytes(array: Any) -> bytes:
         return bytes(array.get().tobytes())
     import torch
 
-    return bytes(array.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")  # the test may forbid to wait: the call, not this
+    try:
+        return bytes(array.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
