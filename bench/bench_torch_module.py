@@ -20,7 +20,7 @@ from torch_graph import WAYS
 
 import sscan
 from sscan.torch import Mamba, selective_scan
-from sscan.torch._mamba_inner import applied, applied_back
+from sscan.torch._block import applied, applied_back
 
 REPEATS, IN_A_ROW, WARM_UP = 9, 10, 0.1  # seconds
 HALF = torch.bfloat16

@@ -28,9 +28,7 @@ class Plan(NamedTuple):
     workspace, and numbers.
     """
 
-    results: tuple[
-        tuple[Callable[..., Any], int | None], ...
-    ]  # see ``Planning.like``
+    results: tuple[tuple[Callable[..., Any], int | None], ...]  # see ``Planning.like``
     workspace: Callable[[], Any] | None
     parts: tuple[int, ...]  # where they start in the workspace
     numbers: tuple[int, ...]

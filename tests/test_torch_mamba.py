@@ -15,7 +15,7 @@ from cases import assert_within, eps_of
 import sscan.nn
 from sscan.compat.mamba_ssm import mamba_inner_ref
 from sscan.torch import Mamba, causal_conv1d
-from sscan.torch._mamba_inner import mamba_inner
+from sscan.torch._block import mamba, mamba_inner
 
 BATCH, LENGTH, D_MODEL = 2, 19, 10
 
@@ -106,39 +106,59 @@ def test_is_the_block_of_sscan_nn() -> None:
     np.testing.assert_allclose(numbers(made(x)), expected, rtol=2e-5, atol=2e-6)
 
 
+def tensors_of(made: Any, op: Any, hidden: Any) -> list[Any]:
+    """What an op of the block takes first, as leaves: its input, or what the input projection makes of that; weights."""
+    projections = (made.x_proj.weight, made.dt_proj.weight, made.out_proj.weight, made.out_proj.bias)
+    if op is mamba:
+        taken = (
+            hidden, made.in_proj.weight, made.in_proj.bias, made.conv1d.weight, made.conv1d.bias, *projections,
+            made.A_log, made.D, made.dt_proj.bias,
+        )  # fmt: skip
+    else:
+        x, z = made.in_proj(hidden).mT.chunk(2, 1)
+        weight = made.conv1d.weight.squeeze(1)
+        taken = (x, z, weight, made.conv1d.bias, *projections, made._A(), made.D, made.dt_proj.bias)
+    return [t if t is None else t.detach().clone().requires_grad_() for t in taken]
+
+
+@pytest.mark.parametrize("op", [mamba, mamba_inner], ids=lambda op: op.name)
 @pytest.mark.parametrize("mask", [None, torch.tensor([[1, 0, 1, 1]])])
-def test_gradients_are_difference_quotients(mask: Any) -> None:
+def test_gradients_are_difference_quotients(mask: Any, op: Any) -> None:
     """First and second ones, for every tensor that the op takes."""
     torch.manual_seed(0)
     made = Mamba(2, d_state=2, d_conv=2, expand=1, bias=True, dtype=torch.float64)
-    x, z = (torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     conv_state, ssm_state = (torch.randn(1, 2, n, dtype=torch.float64, requires_grad=True) for n in (1, 2))
-    parameters = (
-        made.conv1d.weight.squeeze(1), made.conv1d.bias, made.x_proj.weight, made.dt_proj.weight, made.out_proj.weight,
-        made.out_proj.bias, made._A(), made.D, made.dt_proj.bias,
-    )  # fmt: skip
-    leaves = [p.detach().clone().requires_grad_() for p in parameters]
-    inputs = (x, z, *leaves, conv_state, ssm_state)
+    leaves = tensors_of(made, op, torch.randn(1, 4, 2, dtype=torch.float64))
 
-    def op(*given: Any) -> Any:
-        return mamba_inner(*given, None, None, mask, True, True)
+    def results(*given: Any) -> Any:
+        return op(*given, None, None, mask, None if op is mamba else True, True)[:3]
 
-    assert torch.autograd.gradcheck(op, inputs)
-    assert torch.autograd.gradgradcheck(op, inputs)
+    inputs = (*leaves, conv_state, ssm_state)
+    assert torch.autograd.gradcheck(results, inputs)
+    assert torch.autograd.gradgradcheck(results, inputs)
 
 
-def test_op_keeps_the_rules_of_torch() -> None:
-    made, (conv_state, ssm_state) = block(), states_of(block())
-    x, z = (torch.randn(BATCH, made.d_inner, LENGTH, dtype=torch.float64) for _ in range(2))
-    weights = [
-        made.conv1d.weight.squeeze(1), None, made.x_proj.weight, made.dt_proj.weight, made.out_proj.weight, None,
-        made._A(), made.D, made.dt_proj.bias,
-    ]  # fmt: skip
-    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, z, *weights)]
+@pytest.mark.parametrize("op", [mamba, mamba_inner], ids=lambda op: op.name)
+def test_ops_keep_the_rules_of_torch(op: Any) -> None:
+    made, states = block(), states_of(block())
+    leaves = tensors_of(made, op, hidden().detach())
     for return_states, mask in ((True, None), (False, torch.ones(BATCH, LENGTH))):
-        torch.library.opcheck(
-            mamba_inner.registered, (*leaves, conv_state, ssm_state, None, None, mask, True, return_states)
-        )
+        option = None if op is mamba else True
+        torch.library.opcheck(op.registered, (*leaves, *states, None, None, mask, option, return_states))
+
+
+def test_an_op_lowers_its_projections_alone() -> None:
+    """In a dtype that is given, as under autocast; gradients have the dtypes of what they are of."""
+    made = block(dtype=torch.float32, bias=True)
+    leaves = tensors_of(made, mamba, hidden(torch.float32).detach())
+    states = (None, None, None, None, None)
+    out = mamba(*leaves, *states, torch.bfloat16, False)[0]
+    lowered = [
+        x.detach().to(torch.bfloat16) if i in (0, 1, 2, 5, 6, 7, 8) else x.detach() for i, x in enumerate(leaves)
+    ]
+    torch.testing.assert_close(out, mamba(*lowered, *states, None, False)[0], rtol=0, atol=0)
+    gradients = with_gradients((out,), leaves)[-len(leaves) :]
+    assert [g.dtype for g in gradients] == [torch.float32] * len(leaves)
 
 
 @torch.no_grad()
@@ -208,7 +228,7 @@ def test_keeps_the_output_of_the_input_projection_only(autocast: bool) -> None:
         out = made(x)
     element = 2 if autocast else 4
     along_time = {key: size for key, size in kept.items() if 64 in key[1]}
-    assert sorted(along_time.values()) == sorted(BATCH * 64 * n * element for n in (D_MODEL, 20, 20))
+    assert sorted(along_time.values()) == sorted(BATCH * 64 * n * element for n in (D_MODEL, 2 * 20))
     assert sum(kept.values()) - sum(along_time.values()) <= 2 * parameters
     out.sum().backward()
 
@@ -244,7 +264,7 @@ def test_exports() -> None:
     made, x = block(dtype=torch.float32), hidden(torch.float32).detach()
     program = torch.export.export(made, (x,))
     torch.testing.assert_close(program.module()(x), made(x))
-    assert any("mamba_inner" in str(node.target) for node in program.graph.nodes)
+    assert any("sscan.mamba.default" in str(node.target) for node in program.graph.nodes)
 
 
 def test_parameters_are_those_of_mamba_ssm() -> None:

@@ -79,7 +79,7 @@ def ops_of(function: Callable[[], Any]) -> set[str]:
     return names
 
 
-FUSED, SEPARATE = {"sscan::mamba_inner"}, {"sscan::causal_conv1d", "sscan::selective_scan"}
+FUSED, SEPARATE = {"sscan::mamba"}, {"sscan::causal_conv1d", "sscan::selective_scan"}
 
 
 def assert_is_what_its_parts_make(made: Any, x: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:

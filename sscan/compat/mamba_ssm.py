@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from sscan.torch import causal_conv1d, rms_norm, selective_scan
 from sscan.torch import selective_state_update as one_step
+from sscan.torch._block import applied, applied_back, mamba_inner
 from sscan.torch._library import autocast_dtype, check_tensors, without_autocast
-from sscan.torch._mamba_inner import applied, applied_back, mamba_inner
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from sscan.torch import _mamba_inner, _registered
+from sscan.torch import _block, _registered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +70,12 @@ def _inner_backward(a: Any) -> int:
     return 2 * out + 3 * projections + _convolution(a.x, a.conv_weight, 1 + 3) + scan
 
 
+def _as_inner(a: Any) -> Any:
+    """Arguments of a block as those of what is behind its input projection."""
+    x = a.hidden.new_empty((a.hidden.shape[0], a.A_log.shape[0], a.hidden.shape[1]), device="meta")
+    return SimpleNamespace(**vars(a), x=x, A=a.A_log)
+
+
 _register(_registered.selective_scan, lambda a: _scan(a.u, a.A, SCAN))
 _register(_registered.selective_scan_backward, lambda a: _scan(a.u, a.A, SCAN_BACKWARD))
 _register(_registered.selective_state_update, lambda a: _scan(a.x, a.A, SCAN))
@@ -78,5 +84,7 @@ _register(_registered.causal_conv1d_backward, lambda a: _convolution(a.x, a.weig
 _register(_registered.causal_conv1d_update, lambda a: _convolution(a.x, a.weight, 1))
 _register(_registered.linear_scan, lambda a: math.prod(a.a.shape) * LINEAR_SCAN[a.a.is_complex()])
 _register(_registered.linear_scan_backward, lambda a: math.prod(a.a.shape) * LINEAR_SCAN_BACKWARD[a.a.is_complex()])
-_register(_mamba_inner.mamba_inner, _inner)
-_register(_mamba_inner.mamba_inner_backward, _inner_backward)
+_register(_block.mamba_inner, _inner)
+_register(_block.mamba_inner_backward, _inner_backward)
+_register(_block.mamba, lambda a: _product(a.in_proj_weight, a.hidden.mT) + _inner(_as_inner(a)))
+_register(_block.mamba_backward, lambda a: 2 * _product(a.in_proj_weight, a.hidden.mT) + _inner_backward(_as_inner(a)))

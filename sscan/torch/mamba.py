@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from sscan.torch import _registered
-from sscan.torch._library import check_tensors
-from sscan.torch._mamba_inner import applied, applied_back, mamba_inner, masked
+from sscan.torch._block import _diagonal, applied, applied_back, mamba, masked
+from sscan.torch._library import autocast_dtype, check_tensors
 from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
 
 States = tuple[Any, Any]
@@ -226,16 +226,18 @@ class Mamba(nn.Module):  # type: ignore[misc]
         conv_state, ssm_state = (None, None) if initial_states is None else initial_states
         if conv_state is not None:
             conv_state = self._last_inputs(conv_state)
-        x, z = self._project_in(plain["in_proj"], hidden)
         rest = (conv_state, ssm_state, seq_idx, cu_seqlens, mask)
         if not self.use_fast_path or None in plain.values() or plain["x_proj"][1] is not None:
-            return self._part_by_part(plain, x, z, *rest)
-        (conv_weight, conv_bias), (x_proj_weight, _), (dt_proj_weight, delta_bias), out_proj = list(plain.values())[1:]
-        out, *final_states = mamba_inner(
-            x, z, conv_weight.squeeze(1), conv_bias, x_proj_weight, dt_proj_weight, *out_proj, self._A(), self.D,
-            delta_bias, *rest, True, return_final_states,
+            return self._part_by_part(plain, hidden, *rest)
+        in_proj, conv, (x_proj_weight, _), (dt_proj_weight, delta_bias), out_proj = plain.values()
+        dtype = None if hidden.dtype is torch.float64 else autocast_dtype(hidden)
+        if dtype is not None:
+            hidden = hidden.to(dtype)  # here, so that what is kept for the backward is as small
+        out, conv_state, ssm_state, _ = mamba(
+            hidden, *in_proj, *conv, x_proj_weight, dt_proj_weight, *out_proj, self.A_log, self.D, delta_bias, *rest,
+            dtype, return_final_states,
         )  # fmt: skip
-        return out, tuple(final_states)
+        return out, (conv_state, ssm_state)
 
     def _check_taps(self) -> None:
         """ValueError if states of d_conv - 1 inputs are not all that the convolution knows of the past."""
@@ -294,9 +296,10 @@ class Mamba(nn.Module):  # type: ignore[misc]
         return applied(weight, x, bias)
 
     def _part_by_part(
-        self, plain: dict[str, Any], x: Any, z: Any, conv_state: Any, ssm_state: Any, seq_idx: Any, cu_seqlens: Any,
+        self, plain: dict[str, Any], hidden: Any, conv_state: Any, ssm_state: Any, seq_idx: Any, cu_seqlens: Any,
         mask: Any,
     ) -> tuple[Any, tuple[Any, Any]]:  # fmt: skip
+        x, z = self._project_in(plain["in_proj"], hidden)
         u, conv_state = self._convolve(plain["conv1d"], x, conv_state, seq_idx, cu_seqlens)
         u = masked(u, mask)
         dt, B, C = self._split(self._product("x_proj", plain["x_proj"], u))
@@ -332,8 +335,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         return x_dbl.split([self.dt_rank, self.d_state, self.d_state], 1)
 
     def _A(self) -> Any:
-        """The diagonal of the state matrix: always negative, so that no state grows by itself."""
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return _diagonal(self.A_log)
 
     def _refuse_gradients(self, what: str, *tensors: Any) -> None:
         """TypeError if gradients are recorded: states that are updated in place carry none."""

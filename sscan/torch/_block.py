@@ -1,6 +1,6 @@
-"""The Mamba block behind its input projection as one op, ``sscan::mamba_inner``.
+"""The Mamba block as one op, ``sscan::mamba``; without its input projection, ``sscan::mamba_inner``.
 
-For its backward it keeps its inputs and nothing else: what the convolution, the projections and the scan make of them
+For its backward a block keeps its input and what the input projection makes of it, x and z, and nothing else: the rest
 is made again there, the checkpoints of the scan included, which in float32 are as large as x and z in half precision.
 PyTorch's compiler sees one op, so it cannot decide to keep more.
 """
@@ -22,6 +22,13 @@ _ARGUMENTS = """
     Tensor? ssm_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor? mask, bool delta_softplus, bool return_states
 """
 _DIFFERENTIABLE = 13  # of the arguments, the first
+_OF_BLOCK = """
+    Tensor hidden, Tensor in_proj_weight, Tensor? in_proj_bias, Tensor conv_weight, Tensor? conv_bias,
+    Tensor x_proj_weight, Tensor dt_proj_weight, Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A_log, Tensor? D,
+    Tensor? delta_bias, Tensor? conv_state, Tensor? ssm_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor? mask,
+"""
+_DIFFERENTIABLE_OF_BLOCK = 14
+_PROJECTIONS = (0, 1, 2, 5, 6, 7, 8)  # of a block's arguments, what is multiplied or added in the input's dtype
 
 
 def _block(causal_conv1d: Any, selective_scan: Any) -> Any:
@@ -77,7 +84,7 @@ def applied_back(weight: Any, bias: Any, y: Any) -> Any:
 
 
 def _weight_gradient(dout: Any, x: Any) -> Any:
-    return torch.bmm(dout, x.mT).sum(0)
+    return dout[0] @ x[0].mT if len(x) == 1 else torch.bmm(dout, x.mT).sum(0)
 
 
 def _fake(*arguments: Any) -> tuple[Any, ...]:
@@ -95,7 +102,7 @@ def _fake(*arguments: Any) -> tuple[Any, ...]:
     )
 
 
-def _backward_kernel(
+def _inner_gradients(
     dout: Any, dconv_state: Any, dssm_state: Any,
     x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
     out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
@@ -117,12 +124,15 @@ def _backward_kernel(
     conv = sscan.causal_conv1d_backward(
         masked(du, mask), x, conv_weight, conv_bias, "silu", conv_state, seq_idx, cu_seqlens, dconv_state
     )
-    gradients = [
+    return [
         conv.dx, scan.dz, conv.dweight, conv.dbias, _weight_gradient(dx_dbl, u), _weight_gradient(scan.ddelta, dt),
         dout_proj_weight, None if out_proj_bias is None else dout.sum((0, 1)), scan.dA, scan.dD, scan.ddelta_bias,
         conv.dinitial_state, scan.dinitial_state,
     ]  # fmt: skip
-    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _backward_kernel(*arguments: Any) -> list[Any]:
+    return [gradient for gradient in _inner_gradients(*arguments) if gradient is not None]
 
 
 def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any) -> list[Any]:
@@ -133,11 +143,8 @@ def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any
 # asked for. Shapes are those of the block's parameters: x and z (batch, d_inner, length), conv_weight
 # (d_inner, d_conv), out (batch, length, d_model). The weights of the projections have the dtype of x. Where the mask
 # (batch, length) is 0, nothing enters the scan.
-mamba_inner = define(
-    f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    _block(sscan.causal_conv1d, sscan.selective_scan),
-    _fake,
-)
+_inner = _block(sscan.causal_conv1d, sscan.selective_scan)
+mamba_inner = define(f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _inner, _fake)
 mamba_inner_backward = define(
     f"mamba_inner_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, {_ARGUMENTS}) -> Tensor[]",
     _backward_kernel,
@@ -165,3 +172,109 @@ differentiate(mamba_inner, _saved, _gradients)
 cast_under_autocast(
     mamba_inner, "x", "z", "x_proj_weight", "dt_proj_weight", "out_proj_weight", "out_proj_bias", axes=1
 )
+
+
+# --- With the input projection ----------------------------------------------------------------------------------------
+
+
+def _lowered(tensors: Any, dtype: Any) -> list[Any]:
+    """A block's tensors, those of the projections in a dtype, if one is given."""
+    lowered = list(tensors)
+    if dtype is not None:
+        for i in _PROJECTIONS:
+            if lowered[i] is not None:
+                lowered[i] = lowered[i].to(dtype)
+    return lowered
+
+
+def _diagonal(A_log: Any) -> Any:
+    """A of the scan: always negative, so that no state grows by itself."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
+def _of_inner(lowered: Any, xz: Any) -> tuple[Any, ...]:
+    """Tensors of ``mamba_inner`` from those of the block and the product of its input projection."""
+    x, z = xz.chunk(2, 1)
+    conv_weight, *rest = lowered[3:9]
+    return x, z, conv_weight.squeeze(1), *rest, _diagonal(lowered[9]), *lowered[10:]
+
+
+def _mamba(*arguments: Any) -> tuple[Any, ...]:
+    *tensors, dtype, return_states = arguments
+    lowered = _lowered(tensors, dtype)
+    hidden, weight, bias = lowered[:3]
+    xz = applied(weight, hidden.mT, bias)
+    return *_inner(*_of_inner(lowered, xz), True, return_states), xz
+
+
+def _composed_mamba(*arguments: Any) -> tuple[Any, ...]:
+    *tensors, dtype, return_states = arguments
+    lowered = _lowered(tensors, dtype)
+    hidden, weight, bias = lowered[:3]
+    made: tuple[Any, ...] = _composed_block(*_of_inner(lowered, applied(weight, hidden.mT, bias)), True, return_states)
+    return made
+
+
+def _mamba_fake(*arguments: Any) -> tuple[Any, ...]:
+    *tensors, dtype, return_states = arguments
+    hidden, weight = tensors[0], tensors[1]
+    xz = hidden.new_empty((hidden.shape[0], weight.shape[0], hidden.shape[1]), dtype=dtype or hidden.dtype)
+    x, z = (xz.new_empty((xz.shape[0], xz.shape[1] // 2, xz.shape[2])) for _ in range(2))
+    A_log = tensors[9]
+    A = A_log.new_empty(A_log.shape, dtype=torch.promote_types(A_log.dtype, torch.float32))
+    inner = (x, z, tensors[3].new_empty((x.shape[1], tensors[3].shape[2])), *tensors[4:9], A, *tensors[10:])
+    out, *states = _fake(*inner, True, return_states)
+    return out, *(states if return_states else [hidden.new_empty(0), hidden.new_empty(0)]), xz
+
+
+def _mamba_backward_kernel(*arguments: Any) -> list[Any]:
+    *cotangents, xz = arguments[:4]
+    *tensors, dtype, return_states = arguments[4:]
+    lowered = _lowered(tensors, dtype)
+    hidden, weight, bias = lowered[:3]
+    inner = (*cotangents, *_of_inner(lowered, xz), True, return_states)
+    dx, dz, dconv_weight, *rest = _inner_gradients(*inner)
+    dA, A = rest[5], inner[len(cotangents) + 8]
+    half = weight.shape[0] // 2
+    dhidden = torch.bmm(dx.mT, weight[:half].expand(len(dx), -1, -1))
+    dhidden.baddbmm_(dz.mT, weight[half:].expand(len(dx), -1, -1))
+    gradients = [
+        dhidden, torch.cat([_weight_gradient(d, hidden.mT) for d in (dx, dz)]),
+        None if bias is None else torch.cat([d.sum((0, 2)) for d in (dx, dz)]), dconv_weight.unsqueeze(1),
+        *rest[:5], dA * A, *rest[6:],
+    ]  # fmt: skip
+    given = zip(gradients, tensors[:_DIFFERENTIABLE_OF_BLOCK], strict=True)
+    return [gradient.to(x.dtype) for gradient, x in given if gradient is not None]
+
+
+mamba = define(
+    f"mamba({_OF_BLOCK} ScalarType? dtype, bool return_states) -> (Tensor, Tensor, Tensor, Tensor)", _mamba, _mamba_fake
+)
+mamba_backward = define(
+    f"""mamba_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, Tensor xz, {_OF_BLOCK} ScalarType? dtype,
+    bool return_states) -> Tensor[]""",
+    _mamba_backward_kernel,
+    lambda dout, dconv_state, dssm_state, xz, *arguments: [
+        like.new_empty(like.shape) for like in arguments[:_DIFFERENTIABLE_OF_BLOCK] if like is not None
+    ],
+)
+
+
+def _mamba_saved(inputs: Any, outputs: Any) -> Saved:
+    *tensors, dtype, return_states = inputs
+    xz = outputs[3]
+    return Saved((xz, *tensors), (dtype, return_states), (xz,) if return_states else outputs[1:])
+
+
+def _mamba_gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
+    xz, *tensors = tensors
+    inputs, packing = tensors[:_DIFFERENTIABLE_OF_BLOCK], tensors[_DIFFERENTIABLE_OF_BLOCK:]
+    dout, dconv_state, dssm_state, _ = cotangents
+    if torch.is_grad_enabled():  # there will be second derivatives
+        return pulled_back(_composed_mamba, inputs, (*packing, *options), (dout, dconv_state, dssm_state))
+    if dout is None:
+        dout = xz.new_zeros((xz.shape[0], xz.shape[2], inputs[7].shape[0]))
+    return for_each(mamba_backward(dout, dconv_state, dssm_state, xz, *tensors, *options), inputs)
+
+
+differentiate(mamba, _mamba_saved, _mamba_gradients)
