@@ -489,12 +489,15 @@ def selective_state_update(
     dt_bias: Array | None = None,
     dt_softplus: bool = False,
     state_batch_indices: Array | None = None,
+    *,
+    A_log: bool = False,
 ) -> Array:
     """One step of Algorithm 2 under the mamba rule; ``state`` (batch or slots, dim, state) is updated in place.
 
     x, dt, z (batch, dim); B, C (batch, state) or (batch, groups, state). Row i uses the slot state_batch_indices[i];
-    a negative index skips the row and gives y = 0.
+    a negative index skips the row and gives y = 0. With ``A_log``, A is log(-A).
     """
+    A = -np.exp(A) if A_log else A
     slots = np.arange(x.shape[0]) if state_batch_indices is None else state_batch_indices
     rows = np.flatnonzero(slots >= 0)
     u, delta, B, C = (v[rows][..., None] for v in (x, dt, B, C))

@@ -23,7 +23,7 @@ class _Arguments(NamedTuple):
 
 
 @partial(_checks.entered, always=("state", "x", "dt", "A", "B", "C"), writes=("state",))
-def _checked(op: str, a: _Arguments) -> dict[str, np.dtype[Any]]:
+def _checked(op: str, a: _Arguments, A_log: bool) -> dict[str, np.dtype[Any]]:
     """The copies to make, by argument."""
     matrix = "batch, state | batch, groups, state"
     size = _checks.sizes(
@@ -33,16 +33,26 @@ def _checked(op: str, a: _Arguments) -> dict[str, np.dtype[Any]]:
     )  # fmt: skip
     _checks.check_groups(op, "B", size.get("groups", 1), size["dim"])
     is_complex = a.A.dtype.kind == "c"
+    if is_complex and A_log:
+        raise TypeError(f"{op}: A must be real to be given by its logarithm, got {a.A.dtype}")
     matrices = {} if is_complex else {"B": a.B, "C": a.C}
     real = _checks.accumulation(_checks.storage(op, x=a.x, dt=a.dt, z=a.z, **matrices))
     of_A = np.result_type(real, np.complex64) if is_complex else real
     slots = _slots_copy(op, a.state_batch_indices, size["batch"], size["slots"])
     return _checks.needed(
         state_batch_indices=slots, A=_checks.parameter_copy(op, "A", a.A, of_A),
-        D=_checks.parameter_copy(op, "D", a.D, real), dt_bias=_checks.parameter_copy(op, "dt_bias", a.dt_bias, real),
+        D=_vector_copy(op, "D", a.D, real), dt_bias=_vector_copy(op, "dt_bias", a.dt_bias, real),
         B=_matrix_copy(op, "B", a.B, of_A), C=_matrix_copy(op, "C", a.C, of_A), state=_state_copy(op, a.state, of_A),
         x=_checks.time_copy(a.x), dt=_checks.time_copy(a.dt), z=_checks.time_copy(a.z),
     )  # fmt: skip
+
+
+def _vector_copy(op: str, name: str, array: Array | None, real: np.dtype[Any]) -> np.dtype[Any] | None:
+    """For D or dt_bias, which kernels in float32 read in their own dtype."""
+    copy = _checks.parameter_copy(op, name, array, real)
+    if array is None or real != np.float32 or array.dtype not in _checks.STORAGE:
+        return copy
+    return None if array.flags.c_contiguous else array.dtype
 
 
 def _slots_copy(op: str, indices: Array | None, batch: int, available: int) -> np.dtype[Any] | None:
@@ -94,6 +104,8 @@ def selective_state_update(
     dt_bias: Any = None,
     dt_softplus: bool = False,
     state_batch_indices: Any = None,
+    *,
+    A_log: bool = False,
 ) -> Any:
     r"""One step of `selective_scan` under its "mamba" rule; `state` is updated in place.
 
@@ -118,12 +130,14 @@ def selective_state_update(
         In the dtype of x; complex, in the dtype of A, for a complex A. A group serves dim / groups consecutive
         channels.
     D, dt_bias : array (dim,), optional
-        In the (real) accumulation dtype.
+        Of any floating dtype that the (real) accumulation dtype holds.
     dt_softplus : bool
         Whether the step size goes through softplus.
     state_batch_indices : integer array (batch,), optional
         The row of `state` that each row of x owns. Rows with a negative index are left out, their y is 0. What happens
         to a row of `state` that is named twice is not defined. On a GPU they are not checked: nothing waits for them.
+    A_log : bool
+        Whether A is given as log(-A), the parameter of a Mamba block: then A = -exp(A) is taken, on the way.
 
     Returns
     -------
@@ -146,7 +160,9 @@ def selective_state_update(
     """
     op = "selective_state_update"
     softplus = _checks.boolean(op, "dt_softplus", dt_softplus)
-    caller, given, copies = _checked(op, _Arguments(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices))
+    logarithm = _checks.boolean(op, "A_log", A_log)
+    arguments = _Arguments(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+    caller, given, copies = _checked(op, arguments, logarithm)
     kernels = _backends.for_device(op, caller.device)
     on_host = caller.device == "cpu"
     if on_host:
@@ -156,7 +172,7 @@ def selective_state_update(
     slots = a.state_batch_indices
     y = caller.empty(a.x.shape, a.x.dtype)
     kernels.selective_state_update(
-        a.state, slots, a.x, a.dt, a.A, _by_group(a.B), _by_group(a.C), a.D, a.z, a.dt_bias, softplus, y
+        a.state, slots, a.x, a.dt, a.A, _by_group(a.B), _by_group(a.C), a.D, a.z, a.dt_bias, softplus, logarithm, y
     )
     if a.state is not given.state:
         # Only the rows that were updated: others belong to other threads. A GPU would have to be asked which they are.

@@ -439,8 +439,10 @@ def update_problem(
     state_dtype: str | None = None,
     indices: tuple[int, ...] | None = None,
     layout: str | None = None,
+    A_log: bool = False,
+    vectors: str | None = None,
 ) -> Arguments:
-    """Keyword arguments of selective_state_update."""
+    """Keyword arguments of selective_state_update; ``vectors`` is the dtype of D and dt_bias."""
     storage = DTYPES[dtype]
     real, of_A = accumulation_of(storage), accumulation_of(storage, is_complex)
     slots = batch if indices is None else max(indices, default=0) + 3
@@ -460,6 +462,10 @@ def update_problem(
         arguments["z"] = normal(rng, (batch, dim), storage)
     if dt_bias:
         arguments["dt_bias"] = rng.uniform(-4, 0, dim).astype(real)
+    if A_log:
+        arguments |= {"A": np.log(-arguments["A"]), "A_log": True}
+    if vectors:
+        arguments |= {name: arguments[name].astype(DTYPES[vectors]) for name in ("D", "dt_bias")}
     if layout:
         arguments = {k: with_layout(x, layout) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
     arguments["state"] = normal(rng, (slots, dim, state), DTYPES[state_dtype] if state_dtype else of_A)
@@ -493,6 +499,11 @@ UPDATES: dict[str, dict[str, Any]] = {
     "huge dt": {"dt": "huge", "dt_bias": False, "dt_softplus": False},
     "strided memory": {"layout": "strided"},
     "transposed memory": {"layout": "transposed"},
+    "logarithm of A": {"A_log": True},
+    "logarithm of A, float64": {"A_log": True, "dtype": "float64"},
+    "bfloat16 with vectors of its own": {"dtype": "bfloat16", "vectors": "bfloat16", "A_log": True},
+    "float32 with vectors in float16": {"vectors": "float16"},
+    "strided vectors in bfloat16": {"dtype": "bfloat16", "vectors": "bfloat16", "layout": "strided"},
 }
 
 

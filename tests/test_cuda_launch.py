@@ -315,7 +315,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
         driver=SimpleNamespace(launchKernel=launch, CUDADriverError=DriverError),
     )
     monkeypatch.setitem(sys.modules, "cupy", double)
-    monkeypatch.setattr(_launch, "_functions", {(KERNEL, 1): _launch.Function("over_parts", 4242, 128)})
+    monkeypatch.setattr(_launch, "_functions", {(KERNEL, 1): _launch.Function(KERNEL.name, 4242, 128)})
     return double
 
 

@@ -107,7 +107,7 @@ def test_is_the_block_of_sscan_nn() -> None:
 
 
 def tensors_of(made: Any, op: Any, hidden: Any) -> list[Any]:
-    """What an op of the block takes first, as leaves: its input, or what the input projection makes of that; weights."""
+    """What an op of the block takes first, as leaves: its input, or what in_proj makes of that, and the weights."""
     projections = (made.x_proj.weight, made.dt_proj.weight, made.out_proj.weight, made.out_proj.bias)
     if op is mamba:
         taken = (

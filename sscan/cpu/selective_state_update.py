@@ -88,14 +88,16 @@ def _rows(array):
     return ABSENT if array is None else view(array[:, None])
 
 
-def selective_state_update(state, slots, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
+def selective_state_update(state, slots, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_log, y):
     """Fill y (batch, dim), and update the rows ``slots`` of state in place; a negative slot gives y = 0.
 
     ``slots`` (batch,) is of int32 or int64; None is 0, 1, 2, ...
 
     All arrays have unit stride along their last axis. state (slots, dim, state), x, dt, z and y (batch, dim), B and C
-    (batch, groups, state) are of any storage dtype of one accumulation dtype; A (dim, state), D and dt_bias in that.
+    (batch, groups, state) are of any storage dtype of one accumulation dtype; A (dim, state) in that, D and
+    dt_bias in one that it holds. With ``A_log``, A is log(-A).
     """
+    A = -np.exp(A) if A_log else A
     dim, count = A.shape
     slots = np.arange(len(x)) if slots is None else np.array(slots, np.int64)
     per_task = max(1, TASK // max(1, TILE * count))

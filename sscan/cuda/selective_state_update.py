@@ -10,11 +10,12 @@ STATES = 16  # of a thread, about: enough loads under way, not too many register
 
 
 @functools.cache
-def _kernel(storage, state_storage, number, slots, count, together, most):
+def _kernel(storage, state_storage, number, slots, count, together, most, *vectors_and_A):
     """The kernel for dtypes, and the rows, ``most`` or fewer, and channels of a block.
 
     A thread has ``each`` neighbouring states, 16 bytes if possible, at up to four places of each of its rows; at least
-    two threads have a channel, so that they read whole sectors of memory.
+    two threads have a channel, so that they read whole sectors of memory. ``vectors_and_A`` are the dtypes of D and
+    dt_bias, and whether A is log(-A).
     """
     each = 16 // number.itemsize if together else max(1, 8 // number.itemsize)
     lanes = 2
@@ -33,21 +34,26 @@ def _kernel(storage, state_storage, number, slots, count, together, most):
         vectors,
         rows,
         lanes * each * vectors == count,
+        *vectors_and_A,
     )
     return Kernel("selective_state_update", "update", key), rows, THREADS // lanes
 
 
-def selective_state_update(state, slots, x, dt, A, B, C, D, z, dt_bias, dt_softplus, y):
+def selective_state_update(state, slots, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_log, y):
     """Fill y (batch, dim), and update the rows ``slots`` of state in place; a negative slot gives y = 0.
 
     All arrays have unit stride along their last axis. state (slots, dim, state), x, dt, z and y (batch, dim), B and C
-    (batch, groups, state) are of any storage dtype of one accumulation dtype; A (dim, state), D and dt_bias in that.
+    (batch, groups, state) are of any storage dtype of one accumulation dtype; A (dim, state) in that, D and
+    dt_bias in one that it holds. With ``A_log``, A is log(-A).
     slots (batch,) is contiguous, int32 or int64; None: row i owns slot i. y is contiguous.
     """
     (dim, count), number, itemsize = A.shape, A.dtype, x.itemsize
     together = number.kind != "c" and _launch.aligned(16 // number.itemsize, state, A, B, C)
     slots_dtype, batch = None if slots is None else slots.dtype, x.shape[0]
-    kernel, rows, channels = _kernel(x.dtype, state.dtype, number, slots_dtype, count, together, min(batch, STATES))
+    of_vectors = [A.real.dtype.name if vector is None else vector.dtype.name for vector in (D, dt_bias)]
+    kernel, rows, channels = _kernel(
+        x.dtype, state.dtype, number, slots_dtype, count, together, min(batch, STATES), *of_vectors, A_log
+    )
     state_slot, state_dim, _ = state.strides
     B_row, B_group, _ = B.strides
     C_row, C_group, _ = C.strides

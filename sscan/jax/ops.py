@@ -143,6 +143,8 @@ def selective_state_update(
     dt_bias: Any = None,
     dt_softplus: bool = False,
     state_batch_indices: Any = None,
+    *,
+    A_log: bool = False,
 ) -> tuple[Any, Any]:
     """:func:`sscan.selective_state_update` in JAX: y and the new state.
 
@@ -152,7 +154,7 @@ def selective_state_update(
     arrays = _given(
         state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_batch_indices=state_batch_indices
     )
-    found: tuple[Any, Any] = _selective_state_update((("dt_softplus", dt_softplus),), arrays)
+    found: tuple[Any, Any] = _selective_state_update((("dt_softplus", dt_softplus), ("A_log", A_log)), arrays)
     return found
 
 

@@ -125,8 +125,8 @@ def selective_scan_backward(dy: Any, dlast_state: Any, *arguments: Any) -> list[
 
 def selective_state_update(*arguments: Any) -> Any:
     op, x = "selective_state_update", arguments[1]
-    tensors = arguments[:-1]
-    inspect.unwrap(_checked_scan_step)(op, _ScanStep(*described(*tensors)))
+    *tensors, _, A_log = arguments
+    inspect.unwrap(_checked_scan_step)(op, _ScanStep(*described(*tensors)), A_log)
     return x.new_empty(x.shape)
 
 

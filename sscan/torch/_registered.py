@@ -112,16 +112,18 @@ differentiate_again(selective_scan_backward, _composed_scan_backward, constants=
 
 def _selective_state_update(
     state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, z: Any, dt_bias: Any, state_batch_indices: Any,
-    dt_softplus: bool,
+    dt_softplus: bool, A_log: bool,
 ) -> Any:  # fmt: skip
-    y = sscan.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+    y = sscan.selective_state_update(
+        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, A_log=A_log
+    )
     torch.autograd.graph.increment_version(state)
     return y
 
 
 selective_state_update = define(
     """selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,
-    Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus) -> Tensor""",
+    Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus, bool A_log) -> Tensor""",
     _selective_state_update,
     _fakes.selective_state_update,
 )

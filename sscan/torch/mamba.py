@@ -390,7 +390,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         else:
             weight, dt_bias = plain["dt_proj"]
             dt = functional.linear(dt, weight)
-        y = selective_state_update(ssm_state, x, dt, self._A(), B, C, self.D, z, dt_bias, True)
+        y = selective_state_update(ssm_state, x, dt, self.A_log, B, C, self.D, z, dt_bias, True, A_log=True)
         return self.out_proj(y)[:, None], conv_state, ssm_state
 
     def _convolve_next(self, weights: Weights | None, x: Any, conv_state: Any) -> Any:

@@ -65,13 +65,18 @@ def selective_state_update(
     dt_bias: Any = None,
     dt_softplus: bool = False,
     state_batch_indices: Any = None,
+    *,
+    A_log: bool = False,
 ) -> Any:
     """:func:`sscan.selective_state_update`, which ``torch.compile`` takes; ``state`` is updated in place.
 
     It has no gradient: tensors that require one raise a TypeError, except under ``torch.no_grad()``.
     """
     dt_softplus = _checks.boolean("selective_state_update", "dt_softplus", dt_softplus)
-    return _registered.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus)
+    A_log = _checks.boolean("selective_state_update", "A_log", A_log)
+    return _registered.selective_state_update(
+        state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus, A_log
+    )
 
 
 def causal_conv1d(

@@ -70,10 +70,11 @@ def slot_reader(slot_bits):
     return slot_of
 
 
-def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows, exact):
+def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows, exact, of_D, of_bias, A_log):
     """y and the new states. ``slot_bits`` are those of an element of ``slots``; 0: rows are slots.
 
-    ``exact``: the threads of a channel have as many states together as there are.
+    ``exact``: the threads of a channel have as many states together as there are. ``of_D`` and ``of_bias`` are dtypes.
+    ``A_log``: A is log(-A).
     """
     number, real = np.dtype(number), real_of(number)
     f, total_of, slot_of = number_functions(number), lane_sum(lanes), slot_reader(slot_bits)
@@ -83,11 +84,13 @@ def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows
     together = together and number.kind != "c"
     own, kept = dtype_of(storage) if number.kind != "c" else real, dtype_of(state_storage)
     kept = real if kept.kind == "c" else kept
-    read_input, read_parameter = reader(dtype_of(storage), real, 1), reader(real, real, 1)
+    read_input = reader(dtype_of(storage), real, 1)
+    read_skip, read_bias = reader(dtype_of(of_D), real, 1), reader(dtype_of(of_bias), real, 1)
     write_state, write = writer(kept, number, each, together), writer(dtype_of(storage), real, 1)
     make_states, ask_states, take_states = numbers_asked(kept, number, each, rows * vectors, together, constant=False)
     make_matrices, ask_matrices, take_matrices = numbers_asked(own, number, each, rows * vectors, together)
     make_A, ask_A, take_A = numbers_asked(real, number, each, vectors, together)
+    unit = real.type(1)
     channels, apart, reals = THREADS // lanes, lanes * each, planes(number)
     of_state, of_matrix, of_A = kept.itemsize * reals, own.itemsize * reals, number.itemsize
 
@@ -124,8 +127,8 @@ def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows
             for v in range(vectors):
                 ask_A(As, v, from_A, v * apart, present * (each if exact else count - (begin + v * apart)))
             if tile == 0:
-                read_parameter(bias, dt_bias, d, select(dt_bias == 0, 0, present))
-                read_parameter(skip, D, d, select(D == 0, 0, present))
+                read_bias(bias, dt_bias, d, select(dt_bias == 0, 0, present))
+                read_skip(skip, D, d, select(D == 0, 0, present))
                 for r in range(rows):
                     row = first + r
                     there = select(row < batch, present, 0)
@@ -140,7 +143,7 @@ def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows
             for v in range(vectors):
                 take_A(a, As, v)
                 for k in range(each):
-                    a[k] = rate(a[k])
+                    a[k] = rate(-decay(unit, rate(a[k])) if A_log else a[k])
                 for r in range(rows):
                     take_states(h, H, r * vectors + v)
                     take_matrices(b, Bs, r * vectors + v)
@@ -172,12 +175,12 @@ def shipped():
     return [
         Kernel("selective_state_update", "update", key)
         for key in (
-            ("float32", "float32", "float32", 0, 2, 4, 2, 2, True),
-            ("float16", "float16", "float32", 32, 4, 2, 2, 2, False),
-            ("bfloat16", "float32", "float32", 64, 8, 4, 4, 1, True),
-            ("bfloat16", "bfloat16", "float32", 32, 2, 4, 2, 2, False),
-            ("float64", "float64", "float64", 32, 2, 2, 4, 1, True),
-            ("bfloat16", "complex64", "complex64", 0, 4, 1, 4, 1, True),
-            ("float64", "complex128", "complex128", 64, 4, 1, 4, 1, False),
+            ("float32", "float32", "float32", 0, 2, 4, 2, 2, True, "float32", "float32", True),
+            ("float16", "float16", "float32", 32, 4, 2, 2, 2, False, "float16", "float32", False),
+            ("bfloat16", "float32", "float32", 64, 8, 4, 4, 1, True, "float32", "bfloat16", True),
+            ("bfloat16", "bfloat16", "float32", 32, 2, 4, 2, 2, False, "float32", "float32", False),
+            ("float64", "float64", "float64", 32, 2, 2, 4, 1, True, "float64", "float64", True),
+            ("bfloat16", "complex64", "complex64", 0, 4, 1, 4, 1, True, "float32", "float32", False),
+            ("float64", "complex128", "complex128", 64, 4, 1, 4, 1, False, "float64", "float64", False),
         )
     ]
