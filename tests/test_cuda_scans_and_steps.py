@@ -1,4 +1,4 @@
-"""CUDA kernels of linear_scan, discretize, selective_state_update and ssm, run by the emulator."""
+"""CUDA kernels of linear_scan, discretize, selective_state_update, ssm and AdamW, run by the emulator."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from cases import (
 from emulator import emulated
 
 from sscan import _backends
+from sscan.cuda import adamw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -175,3 +176,54 @@ def test_kernel_of_several_chunks(length: int) -> None:
 def test_convolution_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sscan.cuda.ssm.BLOCK", 600)
     check("ssm_convolution", convolution_problem, dim=5)
+
+
+# --- AdamW ------------------------------------------------------------------------------------------------------------
+
+SIZES = ((5,), (3, 700), (1,), (2048,), (4097,), (64, 64), (1024,))  # more than one launch has
+
+
+def parameters_of(dtype: type, seed: int) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    made = [[rng.standard_normal(size).astype(dtype) for _ in range(4)] for size in SIZES]
+    return [(value, gradient, m, v**2, number % 2) for number, (value, gradient, m, v) in enumerate(made)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clipping(dtype: type, max_norm: float) -> None:
+    gradients = [row[1] for row in parameters_of(dtype, 0)] + [np.ones(3, np.float32)]
+    exact = [g.astype(np.float64) for g in gradients]
+    expected = np.sqrt(sum((g * g).sum() for g in exact))
+    with emulator.patched():
+        norm = adamw.clip(gradients, max_norm)
+    np.testing.assert_allclose(norm, expected, rtol=1e-12)
+    for got, before in zip(gradients, exact, strict=True):
+        np.testing.assert_allclose(got, before * min(1.0, max_norm / expected), rtol=4 * np.finfo(got.dtype).eps)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_clipping_of_what_is_not_finite(bad: float) -> None:
+    gradients = [np.ones(3, np.float32), np.array([1, bad], np.float32)]
+    with emulator.patched():
+        norm = adamw.clip(gradients, 1.0)
+    assert not np.isfinite(norm)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("loss", [None, 1.5, np.nan, np.inf])
+def test_adamw(dtype: type, loss: float | None) -> None:
+    """The equations of ``sscan.nn.AdamW`` in float64; nothing changes for a loss that is not finite."""
+    rows = parameters_of(dtype, 1)
+    exact = [[x.astype(np.float64) for x in row[:4]] for row in rows]
+    rate, correction, decays, (b1, b2), eps = 3e-3, 0.7, (0.9, 1.0), (0.9, 0.95), 1e-8
+    factors = {np.dtype(dtype).name: np.array([rate, correction, *decays], dtype)}
+    value = None if loss is None else np.float32([loss])
+    with emulator.patched():
+        adamw.update(rows, factors, value, (b1, b2), eps)
+    for (p, _, m, v, group), (p0, g, m0, v0) in zip(rows, exact, strict=True):
+        if loss is None or np.isfinite(loss):
+            m0, v0 = b1 * m0 + (1 - b1) * g, b2 * v0 + (1 - b2) * g * g
+            p0 = decays[group] * p0 - rate * m0 / (np.sqrt(v0) / correction + eps)
+        for got, expected in ((p, p0), (m, m0), (v, v0)):
+            np.testing.assert_allclose(got, expected, rtol=16 * np.finfo(dtype).eps, atol=np.finfo(dtype).eps)

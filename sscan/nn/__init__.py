@@ -1,6 +1,7 @@
 """Mamba blocks and language models on NumPy or CuPy arrays, with the little automatic differentiation they need."""
 
 from sscan.nn.autodiff import Tensor, defvjp, defvjp_all, no_grad, primitive
+from sscan.nn.capture import capture
 from sscan.nn.gradient_check import check_gradients
 from sscan.nn.language_model import MambaConfig, MambaLM
 from sscan.nn.losses import cross_entropy, linear_cross_entropy
@@ -23,6 +24,7 @@ __all__ = [
     "RMSNorm",
     "Sampler",
     "Tensor",
+    "capture",
     "causal_conv1d",
     "check_gradients",
     "clip_gradients",

@@ -36,6 +36,12 @@ def array_module(array: Array) -> Any:
     return sys.modules[type(array).__module__.partition(".")[0]]
 
 
+def on_gpu(array: Array) -> bool:
+    """Whether it is an array of CuPy, on which the kernels of sscan.cuda run."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
 def to_numpy(array: Array) -> Array:
     """The array in host memory, as NumPy sees it."""
     return array.get() if hasattr(array, "get") else np.asarray(array)
@@ -352,4 +358,4 @@ def _check_gradient(operation: Primitive[Any], parent: Tensor, value: Array) -> 
 
 def _accumulate(leaf: Tensor, value: Array) -> None:
     # A copy: the gradient may be a view, or the same array as another leaf's, and optimisers write to it.
-    leaf.grad = array_module(value).array(value) if leaf.grad is None else leaf.grad + value
+    leaf.grad = value.copy() if leaf.grad is None else leaf.grad + value

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan.nn.arguments import check_integer, check_number
-from sscan.nn.autodiff import Array, array_module, move
+from sscan.nn.autodiff import Array, array_module, move, on_gpu
 from sscan.nn.products import one_blas_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from sscan.nn.autodiff import Tensor
     from sscan.nn.modules import Module, Parameter
 
 
@@ -68,6 +69,7 @@ class AdamW:
             check_number("AdamW", "weight_decay", group["weight_decay"])
         self.groups, self.lr, self.betas, self.eps = groups, lr, betas, eps
         self.steps = 0
+        self._factors: dict[str, Array] = {}  # on a GPU, by dtype: what `advance` found
         self.moments: dict[str, tuple[Array, Array]] = {}
         for name, parameter in self._named():
             if parameter.dtype.itemsize < 4:
@@ -80,12 +82,49 @@ class AdamW:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        self.advance()
+        self.update()
+
+    def advance(self) -> None:
+        """Begin the next step: the part of it that the host does, and a CUDA graph of `update` does not."""
         check_number("AdamW", "lr", self.lr)  # assigned between steps
         self.steps += 1
-        for group in self.groups:
-            for name, parameter in group["parameters"].items():
-                if parameter.grad is not None:
-                    self._update(parameter.data, parameter.grad, *self.moments[name], group["weight_decay"])
+        if self._factors:
+            self._put_factors()
+
+    def _put_factors(self) -> None:
+        (b1, b2), steps = self.betas, self.steps
+        decays = [1 - self.lr * group["weight_decay"] for group in self.groups]
+        for factors in self._factors.values():
+            numbers = [self.lr / (1 - b1**steps), math.sqrt(1 - b2**steps), *decays]
+            factors.set(np.array(numbers, factors.dtype))
+
+    def update(self, loss: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient, behind `advance`; none, if the loss is given and not finite.
+
+        On a GPU nothing is waited for, and one launch updates several parameters.
+        """
+        table = [
+            (parameter.data, parameter.grad, *self.moments[name], number)
+            for number, group in enumerate(self.groups)
+            for name, parameter in group["parameters"].items()
+            if parameter.grad is not None
+        ]
+        if table and all(on_gpu(array) and array.flags.c_contiguous for row in table for array in row[:4]):
+            self._update_on_gpu(table, loss)
+        elif loss is None or math.isfinite(loss.item()):
+            for value, gradient, m, v, number in table:
+                self._update(value, gradient, m, v, self.groups[number]["weight_decay"])
+
+    def _update_on_gpu(self, table: list[Any], loss: Tensor | None) -> None:
+        from sscan.cuda import adamw
+
+        xp = array_module(table[0][0])
+        for dtype in {row[0].dtype.name for row in table} - self._factors.keys():
+            self._factors[dtype] = xp.empty(2 + len(self.groups), dtype)
+            self._put_factors()
+        value = None if loss is None else xp.asarray(loss.data, np.float32)
+        adamw.update(table, self._factors, value, self.betas, self.eps)  # type: ignore[no-untyped-call]
 
     def _update(self, value: Array, gradient: Array, m: Array, v: Array, weight_decay: float) -> None:
         b1, b2 = self.betas
@@ -150,6 +189,10 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float = 1.0) -> Ar
     if not gradients:
         return np.float64(0)
     xp = array_module(gradients[0])
+    if all(on_gpu(g) and g.flags.c_contiguous for g in gradients):
+        from sscan.cuda import adamw
+
+        return adamw.clip(gradients, max_norm)  # type: ignore[no-untyped-call]
     with one_blas_thread:
         norm = xp.sqrt(xp.stack([xp.vdot(g, g) for g in gradients]).sum(dtype=np.float64))
     if math.isinf(max_norm):

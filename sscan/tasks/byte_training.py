@@ -14,9 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sscan.nn import AdamW, MambaConfig, MambaLM, Tensor, clip_gradients, decay_groups, no_grad, warmup_cosine
+from sscan.nn import AdamW, MambaConfig, MambaLM, Tensor, capture, clip_gradients, decay_groups, no_grad, warmup_cosine
 from sscan.nn.arguments import check_integer, check_number
-from sscan.nn.autodiff import array_module
+from sscan.nn.autodiff import array_module, move
 from sscan.nn.checkpoint import content_of, load_weights, open_arrays, parse_object, save_arrays, save_model
 from sscan.tasks.byte_text import held_out_start, random_windows, read_text
 
@@ -99,6 +99,7 @@ class TrainingRun:
         self.optimiser = AdamW(decay_groups(self.model, weight_decay=0.1))
         self.losses: list[float] = []
         self.seconds = 0.0
+        self._captured = capture(self._update)
 
     @property
     def progress(self) -> float:
@@ -109,7 +110,7 @@ class TrainingRun:
 
     def warm_up(self) -> None:
         """Compile every kernel that a step needs, and change nothing."""
-        self._gradients(0)
+        self._gradients(*self._windows(0))
         self.model.zero_grad()
 
     def step(self) -> None:
@@ -121,26 +122,37 @@ class TrainingRun:
             If the loss is not finite any more; the parameters are those from before the step.
         """
         start = time.perf_counter()
-        loss = self._gradients(len(self.losses))
-        self._check_loss(loss)
-        with np.errstate(all="ignore"):  # what comes of it is checked by the next step or `save`
-            clip_gradients(self.model.parameters(), 1.0)
-            self.optimiser.lr = warmup_cosine(self.progress, self.options.lr)
-            self.optimiser.step()
+        self.optimiser.lr = warmup_cosine(self.progress, self.options.lr)
+        self.optimiser.advance()
+        loss = float(self._captured(*self._windows(len(self.losses))))
+        try:
+            self._check_loss(loss)
+        except FloatingPointError:
+            self.optimiser.steps -= 1
+            raise
         self.losses.append(loss / math.log(2))
         self.seconds += time.perf_counter() - start
 
-    def _gradients(self, step: int) -> float:
+    def _windows(self, step: int) -> tuple[Any, Any]:
+        """Inputs and targets of a step, where the model is."""
+        options, xp = self.options, array_module(self.model.parameters()[0].data)
+        windows = random_windows(self.data[: self.held_out], options.batch, options.length, options.seed, step)
+        return move(windows[0], xp), move(windows[1], xp)
+
+    def _update(self, inputs: Any, targets: Any) -> Any:
+        """One update of the parameters, unless the loss, which is returned, is not finite."""
+        loss = self._gradients(inputs, targets)
+        with np.errstate(all="ignore"):  # what comes of it is checked by the next step or `save`
+            clip_gradients(self.model.parameters(), 1.0)
+            self.optimiser.update(loss)
+        return loss.data
+
+    def _gradients(self, inputs: Any, targets: Any) -> Tensor:
         self.model.zero_grad()
         with np.errstate(all="ignore"):
-            loss = self._loss(step)
+            loss = self.model.loss(inputs, targets)
             loss.backward()
-        return loss.item()
-
-    def _loss(self, step: int) -> Tensor:
-        options = self.options
-        inputs, targets = random_windows(self.data[: self.held_out], options.batch, options.length, options.seed, step)
-        return self.model.loss(inputs, targets)
+        return loss
 
     def _check_loss(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -175,7 +187,7 @@ class TrainingRun:
             if not array_module(parameter.data).isfinite(parameter.data).all():
                 raise FloatingPointError(f"{name} is not finite after {len(self.losses)} steps; try a smaller --lr")
         with no_grad(), np.errstate(all="ignore"):
-            self._check_loss(self._loss(len(self.losses)).item())
+            self._check_loss(self.model.loss(*self._windows(len(self.losses))).item())
 
     def _digest(self) -> str:
         return hashlib.sha256(self.data.tobytes()).hexdigest()
