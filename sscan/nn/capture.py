@@ -77,11 +77,13 @@ class _Graph:
     def __init__(self, function: Callable[..., Any], arrays: tuple[Array, ...]) -> None:
         import cupy
 
+        from sscan.cuda._products import recorded
+
         self.inputs = [array.copy() for array in arrays]
         self.pool = cupy.cuda.MemoryPool()  # nobody else's: what is freed while recording is used by every launch
         stream = cupy.cuda.Stream(non_blocking=True)
         stream.wait_event(cupy.cuda.get_current_stream().record())
-        with stream, cupy.cuda.using_allocator(self.pool.malloc):
+        with stream, cupy.cuda.using_allocator(self.pool.malloc), recorded():
             stream.begin_capture()
             try:
                 self.results = function(*self.inputs)

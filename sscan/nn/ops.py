@@ -14,7 +14,18 @@ import numpy as np
 from sscan.linear_scan import linear_scan
 from sscan.nn import products
 from sscan.nn.arguments import check_integers
-from sscan.nn.autodiff import Array, Operand, Primitive, Tensor, array_module, defvjp, defvjp_all, move, primitive
+from sscan.nn.autodiff import (
+    Array,
+    Operand,
+    Primitive,
+    Tensor,
+    array_module,
+    defvjp,
+    defvjp_all,
+    move,
+    on_gpu,
+    primitive,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,10 +103,17 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
-    """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time, in float32 at least."""
+    """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time, in float32 at least.
+
+    On a GPU the sum over a stack is part of one product, for which one operand is put in order.
+    """
     if argument.ndim > 2 or a.ndim == b.ndim == 2:
         return unbroadcast(products.matmul(a, b), argument)
     leading, a, b = products.broadcast_stacks(a, b)
+    if on_gpu(a):
+        rows, columns = a.shape[-2], b.shape[-1]
+        a = array_module(a).moveaxis(a, -2, 0).reshape(rows, -1)
+        return products.matmul(a, b.reshape(-1, columns)).astype(argument.dtype, copy=False)
     total = array_module(a).zeros(argument.shape, np.float64 if argument.dtype == np.float64 else np.float32)
     for index in np.ndindex(*leading):
         total += products.matmul(a[index], b[index])

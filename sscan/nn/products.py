@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from sscan.nn.autodiff import Array, array_module
+from sscan.nn.autodiff import Array, array_module, on_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,14 +32,11 @@ def matmul(a: Array, b: Array) -> Array:
         if dtype.itemsize > 2:
             return _matmul_in_parts(a, b, dtype)
         return _matmul_in_parts(a.astype(np.float32), b.astype(np.float32), np.dtype(np.float32)).astype(dtype)
-    if dtype.itemsize > 2:
-        return xp.matmul(a, b)
-    # CuPy 14 multiplies matrices in half precision, but stacks of them only in float32 (float16) or not at all.
-    leading, a, b = broadcast_stacks(a, b)
-    result = xp.empty((*leading, a.shape[-2], b.shape[-1]), dtype)
-    for index in np.ndindex(*leading):
-        a[index].dot(b[index], result[index])
-    return result
+    if not on_gpu(a):
+        return xp.matmul(a, b).astype(dtype, copy=False)
+    from sscan.cuda import _products
+
+    return _products.matmul(a.astype(dtype, copy=False), b.astype(dtype, copy=False))  # type: ignore[no-untyped-call]
 
 
 def broadcast_stacks(a: Array, b: Array) -> tuple[tuple[int, ...], Array, Array]:

@@ -1,0 +1,124 @@
+"""Matrix products by cuBLAS. It is called directly, since CuPy refuses to while a CUDA graph is recorded.
+
+cuBLAS works on matrices in columns, so that a product in rows is that of the transposes the other way round.
+"""
+
+import contextlib
+import ctypes
+import functools
+import sys
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from sscan.cuda import _launch
+
+# As cuBLAS numbers them: storage; arithmetic, of halves in float32.
+STORAGE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
+COMPUTE_32F, COMPUTE_64F, DEFAULT_ALGORITHM = 68, 70, -1
+WORKSPACE = 32 << 20  # bytes, what cuBLAS itself takes on Hopper: so a recorded product has the bits of any other
+_BYTE = np.dtype(np.uint8)
+
+
+class Operand(NamedTuple):
+    """Matrices as cuBLAS takes them: whether in columns, elements from one row (column) to the next, and matrices."""
+
+    array: object
+    transposed: int
+    leading: int
+    stride: int
+
+
+class _Recording(threading.local):
+    """The workspace of the graph that this thread records: shared with others, it would be written by two at once."""
+
+    workspace = None
+
+
+_recording = _Recording()
+
+
+@contextlib.contextmanager
+def recorded():
+    """Products that become part of a CUDA graph, for which the memory of CuPy's current allocator is taken."""
+    _recording.workspace = _launch.empty(WORKSPACE, _BYTE)
+    try:
+        yield
+    finally:
+        _recording.workspace = None
+
+
+def matmul(a, b):
+    """a @ b of CuPy arrays over the last two axes, of one real dtype; the axes before them broadcast.
+
+    Halves are multiplied in float32.
+    """
+    cupy = sys.modules["cupy"]
+    leading = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    (rows, inner), columns = a.shape[-2:], b.shape[-1]
+    if not inner:
+        return cupy.zeros((*leading, rows, columns), a.dtype)
+    out = cupy.empty((*leading, rows, columns), a.dtype)
+    if not out.size:
+        return out
+    a, b = (cupy.broadcast_to(x, leading + x.shape[-2:]) for x in (a, b))
+    for index in np.ndindex(*leading[:-1]):
+        first, second, to = (_operand(x[index]) for x in (a, b, out))
+        _gemm(second, first, to, columns, rows, inner, leading[-1] if leading else 1)
+    return out
+
+
+def _operand(x):
+    """The matrices of an array (rows, columns) or (matrices, rows, columns); copied if neither axis is contiguous."""
+    rows, columns = x.shape[-2:]
+    size = x.itemsize
+    down, across = (step // size for step in x.strides[-2:])
+    stride = x.strides[0] // size if x.ndim > 2 else 0
+    if (across == 1 or columns == 1) and (down >= columns or rows == 1):
+        return Operand(x, 0, down if rows > 1 else columns, stride)
+    if (down == 1 or rows == 1) and (across >= rows or columns == 1):
+        return Operand(x, 1, across if columns > 1 else rows, stride)
+    return _operand(x.copy())
+
+
+def _gemm(a, b, c, m, n, k, count):
+    """c = a b in columns: c (m, n), a (m, k) or transposed, b (k, n) or transposed, ``count`` of each."""
+    dtype = a.array.dtype.name
+    number = ctypes.c_double if dtype == "float64" else ctypes.c_float
+    one, zero = number(1), number(0)
+    cublas, handle = _library(), ctypes.c_void_p(_handle())
+    stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+    _check(cublas.cublasSetStream_v2(handle, ctypes.c_void_p(stream)))  # which makes it take its own workspace
+    if _recording.workspace is not None:
+        pointer = ctypes.c_void_p(_launch.address(_recording.workspace))
+        _check(cublas.cublasSetWorkspace_v2(handle, pointer, ctypes.c_size_t(WORKSPACE)))
+    storage = STORAGE[dtype]
+    matrices = [
+        (ctypes.c_void_p(_launch.address(x.array)), storage, x.leading, ctypes.c_longlong(x.stride)) for x in (a, b, c)
+    ]
+    _check(
+        cublas.cublasGemmStridedBatchedEx(
+            handle, a.transposed, b.transposed, m, n, k, ctypes.byref(one), *matrices[0], *matrices[1],
+            ctypes.byref(zero), *matrices[2], count, COMPUTE_64F if dtype == "float64" else COMPUTE_32F,
+            DEFAULT_ALGORITHM,
+        )
+    )  # fmt: skip
+
+
+def _check(status):
+    if status:
+        raise RuntimeError(f"sscan: a matrix product on the GPU failed (cuBLAS status {status})")
+
+
+def _handle():
+    """CuPy's, of this thread and the current device."""
+    return sys.modules["cupy"].cuda.device.get_cublas_handle()
+
+
+@functools.cache
+def _library():
+    """The cuBLAS that CuPy has loaded."""
+    _handle()
+    major = sys.modules["cupy"].cuda.runtime.runtimeGetVersion() // 1000
+    return ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else f"libcublas.so.{major}")
