@@ -24,7 +24,7 @@ from cases import (
 from emulator import emulated
 
 from sscan import _backends
-from sscan.cuda import adamw
+from sscan.cuda import adamw, order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -227,3 +227,16 @@ def test_adamw(dtype: type, loss: float | None) -> None:
             p0 = decays[group] * p0 - rate * m0 / (np.sqrt(v0) / correction + eps)
         for got, expected in ((p, p0), (m, m0), (v, v0)):
             np.testing.assert_allclose(got, expected, rtol=16 * np.finfo(dtype).eps, atol=np.finfo(dtype).eps)
+
+
+# --- Order ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("count", [1, 7, 256, 257, 1000])
+def test_order_of_integers(count: int, dtype: type) -> None:
+    integers = np.random.default_rng(count).integers(0, 50, count).astype(dtype)
+    integers[count // 3 : count // 2] = order.LARGEST - 1
+    with emulator.patched():
+        found = order.stable_order(integers)
+    np.testing.assert_array_equal(found, np.argsort(integers, kind="stable"))

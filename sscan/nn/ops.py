@@ -304,7 +304,7 @@ def _embedding_vjp(g: Array, out: Array, weight: Array, indices: Array) -> Array
     xp, ids = array_module(weight), indices.reshape(-1)
     if not ids.size:
         return xp.zeros_like(weight)
-    order = xp.argsort(ids, kind="stable")
+    order = _stable_order(ids, len(weight))
     ids = ids[order]
     rows = g.reshape(-1, weight.shape[1])[order].T.astype(np.result_type(g.dtype, np.float32), copy=False)
     # Equal indices stand side by side now. A linear scan that forgets where a new one begins adds up their rows.
@@ -314,6 +314,16 @@ def _embedding_vjp(g: Array, out: Array, weight: Array, indices: Array) -> Array
     every = xp.arange(weight.shape[0])
     last = xp.searchsorted(ids, every, side="right") - 1  # of each index; -1, where any row will do, if there is none
     return xp.where((ids[last] == every)[:, None], sums[last], 0).astype(weight.dtype, copy=False)
+
+
+def _stable_order(ids: Array, count: int) -> Array:
+    """The order in which ids below ``count`` rise."""
+    if on_gpu(ids):
+        from sscan.cuda import order
+
+        if count <= order.LARGEST and ids.dtype.itemsize >= 4 and ids.size < order.MANY:
+            return order.stable_order(array_module(ids).ascontiguousarray(ids))  # type: ignore[no-untyped-call]
+    return array_module(ids).argsort(ids, kind="stable")
 
 
 defvjp(_embedding, _embedding_vjp)
