@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import sscan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sscan.tasks.byte_training import TrainingRun
 
@@ -241,8 +241,8 @@ def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
     print(f"curve       {folder / 'loss.png' if drawn else NO_CURVE}")
     prompt = run.data[run.held_out : run.held_out + 64]
     print(f"sample      {SAMPLE_BYTES} bytes, decoded with a state of constant size, after 64 held-out ones:\n")
-    sample = run.model.generate(prompt, SAMPLE_BYTES, temperature=0.8)
-    _write_continuation(prompt.tobytes(), sample, _text_writer(sys.stdout))
+    with _written(prompt.tobytes(), _text_writer(sys.stdout)) as streamer:
+        run.model.generate(prompt, SAMPLE_BYTES, temperature=0.8, streamer=streamer)
     return 0
 
 
@@ -271,7 +271,7 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun, Path]:
 
 def _prepared(folder: Path) -> Path:
     """The folder, which then can be written to, without what a run that was killed left there."""
-    from sscan.nn.checkpoint import remove_leftovers
+    from sscan.models.files import remove_leftovers
 
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
@@ -344,7 +344,7 @@ def _stop_requests() -> Iterator[list[int]]:
 def _generate(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from sscan.nn.checkpoint import load_model
+    from sscan.nn import MambaLM, Sampler
 
     try:
         prompt = options.prompt.encode()
@@ -353,29 +353,37 @@ def _generate(options: argparse.Namespace) -> int:
     if not prompt:
         raise Mistake("--prompt: one byte at least is needed to start from")
     with _mistakes():
-        model = load_model(options.checkpoint)
+        model = MambaLM.from_pretrained(options.checkpoint)
         if model.config.vocab_size != 256:
             raise Mistake(f"{options.checkpoint} has a vocabulary of {model.config.vocab_size}, not the 256 bytes")
-        tokens = model.generate(
+        Sampler(options.temperature, options.top_k, options.top_p)
+    # A pipe or a file gets the bytes; a terminal, or a caller's own stream in its place, gets text.
+    out = sys.stdout
+    raw = not out.isatty() and out is sys.__stdout__
+    with _written(prompt, out.buffer.write if raw else _text_writer(out)) as streamer:
+        model.generate(
             np.frombuffer(prompt, np.uint8),
             options.bytes,
             options.temperature,
             options.top_k,
             options.top_p,
-            options.seed,
+            seed=options.seed,
+            streamer=streamer,
         )
-    # A pipe or a file gets the bytes; a terminal, or a caller's own stream in its place, gets text.
-    out = sys.stdout
-    raw = not out.isatty() and out is sys.__stdout__
-    _write_continuation(prompt, tokens, out.buffer.write if raw else _text_writer(out))
     return 0
 
 
-def _write_continuation(prompt: bytes, tokens: Iterable[Any], write: Callable[[bytes], object]) -> None:
-    """Write the prompt, its continuation and a line break, each as soon as it is known."""
-    for part in itertools.chain([prompt], (bytes([int(token)]) for token in tokens), [b"\n"]):
+@contextlib.contextmanager
+def _written(prompt: bytes, write: Callable[[bytes], object]) -> Iterator[Callable[[int, int], None]]:
+    """Write the prompt, then what the streamer is called with, as soon as it is known, and a line break at the end."""
+
+    def put(part: bytes) -> None:
         write(part)
         sys.stdout.flush()
+
+    put(prompt)
+    yield lambda i, token: put(bytes([token]))
+    put(b"\n")
 
 
 def _text_writer(stream: TextIO) -> Callable[[bytes], object]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from sscan.nn.checkpoint import write_atomically
+from sscan.models.files import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,6 @@
+"""What models are, whatever computes them: configurations, files, sampling, generation; no framework is needed."""
+
+from sscan.models.config import BlockConfig, MambaConfig
+from sscan.models.sampling import Sampler
+
+__all__ = ["BlockConfig", "MambaConfig", "Sampler"]
