@@ -244,8 +244,8 @@ def _from_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of MambaConfig in a config.json of transformers, where released ones say many things twice."""
     model_type = values.get("model_type", "mamba")
     if model_type != "mamba":
-        what = ", whose blocks normalise dt, B and C" if model_type == "falcon_mamba" else ""
-        raise ValueError(f"MambaConfig: model_type = {model_type!r}{what}, is not supported, only 'mamba'")
+        what = " (whose blocks normalise dt, B and C)" if model_type == "falcon_mamba" else ""
+        raise ValueError(f"MambaConfig: model_type = {model_type!r}{what} is not supported, only 'mamba'")
     model = {
         ours: values.get(theirs, _MODEL_DEFAULTS.get(theirs, getattr(MambaConfig, ours, None)))
         for ours, theirs in _MODEL_NAMES.items()
@@ -265,7 +265,7 @@ def _from_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     known = {*_MODEL_NAMES.values(), *_BLOCK_NAMES.values(), *_UNUSED, "model_type", "unpadded_vocab_size"}
     for key, value in values.items():
-        if key not in known and (key not in expected or value != expected[key]):
+        if key not in known and value is not None and (key not in expected or value != expected[key]):
             wanted = f", expected {expected[key]!r}" if key in expected else ""
             raise ValueError(f"MambaConfig: {key} = {value!r} is not supported{wanted}")
     return model

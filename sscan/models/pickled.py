@@ -44,6 +44,8 @@ class PickledArrays:
         self._torch = torch = _import_torch(path)
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except OSError as error:  # PyTorch's "invalid argument", for a part of an archive
+            raise ValueError(f"{path}: not a whole file of torch.save ({error})") from error
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError) as error:
             raise ValueError(f"{path}: {str(error).splitlines()[0] if str(error) else 'ends too early'}") from error
         if not isinstance(found, dict) or not all(
