@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = Any
 
+PLACES = 8
 PIECE = 4096  # tokens of a prompt that are read at once, so that memory does not grow with its length
 
 
@@ -62,8 +63,10 @@ class GenerationMixin:
 
         No prompt is padded: each is read by itself, through the scan, and a prompt that equals the one before is not
         read again. Then `batch` sequences are decoded at once, one token each, at a cost that does not depend on how
-        long they are; when one has ended, the next prompt takes its place. With the same `batch` a sequence gets the
-        same bits whatever the others are: its place, its neighbours and places that stay empty do not matter.
+        long they are; when one has ended, the next prompt takes its place. So sequences do not see each other. Their
+        last bits may depend on how many rows a matrix product has, and on nothing else: above one, that number is
+        rounded up to a multiple of 8, with rows that nobody reads. With ``batch=1``, or with the same `batch`, a
+        sequence is the same, bit for bit, alone and among any others.
 
         Parameters
         ----------
@@ -84,7 +87,7 @@ class GenerationMixin:
         seed : int
             Sequence i draws from a generator of its own, of seed + i.
         batch : int, optional
-            How many are decoded at once; without it all of them.
+            How many are decoded at once; without it all of them. 1 is fastest for one sequence.
         vocab_size : int, optional
             Tokens from this one on are never drawn; without it those that are not in the configuration's vocabulary,
             which the embedding's padding is.
@@ -113,10 +116,18 @@ class GenerationMixin:
             for i, prompt in enumerate(listed)
         ]
         if max_new_tokens:
-            for row, token in _stream(self, rows, batch or len(rows), drawn):
+            for row, token in _stream(self, rows, _places(batch or len(rows)), drawn):
                 if streamer is not None:
                     streamer(row.index, token)
         return [np.array(row.new, np.int64) for row in rows]
+
+
+def _places(batch: int) -> int:
+    """How many rows are decoded at once, so that it does not matter in which a sequence is.
+
+    BLAS works through the rows of a product in groups of a few, and through what is left over in another way.
+    """
+    return batch if batch == 1 else -(-batch // PLACES) * PLACES
 
 
 def prompts_of(prompts: Any, rows: int) -> list[list[int]]:

@@ -46,9 +46,9 @@ class States(list[MambaState]):
         return self.select(range(self.batch))
 
     def select(self, rows: Sequence[int]) -> States:
-        """A copy with these sequences, in this order; one may come several times, as in a beam search."""
+        """A copy with these sequences, in this order; one may come several times, as in a beam search. No gradients."""
         rows = list(rows)
-        return States(MambaState(state.conv[rows], state.ssm[rows]) for state in self)
+        return States(MambaState(_rows(state.conv, rows), _rows(state.ssm, rows)) for state in self)
 
     def put(self, rows: Sequence[int], others: States) -> None:
         """Overwrite the states of these sequences with those of `others`, in their order."""
@@ -66,6 +66,11 @@ class States(list[MambaState]):
     def of_tensors(cls, tensors: dict[str, Any]) -> States:
         """The states whose `named_tensors` these are."""
         return cls(MambaState(tensors[f"{i}.conv"], tensors[f"{i}.ssm"]) for i in range(len(tensors) // 2))
+
+
+def _rows(tensor: Any, rows: list[int]) -> Any:
+    copy = tensor.data[rows]  # both libraries keep there what no gradient goes through
+    return copy if isinstance(copy, type(tensor)) else type(tensor)(copy)
 
 
 def check_states(path: Path, arrays: Mapping[str, Any], expected: States) -> None:
