@@ -89,8 +89,9 @@ def test_defaults() -> None:
     assert train["device"] == "cpu"
     del generate["command"]
     assert generate == {
-        "name": "generate", "checkpoint": Path("x"), "prompt": "\n", "bytes": 400, "temperature": 0.8, "top_k": None,
-        "top_p": None, "seed": 0,
+        "name": "generate", "model": "x", "prompt": None, "prompt_file": None, "stdin": None, "tokens": 400,
+        "temperature": 0.8, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "stop": [],
+        "eos": "<|endoftext|>", "samples": 1, "seed": 0, "tokenizer": None, "device": "cpu", "dtype": None,
     }  # fmt: skip
 
 
@@ -368,7 +369,7 @@ def generate_control_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that says: escape, bell, a, delete, C1's escape in UTF-8, half a character, a tab."""
     said = b"\x1b[31m\x07a\x7f\xc2\x9b\xc3(\t"
 
-    def generate(model: MambaLM, prompt: object, n: int, *options: object, streamer: Any, seed: int) -> None:
+    def generate(model: MambaLM, prompts: object, n: int, *drawing: object, streamer: Any, **options: object) -> None:
         for byte in said:
             streamer(0, byte)
 

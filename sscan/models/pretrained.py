@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from sscan.models.files import Array
 
 CONFIG, WEIGHTS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
+# What goes with a model when it is converted.
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 THEIR_EMBEDDING = "backbone.embeddings.weight"  # the one name that transformers has changed
 
@@ -313,3 +317,35 @@ def save_model(
     write_together(dict([(folder / CONFIG, lambda new: new.write_text(text, encoding="utf-8")), weights]))
     if pickled:
         (folder / WEIGHTS).unlink(missing_ok=True)  # which would be read first
+
+
+def convert(
+    model: str | Path, folder: str | Path, format: Format, dtype: Any = None, *, pickled: bool = False
+) -> list[str]:
+    """Write a model, wherever it is and in whatever format, to a folder; the names of the files there.
+
+    Parameters
+    ----------
+    model, folder, format, pickled
+        As of :func:`open_model` and :func:`save_model`.
+    dtype : dtype, optional
+        Of the parameters, but for A_log and D, which stay at least float32; without it they stay as they are.
+
+    Raises
+    ------
+    OSError, ValueError
+        As those.
+    """
+    source = Source(model)
+    with open_model(model) as (config, weights):
+        arrays = {}
+        for name in weights:
+            array = weights[name]
+            wide = np.float32 if name.endswith((".A_log", ".D")) else dtype
+            arrays[name] = array if dtype is None else weights.read(name, np.result_type(dtype, wide))
+    save_model(folder, config, arrays, format, pickled=pickled)
+    for name in COMPANIONS:
+        found = source.find(name)
+        if found is not None:
+            write_together({Path(folder) / name: functools.partial(shutil.copyfile, found)})
+    return sorted(path.name for path in Path(folder).iterdir())

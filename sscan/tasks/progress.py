@@ -70,6 +70,35 @@ class Progress:
         )
 
 
+class Bar:
+    """Shows the share of something that is done, in a ``with`` statement; a line now and then where no terminal is."""
+
+    def __init__(self, title: str, stream: TextIO) -> None:
+        self.title, self.stream = title, stream
+        self.last_line = time.monotonic()
+        self.bar = tqdm(
+            total=1.0, desc=title, file=stream, bar_format="{desc} {percentage:3.0f}% |{bar:20}| {remaining} left",
+            disable=not stream.isatty(), leave=False,
+        )  # fmt: skip
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
+
+    def __call__(self, share: float) -> None:
+        """Show it."""
+        with contextlib.suppress(OSError):
+            if not self.bar.disable:
+                self.bar.update(share - self.bar.n)
+            elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+                self.last_line = time.monotonic()
+                self.stream.write(f"{self.title} {share:4.0%}\n")
+                self.stream.flush()
+
+
 def draw_loss_curve(path: Path, losses: list[float], lines: dict[str, float]) -> bool:
     """Write the curve of the training loss, with held-out results as horizontal lines; False without matplotlib."""
     try:
