@@ -2,5 +2,6 @@
 
 from sscan.models.config import BlockConfig, MambaConfig
 from sscan.models.sampling import Sampler
+from sscan.models.states import MambaState, States
 
-__all__ = ["BlockConfig", "MambaConfig", "Sampler"]
+__all__ = ["BlockConfig", "MambaConfig", "MambaState", "Sampler", "States"]

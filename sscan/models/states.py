@@ -73,7 +73,7 @@ def _rows(tensor: Any, rows: list[int]) -> Any:
     return copy if isinstance(copy, type(tensor)) else type(tensor)(copy)
 
 
-def check_states(path: Path, arrays: Mapping[str, Any], expected: States) -> None:
+def check_states(path: str | Path, arrays: Mapping[str, Any], expected: States) -> None:
     """ValueError, which names the file, if arrays are not states of a model; `expected` are some, of any batch."""
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.named_tensors()}
     batch = next((array.shape[0] for array in arrays.values() if array.ndim), 0)

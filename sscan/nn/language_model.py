@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from sscan.nn.modules import Embedding, Linear, Module, RMSNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from sscan.models.config import Format, MambaConfig
     from sscan.models.pretrained import Weights
@@ -156,11 +156,11 @@ class MambaLM(GenerationMixin, Module):
     def _step_on_host(self, ids: Array, states: States) -> Array:
         return to_numpy(self.step(ids, states))
 
-    def save_states(self, path: Path, states: States) -> None:
+    def save_states(self, path: str | Path, states: States) -> None:
         """Write states to a safetensors file, atomically."""
-        save_arrays(path, {name: tensor.data for name, tensor in states.named_tensors()})
+        save_arrays(Path(path), {name: tensor.data for name, tensor in states.named_tensors()})
 
-    def load_states(self, path: Path) -> States:
+    def load_states(self, path: str | Path) -> States:
         """The states in a file that :meth:`save_states` of a model of this configuration wrote, on its device.
 
         Raises
@@ -168,7 +168,7 @@ class MambaLM(GenerationMixin, Module):
         OSError, ValueError
             If the file cannot be read, or holds other states; the message names the file.
         """
-        arrays, _ = load_arrays(path)
+        arrays, _ = load_arrays(Path(path))
         made = self.new_states(1)
         check_states(path, arrays, made)
         xp = array_module(self.lm_head.weight.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -19,7 +20,6 @@ from sscan.torch.ops import rms_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from sscan.models.config import Format, MambaConfig
     from sscan.models.pretrained import Weights
@@ -185,11 +185,11 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
     def _ids(self, ids: Any) -> Any:
         return torch.from_numpy(ids).to(self.lm_head.weight.device)
 
-    def save_states(self, path: Path, states: States) -> None:
+    def save_states(self, path: str | Path, states: States) -> None:
         """Write states to a safetensors file, atomically; :class:`sscan.nn.MambaLM` reads it too."""
-        save_arrays(path, {name: _to_array(tensor) for name, tensor in states.named_tensors()})
+        save_arrays(Path(path), {name: _to_array(tensor) for name, tensor in states.named_tensors()})
 
-    def load_states(self, path: Path) -> States:
+    def load_states(self, path: str | Path) -> States:
         """The states in a file that :meth:`save_states` of a model of this configuration wrote, on its device.
 
         Raises
@@ -197,7 +197,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         OSError, ValueError
             If the file cannot be read, or holds other states; the message names the file.
         """
-        arrays, _ = load_arrays(path)
+        arrays, _ = load_arrays(Path(path))
         made = self.new_states(1)
         check_states(path, arrays, made)
         like = dict(made.named_tensors())
