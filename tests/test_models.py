@@ -68,7 +68,7 @@ def logits_of(model: Any, tokens: Any) -> Any:
 def parameters_of(model: Any) -> dict[str, Any]:
     if isinstance(model, sscan.nn.MambaLM):
         return {name: p.data for name, p in model.named_parameters()}
-    return {name: sscan.torch.language_model._to_array(p) for name, p in model.named_parameters()}
+    return {name: sscan.torch.language_model.array_of(p) for name, p in model.named_parameters()}
 
 
 def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -187,7 +187,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
 
     def save_states(self, path: str | Path, states: States) -> None:
         """Write states to a safetensors file, atomically; :class:`sscan.nn.MambaLM` reads it too."""
-        save_arrays(Path(path), {name: _to_array(tensor) for name, tensor in states.named_tensors()})
+        save_arrays(Path(path), {name: array_of(tensor) for name, tensor in states.named_tensors()})
 
     def load_states(self, path: str | Path) -> States:
         """The states in a file that :meth:`save_states` of a model of this configuration wrote, on its device.
@@ -201,7 +201,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         made = self.new_states(1)
         check_states(path, arrays, made)
         like = dict(made.named_tensors())
-        return States.of_tensors({name: _to_tensor(array).to(like[name]) for name, array in arrays.items()})
+        return States.of_tensors({name: tensor_of(array).to(like[name]) for name, array in arrays.items()})
 
     @classmethod
     def from_pretrained(
@@ -231,7 +231,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         model = cls(config, device="meta", dtype=dtype)
         for name, empty in list(model.named_parameters()):
             stored = ml_dtypes.bfloat16 if empty.dtype is torch.bfloat16 else str(empty.dtype).removeprefix("torch.")
-            parameter = nn.Parameter(_to_tensor(weights.read(name, np.dtype(stored))).to(device))
+            parameter = nn.Parameter(tensor_of(weights.read(name, np.dtype(stored))).to(device))
             parameter.__dict__.update(empty.__dict__)  # what is not to decay, or to be drawn again
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, parameter)
@@ -240,11 +240,11 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
 
     def save_pretrained(self, folder: str | Path, format: Format = "original", *, pickled: bool = False) -> None:
         """Write the model to a folder; see :meth:`sscan.nn.MambaLM.save_pretrained`."""
-        arrays = {name: _to_array(parameter) for name, parameter in self.named_parameters()}
+        arrays = {name: array_of(parameter) for name, parameter in self.named_parameters()}
         save_model(folder, self.config, arrays, format, pickled=pickled)
 
 
-def _to_array(tensor: Any) -> Any:
+def array_of(tensor: Any) -> Any:
     """The tensor as a NumPy array, in host memory."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype is torch.bfloat16:  # of which Tensor.numpy does not know
@@ -252,7 +252,8 @@ def _to_array(tensor: Any) -> Any:
     return tensor.numpy()
 
 
-def _to_tensor(array: Any) -> Any:
+def tensor_of(array: Any) -> Any:
+    """A NumPy array as a tensor on its memory."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
