@@ -4,6 +4,7 @@ from sscan.models.config import MambaConfig
 from sscan.models.sampling import Sampler
 from sscan.models.states import MambaState, States
 from sscan.nn.autodiff import Tensor, defvjp, defvjp_all, no_grad, primitive
+from sscan.nn.bidirectional import BidirectionalMamba
 from sscan.nn.capture import capture
 from sscan.nn.gradient_check import check_gradients
 from sscan.nn.language_model import MambaLM
@@ -15,6 +16,7 @@ from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selectiv
 
 __all__ = [
     "AdamW",
+    "BidirectionalMamba",
     "Embedding",
     "Linear",
     "Mamba",

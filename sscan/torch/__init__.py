@@ -10,6 +10,7 @@ if importlib.util.find_spec("torch") is None:
 from sscan.models.config import MambaConfig
 from sscan.models.states import MambaState, States
 from sscan.torch import _flops  # noqa: F401  # registers what PyTorch's counter asks for
+from sscan.torch.bidirectional import BidirectionalMamba
 from sscan.torch.language_model import MambaLM, decay_groups
 from sscan.torch.mamba import Mamba
 from sscan.torch.ops import (
@@ -25,6 +26,7 @@ from sscan.torch.ops import (
 )
 
 __all__ = [
+    "BidirectionalMamba",
     "Mamba",
     "MambaConfig",
     "MambaLM",
