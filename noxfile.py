@@ -45,6 +45,14 @@ def typeseg(session: nox.Session) -> None:
 
 
 @nox.session
+def lm_eval(session: nox.Session) -> None:
+    """sscan's models in lm-evaluation-harness."""
+    install(session, "test")
+    session.install("lm_eval>=0.4.9")
+    session.run("pytest", "tests/published/test_lm_eval.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style and likely mistakes; `-- --fix` mends what can be mended."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))

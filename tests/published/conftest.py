@@ -1,3 +1,3 @@
-"""Needs the package typeseg and runs only when it is named: ``pytest tests/published/test_typeseg.py``."""
+"""Tests with packages that few have run only when they are named: ``pytest tests/published/test_typeseg.py``."""
 
 collect_ignore_glob = ["*"]
