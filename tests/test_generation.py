@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -31,7 +32,7 @@ def model_of(framework: str, config: MambaConfig = CONFIG, dtype: torch.dtype = 
     model = perturbed(config, dtype)
     if framework == "torch":
         return model
-    ours = sscan.nn.MambaLM(config, seed=None)
+    ours = sscan.nn.MambaLM(config, ml_dtypes.bfloat16 if dtype is torch.bfloat16 else np.float32, seed=None)
     ours.load_state_dict(parameters_of(model))
     return ours
 

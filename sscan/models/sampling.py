@@ -107,10 +107,20 @@ class Sampler:
             values[values < np.log(self.min_p)] = -np.inf  # the largest is 0
         probabilities = np.exp(values)
         probabilities /= probabilities.sum(axis=1, keepdims=True)
-        if self.top_p is not None:
-            order = np.argsort(-probabilities, axis=1, kind="stable")
-            ordered = np.take_along_axis(probabilities, order, axis=1)
-            ordered[np.cumsum(ordered, axis=1) - ordered >= self.top_p] = 0  # what is before it already reaches p
-            np.put_along_axis(probabilities, order, ordered, axis=1)
+        if self.top_p is not None and self.top_p < 1:
+            for row in probabilities:
+                _keep_nucleus(row, self.top_p)
             probabilities /= probabilities.sum(axis=1, keepdims=True)
         return probabilities
+
+
+def _keep_nucleus(row: Array, p: float) -> None:
+    """Zero all but the most likely that together reach p."""
+    # Those of at most (1 - p) / size add up to 1 - p at most, so the others reach p; few are left to be sorted.
+    likely = np.flatnonzero(row > (1 - p) / row.size)
+    order = likely[np.argsort(-row[likely], kind="stable")]
+    ordered = row[order]
+    kept = order[np.cumsum(ordered) - ordered < p]  # what is before them does not reach p yet
+    values = row[kept]
+    row[:] = 0
+    row[kept] = values
