@@ -1,4 +1,4 @@
-"""One command each: `nox -s test`, `lint`, `types`, `docs`, `sdist`, `bench`, `mutants`, `lowest`, `transformers`."""
+"""One command each: `nox -s test`, `lint`, `types`, `docs`, `sdist`, `bench`, `mutants`, `lowest`, and others."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ def transformers(session: nox.Session, release: str) -> None:
     (bound,) = (line for line in nox.project.dependency_groups(PROJECT, "test") if line.startswith("transformers>="))
     session.install("--upgrade", bound.replace(">=", "==") if release == "oldest" else bound)
     session.run("pytest", "tests/test_transformers.py", *session.posargs)
+
+
+@nox.session
+def typeseg(session: nox.Session) -> None:
+    """A trained Mamba from PyPI on sscan's ops, against the reference that comes with it."""
+    install(session, "test")
+    session.install("--no-deps", "typeseg==0.2.7")  # its own reference takes NumPy alone
+    session.run("pytest", "tests/published/test_typeseg.py", *session.posargs)
+
+
+@nox.session
+def lm_eval(session: nox.Session) -> None:
+    """sscan's models in lm-evaluation-harness."""
+    install(session, "test")
+    session.install("lm_eval>=0.4.9")
+    session.run("pytest", "tests/published/test_lm_eval.py", *session.posargs)
 
 
 @nox.session

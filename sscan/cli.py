@@ -1,4 +1,4 @@
-"""The command ``sscan``: train a byte-level Mamba on a text, continue a text with it, look at the installation.
+"""The command ``sscan``: train a byte-level Mamba on a text; continue texts with models, evaluate and convert them.
 
 Results go to standard output; progress and errors go to standard error. Exit codes: 0, 1 for a failure that is not the
 user's, 2 for a mistake in what was asked for, 128 + signal after an interruption.
@@ -25,12 +25,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import sscan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from sscan.models.tokens import Vocabulary
+    from sscan.nn import MambaLM
     from sscan.tasks.byte_training import TrainingRun
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 SAMPLE_BYTES = 400
+END_OF_TEXT = "<|endoftext|>"  # of the tokenizers of GPT-2 and GPT-NeoX
 NO_CURVE = 'not drawn, for want of matplotlib; it comes with: pip install "sscan[plot]"'
 
 
@@ -120,8 +123,13 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _model(text: str) -> str:
+    return str(_path(text)) and text
+
+
 # What argparse calls them in "invalid ... value".
-_positive_int.__name__, _positive_float.__name__, _path.__name__ = "positive integer", "positive number", "path"
+_positive_int.__name__, _positive_float.__name__ = "positive integer", "positive number"
+_path.__name__ = _model.__name__ = "path"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,21 +165,68 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default %(default)s)")
 
-    generate = commands.add_parser("generate", help="continue a prompt with a trained model")
-    generate.set_defaults(command=_generate)
-    generate.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder that sscan train wrote")
-    generate.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
-    generate.add_argument(
-        "-n", "--bytes", type=_positive_int, default=SAMPLE_BYTES, help="bytes to generate (%(default)s)"
-    )
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely byte (%(default)s)")
-    generate.add_argument("--top-k", type=int, help="choose among the k most likely bytes")
-    generate.add_argument("--top-p", type=float, help="choose among the most likely bytes of joint probability p")
-    generate.add_argument("--seed", type=int, default=0, help="of the random choices (%(default)s)")
+    _add_language_models(commands)
 
     info = commands.add_parser("info", help="devices, versions, threads and cache folder")
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_language_models(commands: Any) -> None:
+    """The commands for models that are there: generate, evaluate, convert."""
+    from sscan.tasks.byte_training import PRECISIONS
+
+    generate = commands.add_parser("generate", help="continue a prompt with a model")
+    evaluate = commands.add_parser("evaluate", help="measure how well a model predicts a text")
+    convert = commands.add_parser("convert", help="write a model in the format of the original or of transformers")
+    for command, function in ((generate, _generate), (evaluate, _evaluate), (convert, _convert)):
+        command.set_defaults(command=function)
+        command.add_argument(
+            "model", type=_model, metavar="MODEL", help="folder of a model or of a run, or its name on the hub"
+        )
+        command.add_argument("--dtype", choices=PRECISIONS, help="of the parameters (default float32)")
+    for command in (generate, evaluate):
+        command.add_argument(
+            "--tokenizer", type=_model, metavar="FILE",
+            help="tokenizer.json, or a folder or name on the hub that has one (default: the model's, else bytes)",
+        )  # fmt: skip
+        command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
+
+    source = generate.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="text to continue (default: a line break)")
+    source.add_argument("--prompt-file", type=_path, metavar="FILE", help="file with it; - is standard input")
+    source.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="right behind MODEL: the same")
+    generate.add_argument(
+        "-n", "--tokens", "--bytes", type=_positive_int, default=SAMPLE_BYTES, help="tokens to generate (%(default)s)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (%(default)s)")
+    generate.add_argument("--top-k", type=int, help="choose among the k most likely tokens")
+    generate.add_argument("--top-p", type=float, help="choose among the most likely tokens of joint probability p")
+    generate.add_argument("--min-p", type=float, help="leave out tokens below this share of the largest probability")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids what was said before")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    generate.add_argument(
+        "--eos", default=END_OF_TEXT, metavar="TOKEN", help="special token that ends it (%(default)s)"
+    )
+    generate.add_argument("--samples", type=_positive_int, default=1, help="continuations, one after the other")
+    generate.add_argument("--seed", type=int, default=0, help="of the random choices (%(default)s)")
+
+    evaluate.add_argument("--text", type=_path, metavar="FILE", required=True, help="text to predict")
+    evaluate.add_argument(
+        "--window", type=_positive_int, metavar="N",
+        help="cut it into windows of N tokens, whose second halves count (default: carry the state along)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--stride", type=_positive_int, metavar="N", help="let windows begin every N tokens; the last N count"
+    )
+
+    convert.add_argument("folder", type=_path, metavar="FOLDER", help="where to write it")
+    convert.add_argument("--format", choices=["original", "transformers"], default="transformers")
+    convert.add_argument(
+        "--pickle", action="store_true", help="write pytorch_model.bin, which mamba_ssm reads; takes PyTorch"
+    )
 
 
 @contextlib.contextmanager
@@ -207,6 +262,7 @@ def _array_module(device: str) -> Any:
 
 
 def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
+    from sscan.models.tokens import Bytes
     from sscan.tasks.byte_text import BackoffModel, bits_per_byte
     from sscan.tasks.progress import draw_loss_curve
 
@@ -241,8 +297,8 @@ def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
     print(f"curve       {folder / 'loss.png' if drawn else NO_CURVE}")
     prompt = run.data[run.held_out : run.held_out + 64]
     print(f"sample      {SAMPLE_BYTES} bytes, decoded with a state of constant size, after 64 held-out ones:\n")
-    sample = run.model.generate(prompt, SAMPLE_BYTES, temperature=0.8)
-    _write_continuation(prompt.tobytes(), sample, _text_writer(sys.stdout))
+    with _Continuations(prompt.tobytes(), Bytes().writer, _text_writer(sys.stdout)) as streamer:
+        run.model.generate(prompt, SAMPLE_BYTES, temperature=0.8, streamer=streamer)
     return 0
 
 
@@ -271,7 +327,7 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun, Path]:
 
 def _prepared(folder: Path) -> Path:
     """The folder, which then can be written to, without what a run that was killed left there."""
-    from sscan.nn.checkpoint import remove_leftovers
+    from sscan.models.files import remove_leftovers
 
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
@@ -338,44 +394,150 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_IGN if gone else handler)
 
 
-# sscan generate
+# sscan generate, evaluate, convert
+
+
+def _open_model(options: argparse.Namespace) -> tuple[MambaLM, Vocabulary]:
+    """The model, where it is to compute, and what its tokens mean."""
+    from sscan.models.tokens import vocabulary_of
+    from sscan.nn import MambaLM
+    from sscan.tasks.byte_training import PRECISIONS
+
+    xp = _array_module(options.device)
+    model = MambaLM.from_pretrained(options.model, PRECISIONS[options.dtype or "float32"])
+    vocabulary = vocabulary_of(options.model, model.config.vocab_size, options.tokenizer)
+    model.to(xp)
+    return model, vocabulary
 
 
 def _generate(options: argparse.Namespace) -> int:
-    import numpy as np
+    from sscan.nn import Sampler
 
-    from sscan.nn.checkpoint import load_model
-
-    try:
-        prompt = options.prompt.encode()
-    except UnicodeEncodeError as error:  # Python's stand-ins for bytes that it could not decode
-        raise Mistake("--prompt: not valid text in the encoding of this terminal") from error
-    if not prompt:
-        raise Mistake("--prompt: one byte at least is needed to start from")
+    drawing = (options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    prompt = _prompt(options)
     with _mistakes():
-        model = load_model(options.checkpoint)
-        if model.config.vocab_size != 256:
-            raise Mistake(f"{options.checkpoint} has a vocabulary of {model.config.vocab_size}, not the 256 bytes")
-        tokens = model.generate(
-            np.frombuffer(prompt, np.uint8),
-            options.bytes,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            options.seed,
-        )
+        model, vocabulary = _open_model(options)
+        ids = vocabulary.encode(prompt)
+        if not ids:
+            raise Mistake("the prompt has no token to start from")
+        # What is wrong with them is said before anything is written.
+        Sampler(*drawing, seed=options.seed)
+        if not all(options.stop):
+            raise Mistake("--stop: must not be an empty text")
     # A pipe or a file gets the bytes; a terminal, or a caller's own stream in its place, gets text.
     out = sys.stdout
     raw = not out.isatty() and out is sys.__stdout__
-    _write_continuation(prompt, tokens, out.buffer.write if raw else _text_writer(out))
+    stop = [text.encode() for text in options.stop]
+    with _Continuations(prompt, vocabulary.writer, out.buffer.write if raw else _text_writer(out), stop) as streamer:
+        model.generate(
+            [ids] * options.samples, options.tokens, *drawing, eos=vocabulary.token(options.eos), stop=options.stop,
+            tokenizer=vocabulary, streamer=streamer, seed=options.seed, batch=1, vocab_size=vocabulary.size,
+        )  # fmt: skip
     return 0
 
 
-def _write_continuation(prompt: bytes, tokens: Iterable[Any], write: Callable[[bytes], object]) -> None:
-    """Write the prompt, its continuation and a line break, each as soon as it is known."""
-    for part in itertools.chain([prompt], (bytes([int(token)]) for token in tokens), [b"\n"]):
-        write(part)
+def _prompt(options: argparse.Namespace) -> bytes:
+    name, file = "--prompt", options.prompt_file
+    if options.stdin or str(file) == "-":
+        name, prompt = "-", sys.stdin.buffer.read()
+    elif file is not None:
+        from sscan.models.files import check_readable
+
+        with _mistakes():
+            check_readable(file)
+            name, prompt = str(file), file.read_bytes()
+    else:
+        try:
+            prompt = ("\n" if options.prompt is None else options.prompt).encode()
+        except UnicodeEncodeError as error:  # Python's stand-ins for bytes that it could not decode
+            raise Mistake("--prompt: not valid text in the encoding of this terminal") from error
+    if not prompt:
+        raise Mistake(f"{name}: one byte at least is needed to start from")
+    return prompt
+
+
+class _Continuations:
+    """Writes the prompt and what is generated behind it, as soon as it is known, for one sample after the other.
+
+    What may be the beginning of a text that ends it is held back until it is known not to be.
+    """
+
+    def __init__(
+        self, prompt: bytes, writer: Callable[[], Callable[[int], bytes]], write: Callable[[bytes], object],
+        stop: Sequence[bytes] = (),
+    ) -> None:  # fmt: skip
+        self.prompt, self.writer, self.write, self.stop = prompt, writer, write, stop
+        self.sample, self.held = 0, b""
+
+    def __enter__(self) -> _Continuations:
+        self._begin()
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self._end()
+
+    def __call__(self, sample: int, token: int) -> None:
+        """The next token of a sample."""
+        if sample != self.sample:
+            self._end()
+            self.sample = sample
+            self._put(b"\n")
+            self._begin()
+        self.held += self.to_bytes(token)
+        ends = [self.held.find(text) for text in self.stop if text in self.held]
+        if ends:
+            self.held = self.held[: min(ends)]
+            return
+        kept = max((n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n])), default=0)
+        self._put(self.held[: len(self.held) - kept])
+        self.held = self.held[len(self.held) - kept :]
+
+    def _begin(self) -> None:
+        self.to_bytes = self.writer()
+        self._put(self.prompt)
+
+    def _end(self) -> None:
+        self._put(self.held + b"\n")
+        self.held = b""
+
+    def _put(self, part: bytes) -> None:
+        self.write(part)
         sys.stdout.flush()
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from sscan.tasks.byte_text import read_text
+    from sscan.tasks.evaluation import evaluate
+    from sscan.tasks.progress import Bar
+
+    if options.stride is not None and (options.window is None or options.stride > options.window):
+        raise Mistake("--stride: needs a --window, of as many tokens at least")
+    with _mistakes():
+        model, vocabulary = _open_model(options)
+        ids, sizes = vocabulary.encode_sized(read_text(options.text).tobytes())
+        with Bar("evaluating", sys.stderr) as bar:
+            result = evaluate(model, ids, sizes, options.window, options.stride, bar)
+    how = "the state carried along"
+    if options.window is not None:
+        how = f"windows of {options.window}" + (f" every {options.stride}" if options.stride else ", second halves")
+    print(f"text        {options.text}: {sizes.sum():,} bytes, {ids.size:,} tokens")
+    print(f"counted     {result.tokens:,} tokens, {result.bytes:,} bytes; {how}")
+    print(f"nats        {result.nats_a_token:.4f} a token")
+    print(f"perplexity  {result.perplexity:.4f}")
+    print(f"bits        {result.bits_a_byte:.4f} a byte")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from sscan.models.pretrained import convert
+    from sscan.tasks.byte_training import PRECISIONS
+
+    with _mistakes():
+        dtype = None if options.dtype is None else PRECISIONS[options.dtype]
+        names = convert(options.model, options.folder, options.format, dtype, pickled=options.pickle)
+    print(f"written     {options.folder}: {', '.join(names)}")
+    return 0
 
 
 def _text_writer(stream: TextIO) -> Callable[[bytes], object]:

@@ -22,7 +22,8 @@ ROOT = PACKAGE.parent
 
 # Layer of each package and file below sscan/. A public file that is not named is an op: layer 3.
 LAYERS = {
-    "torch": 4, "jax": 4, "nn": 4, "compat": 4, "tasks": 4, "cli": 4, "__main__": 4,
+    "torch": 4, "jax": 4, "nn": 4, "compat": 4, "tasks": 4, "cli": 4, "lm_eval": 4, "__main__": 4,
+    "models": 3,
     "_backends": 2, "_arrays": 2, "_checks": 2,
     "cpu": 1, "cuda": 1,
     "_cache": 0, "_segments": 0, "reference": 0,
@@ -35,10 +36,12 @@ ARRAY_LIBRARIES = {"torch", "jax", "jaxlib", "cupy"}
 MAY_NAME = {
     "sscan._arrays": ARRAY_LIBRARIES,
     "sscan.cuda._launch": {"cupy"},  # for the current device, stream and allocator
+    "sscan.models.pickled": {"torch"},  # which alone reads pytorch_model.bin
     "sscan.torch": {"torch"},
     "sscan.jax": {"jax", "jaxlib", "cupy"},  # XLA's GPU memory is viewed in CuPy too
     "sscan.compat": {"torch"},
     "sscan.cli": ARRAY_LIBRARIES,
+    "sscan.lm_eval": {"cupy"},
 }
 
 

@@ -22,8 +22,8 @@ import pytest
 
 from sscan import cli
 from sscan.cli import main
+from sscan.models.files import load_arrays, remove_leftovers, save_arrays, write_atomically
 from sscan.nn import MambaLM
-from sscan.nn.checkpoint import load_arrays, load_model, remove_leftovers, save_arrays, write_atomically
 from sscan.tasks import byte_text
 from sscan.tasks.byte_text import BackoffModel, bits_per_byte, overlapping_windows, random_windows
 from sscan.tasks.byte_training import RunOptions, TrainingRun
@@ -89,8 +89,9 @@ def test_defaults() -> None:
     assert train["device"] == "cpu"
     del generate["command"]
     assert generate == {
-        "name": "generate", "checkpoint": Path("x"), "prompt": "\n", "bytes": 400, "temperature": 0.8, "top_k": None,
-        "top_p": None, "seed": 0,
+        "name": "generate", "model": "x", "prompt": None, "prompt_file": None, "stdin": None, "tokens": 400,
+        "temperature": 0.8, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "stop": [],
+        "eos": "<|endoftext|>", "samples": 1, "seed": 0, "tokenizer": None, "device": "cpu", "dtype": None,
     }  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         patch.setattr(TrainingRun, "step", interrupted_step)
         assert main([*arguments, "--out", str(tmp_path / "parts")]) == 130
     assert "--resume" in capsys.readouterr().err
-    load_model(str(tmp_path / "parts"))  # usable as it is
+    MambaLM.from_pretrained(str(tmp_path / "parts"))  # usable as it is
     assert len(TrainingRun.load(tmp_path / "parts").losses) == 3
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
 
@@ -223,9 +224,9 @@ def test_what_a_killed_run_left_is_removed(checkpoint: Path, text: Path) -> None
 def test_killed_while_saving(text: Path, tmp_path: Path) -> None:
     """Everything on the way to a checkpoint stands in folders that the next start removes."""
     program = (
-        "import os, signal, sys; from pathlib import Path; from sscan.nn import checkpoint\n"
-        "checkpoint.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.save_arrays(Path(sys.argv[1]), {'a': checkpoint.np.ones(3)})"
+        "import os, signal, sys; from pathlib import Path; from sscan.models import files\n"
+        "files.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "files.save_arrays(Path(sys.argv[1]), {'a': files.np.ones(3)})"
     )
     run = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.safetensors")], check=False, **ENVIRONMENT)
     assert run.returncode == -signal.SIGKILL
@@ -367,7 +368,12 @@ def test_generate(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def generate_control_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that says: escape, bell, a, delete, C1's escape in UTF-8, half a character, a tab."""
     said = b"\x1b[31m\x07a\x7f\xc2\x9b\xc3(\t"
-    monkeypatch.setattr(MambaLM, "generate", lambda model, prompt, n, *options: iter(said))
+
+    def generate(model: MambaLM, prompts: object, n: int, *drawing: object, streamer: Any, **options: object) -> None:
+        for byte in said:
+            streamer(0, byte)
+
+    monkeypatch.setattr(MambaLM, "generate", generate)
 
 
 class Terminal(io.TextIOWrapper):

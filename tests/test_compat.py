@@ -89,14 +89,7 @@ ABSENT = {
     "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined": "Mamba-2",
     "mamba_ssm.ops.triton.layernorm_gated.RMSNorm": "Mamba-2", "mamba_ssm.Mamba3": "Mamba-3",
     "mamba_ssm.distributed.tensor_parallel.ColumnParallelLinear": "tensor parallelism",
-    "mamba_ssm.MambaLMHeadModel": "the language model",
-    "mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel": "the language model",
-    "mamba_ssm.models.config_mamba.MambaConfig": "the language model",
-    "mamba_ssm.modules.mamba_simple.Block": "the language model",
-    "mamba_ssm.modules.block.Block": "the language model", "mamba_ssm.modules.mha.MHA": "the language model",
-    "mamba_ssm.modules.mlp.GatedMLP": "the language model",
-    "mamba_ssm.utils.generation.GenerationMixin": "the language model",
-    "mamba_ssm.utils.hf.load_config_hf": "the language model",
+    "mamba_ssm.modules.mha.MHA": "attention", "mamba_ssm.modules.mlp.GatedMLP": "MLPs",
 }  # fmt: skip
 
 
@@ -120,8 +113,14 @@ def test_what_nobody_has_is_an_ordinary_error() -> None:
 
 
 PROVIDED = {
-    "mamba_ssm": ("Mamba", "selective_scan_fn", "mamba_inner_fn"),
-    "mamba_ssm.modules.mamba_simple": ("Mamba",),
+    "mamba_ssm": ("Mamba", "MambaLMHeadModel", "selective_scan_fn", "mamba_inner_fn"),
+    "mamba_ssm.modules.mamba_simple": ("Mamba", "Block"),
+    "mamba_ssm.modules.block": ("Block",),
+    "mamba_ssm.models.config_mamba": ("MambaConfig",),
+    "mamba_ssm.models.mixer_seq_simple": (
+        "MambaLMHeadModel", "MixerModel", "MambaConfig", "create_block", "_init_weights", "Block", "GenerationMixin",
+    ),
+    "mamba_ssm.utils.hf": ("load_config_hf", "load_state_dict_hf"),
     "mamba_ssm.ops.selective_scan_interface": (
         "selective_scan_fn", "selective_scan_ref", "mamba_inner_fn", "mamba_inner_ref", "SelectiveScanFn",
         "MambaInnerFn",
@@ -129,7 +128,10 @@ PROVIDED = {
     "mamba_ssm.ops.triton.selective_state_update": ("selective_state_update", "selective_state_update_ref"),
     "mamba_ssm.ops.triton.layer_norm": ("RMSNorm", "rms_norm_fn", "layer_norm_fn"),
     "mamba_ssm.ops.triton.layernorm": ("RMSNorm", "rms_norm_fn", "layer_norm_fn"),
-    "mamba_ssm.utils.generation": ("InferenceParams",),
+    "mamba_ssm.utils.generation": (
+        "InferenceParams", "GenerationMixin", "decode", "sample", "update_graph_cache", "capture_graph",
+        "DecodingCGCache",
+    ),
     "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_update"),
     "causal_conv1d.causal_conv1d_interface": (
         "causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_ref", "causal_conv1d_update_ref",

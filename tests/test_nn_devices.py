@@ -12,9 +12,9 @@ import pytest
 from nn_cases import CASES, HOST_CONSTANTS, tensor
 
 from sscan import nn
+from sscan.models.files import load_arrays, save_arrays
 from sscan.nn import MambaConfig, MambaLM, Tensor, ops
 from sscan.nn.autodiff import to_numpy
-from sscan.nn.checkpoint import load_arrays, load_model, save_arrays, save_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -180,8 +180,8 @@ def test_checkpoints_move_between_devices(device: Device, tmp_path: Path) -> Non
     there = MambaLM(SMALL, seed=1)
     there.to(device.xp)
     _, optimiser = train(there, 2)
-    save_model(there, tmp_path)
-    host = load_model(tmp_path)
+    there.save_pretrained(tmp_path)
+    host = MambaLM.from_pretrained(tmp_path)
     save_arrays(tmp_path / "optimiser", optimiser.state_dict())
     moments = load_arrays(tmp_path / "optimiser")[0]
     for name, parameter in there.named_parameters():

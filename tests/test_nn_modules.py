@@ -171,7 +171,7 @@ def test_defaults_are_those_of_the_original() -> None:
     }  # fmt: skip
     assert dataclasses.asdict(MambaConfig()) == {
         "d_model": 2560, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "residual_in_fp32": True,
-        "fused_add_norm": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True,
+        "fused_add_norm": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True, "norm_epsilon": 1e-5,
     }  # fmt: skip
     assert defaults(nn.RMSNorm)["eps"] == defaults(nn.rms_norm)["eps"] == 1e-5
     assert defaults(nn.Linear) == {"bias": True, "dtype": np.float32, "scale": 1.0}
@@ -179,8 +179,14 @@ def test_defaults_are_those_of_the_original() -> None:
     assert defaults(nn.decay_groups) == {"weight_decay": 0.1}
     assert defaults(nn.clip_gradients) == {"max_norm": 1.0}
     assert defaults(nn.warmup_cosine) == {"final": 1e-5, "warmup": 0.1}
-    assert defaults(nn.Sampler) == {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
-    assert defaults(MambaLM.generate) == defaults(nn.Sampler)
+    drawing = {
+        "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "seed": 0,
+    }  # fmt: skip
+    assert defaults(nn.Sampler) == drawing
+    for model in (MambaLM,):
+        assert defaults(model.generate) == {
+            **drawing, "eos": None, "stop": (), "tokenizer": None, "streamer": None, "batch": None, "vocab_size": None,
+        }  # fmt: skip
     for loss in (nn.cross_entropy, nn.linear_cross_entropy):
         assert defaults(loss) == {"ignore_index": -100}
 
@@ -373,32 +379,36 @@ def test_state_does_not_grow() -> None:
 def test_generation() -> None:
     model = MambaLM(SMALL)
     prompt = ids(2, 3)
-    greedy = np.stack(list(model.generate(prompt, 6, temperature=0)), axis=1)
+    greedy = np.stack(model.generate(prompt, 6, temperature=0))
     x = prompt
     for _ in range(6):
         x = np.concatenate([x, model(x).data[:, -1:, :11].argmax(axis=-1)], axis=1)
     np.testing.assert_array_equal(greedy, x[:, 3:])
-    assert next(model.generate(prompt[0], 1)).shape == ()
-    assert len(list(model.generate(prompt[0], 0))) == 0
-    first, second = ([int(i) for i in model.generate(prompt[0], 20, seed=5)] for _ in range(2))
+    assert [len(made) for made in model.generate(prompt[0], 1)] == [1]
+    assert [len(made) for made in model.generate(prompt, 0)] == [0, 0]
+    assert model.generate([], 3) == []
+    first, second = (model.generate(prompt[0], 20, seed=5)[0].tolist() for _ in range(2))
     assert first == second
-    with pytest.raises(ValueError, match=r"generate: prompt must be"):
+    with pytest.raises(ValueError, match=r"generate: prompt 0 must be one token or more in one axis, got shape \(0,\)"):
         model.generate(prompt[:, :0], 1)
 
 
 def test_prompts_and_counts_that_are_none() -> None:
     model = MambaLM(SMALL)
-    with pytest.raises(ValueError, match="generate: prompt must be one array of token ids; its rows differ in length"):
-        model.generate([[1, 2], [3]], 1)
-    with pytest.raises(ValueError, match="generate: n must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="generate: max_new_tokens must be at least 0, got -1"):
         model.generate(ids(1, 3), -1)
-    with pytest.raises(TypeError, match="integers, got float64"):
-        next(model.generate([1.0, 2.0], 1))
+    with pytest.raises(TypeError, match="generate: prompt 0 must be integers, got float64"):
+        model.generate([1.0, 2.0], 1)
+    with pytest.raises(TypeError, match="generate: prompts must be token ids, got a text"):
+        model.generate("rain", 1)
+    for wrong, low, high in ((-1, -1, 2), (16, 2, 16)):  # of 11 tokens and 5 rows of padding
+        with pytest.raises(ValueError, match=rf"prompt 1 must be tokens in \[0, 16\), got {low} to {high}"):
+            model.generate([[1], [2, wrong]], 1)
     with pytest.raises(TypeError, match="embedding: indices must be integers, got list"):
         model([[1, 2]])
     with pytest.raises(TypeError, match="linear_cross_entropy: targets must be integers, got list"):
         model.loss(ids(1, 2), [[1, 2]])
-    np.testing.assert_array_equal(next(model.generate([1, 2], 1)), next(model.generate(np.array([1, 2]), 1)))
+    assert model.generate([1, 2], 3)[0].tolist() == model.generate(np.array([1, 2], np.uint8), 3)[0].tolist()
 
 
 def test_models_that_are_ruined_generate_nothing() -> None:
@@ -407,19 +417,22 @@ def test_models_that_are_ruined_generate_nothing() -> None:
         model.backbone.norm_f.weight.data[3] = value
         for temperature in (0, 1.0):
             with np.errstate(invalid="ignore"), pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
-                next(model.generate(ids(2, 3), 1, temperature))
+                model.generate(ids(2, 3), 1, temperature)
 
 
 def test_generation_leaves_recording_on_between_tokens() -> None:
     model = MambaLM(SMALL)
-    for _ in model.generate(ids(1, 3)[0], 2):
-        assert model.loss(ids(1, 3), ids(1, 3)).requires_grad
+    recorded = []
+    model.generate(
+        ids(1, 3), 2, streamer=lambda i, token: recorded.append(model.loss(ids(1, 3), ids(1, 3)).requires_grad)
+    )
+    assert recorded == [True, True]
 
 
 def test_padding_of_the_vocabulary_is_never_generated() -> None:
     model = MambaLM(SMALL)
     model.backbone.embedding.weight.data[11:] = 100 * model.backbone.norm_f.weight.data
-    assert max(int(i) for i in model.generate(ids(1, 3)[0], 50, temperature=5.0)) < 11
+    assert model.generate(ids(1, 3), 50, temperature=5.0)[0].max() < 11
 
 
 def test_sampler() -> None:
@@ -492,7 +505,7 @@ def test_half_precision_models(dtype: Any) -> None:
     np.testing.assert_allclose(logits.data.astype(np.float64), wide(x).data, atol=8 * eps * np.abs(wide(x).data).max())
     model.loss(x, x).backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
-    assert len(list(model.generate(x, 3))) == 3
+    assert [len(made) for made in model.generate(x, 3)] == [3, 3]
 
 
 def test_float32_state_beats_a_half_precision_state() -> None:

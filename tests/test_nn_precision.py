@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from sscan import nn
+from sscan.models.files import load_arrays, save_arrays
 from sscan.nn import MambaConfig, MambaLM, Tensor, ops
 from sscan.nn.autodiff import to_numpy
-from sscan.nn.checkpoint import load_arrays, load_model, save_arrays, save_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,15 +147,15 @@ def test_sums_in_the_backward_are_wide(xp: Any) -> None:
 
 def test_checkpoints(xp: Any, tmp_path: Path) -> None:
     mixed = model_in(xp, BFLOAT16, seed=1)
-    save_model(mixed, tmp_path / "mixed")
+    mixed.save_pretrained(tmp_path / "mixed")
     np.testing.assert_array_equal(
-        load_model(tmp_path / "mixed").lm_head.weight.data, to_numpy(mixed.lm_head.weight.data)
+        MambaLM.from_pretrained(tmp_path / "mixed").lm_head.weight.data, to_numpy(mixed.lm_head.weight.data)
     )
     half = MambaLM(SMALL, BFLOAT16, seed=1)
     half.to(xp)
-    save_model(half, tmp_path / "half")
+    half.save_pretrained(tmp_path / "half")
     file = load_arrays(tmp_path / "half" / "model.safetensors")[0]
-    again, wide = load_model(tmp_path / "half", BFLOAT16), load_model(tmp_path / "half")
+    again, wide = MambaLM.from_pretrained(tmp_path / "half", BFLOAT16), MambaLM.from_pretrained(tmp_path / "half")
     for name, parameter in half.named_parameters():
         assert file[name].dtype == parameter.dtype == again.state_dict()[name].dtype, name
         for array in (file[name], again.state_dict()[name], wide.state_dict()[name]):

@@ -66,7 +66,7 @@ def main():
     dist.init_process_group(backend, init_method=given.meeting, rank=rank, world_size=size)
     losses = train(device, rank, given.steps)
     if rank == 0:
-        print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {given.steps} steps")  # noqa: T201
+        print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {given.steps} steps")
     dist.destroy_process_group()
 
 

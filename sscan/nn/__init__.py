@@ -1,18 +1,22 @@
 """Mamba blocks and language models on NumPy or CuPy arrays, with the little automatic differentiation they need."""
 
+from sscan.models.config import MambaConfig
+from sscan.models.sampling import Sampler
+from sscan.models.states import MambaState, States
 from sscan.nn.autodiff import Tensor, defvjp, defvjp_all, no_grad, primitive
+from sscan.nn.bidirectional import BidirectionalMamba
 from sscan.nn.capture import capture
 from sscan.nn.gradient_check import check_gradients
-from sscan.nn.language_model import MambaConfig, MambaLM
+from sscan.nn.language_model import MambaLM
 from sscan.nn.losses import cross_entropy, linear_cross_entropy
-from sscan.nn.mamba import Mamba, MambaState
+from sscan.nn.mamba import Mamba
 from sscan.nn.modules import Embedding, Linear, Module, Parameter, RMSNorm
 from sscan.nn.optim import AdamW, clip_gradients, decay_groups, warmup_cosine
-from sscan.nn.sampling import Sampler
 from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selective_scan
 
 __all__ = [
     "AdamW",
+    "BidirectionalMamba",
     "Embedding",
     "Linear",
     "Mamba",
@@ -23,6 +27,7 @@ __all__ = [
     "Parameter",
     "RMSNorm",
     "Sampler",
+    "States",
     "Tensor",
     "capture",
     "causal_conv1d",

@@ -2,116 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.arguments import check_flag, check_integer
+from sscan.models.files import load_arrays, save_arrays
+from sscan.models.generation import GenerationMixin
+from sscan.models.pretrained import open_model, save_model
+from sscan.models.states import MambaState, States, check_states
 from sscan.nn.autodiff import Array, Tensor, array_module, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
-from sscan.nn.mamba import Mamba, MambaState
+from sscan.nn.mamba import Mamba
 from sscan.nn.modules import Embedding, Linear, Module, RMSNorm
-from sscan.nn.sampling import Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable
 
-# What configurations of released models also say, with the only value that is supported here.
-_FIXED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
-# What `ssm_cfg` may say: the arguments of a block but those that the model gives.
-_BLOCK_ARGUMENTS = inspect.signature(Mamba).parameters.keys() - {"d_model", "n_layer", "dtype", "seed"}
-
-
-@dataclass(frozen=True)
-class MambaConfig:
-    """Shape of a language model, named as in the config.json of released checkpoints.
-
-    Attributes
-    ----------
-    d_model, n_layer : int
-        Width of the residual stream and number of blocks.
-    vocab_size, pad_vocab_size_multiple : int
-        The embedding has `vocab_size` rows rounded up to the multiple; the rows added are never generated.
-    ssm_cfg : dict
-        Further arguments of :class:`sscan.nn.Mamba`.
-    residual_in_fp32 : bool
-        Keep the residual stream in float32 when the activations are in half precision.
-    fused_add_norm : bool
-        Add to the stream and normalise in one operation; the same up to rounding.
-    tie_embeddings : bool
-        The head uses the embedding's matrix.
-    """
-
-    d_model: int = 2560
-    n_layer: int = 64
-    vocab_size: int = 50277
-    ssm_cfg: dict[str, Any] = field(default_factory=dict)
-    residual_in_fp32: bool = True
-    fused_add_norm: bool = True
-    pad_vocab_size_multiple: int = 8
-    tie_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
-            check_integer("MambaConfig", name, getattr(self, name))
-        for name in ("residual_in_fp32", "fused_add_norm", "tie_embeddings"):
-            check_flag("MambaConfig", name, getattr(self, name))
-        if not isinstance(self.ssm_cfg, dict):
-            raise TypeError(f"MambaConfig: ssm_cfg must be a dict, got {self.ssm_cfg!r}")
-        unknown = [name for name in self.ssm_cfg if name not in _BLOCK_ARGUMENTS]
-        if unknown:
-            raise ValueError(f"MambaConfig: ssm_cfg has {unknown[0]!r}, which is no argument of a Mamba block")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Number of rows of the embedding."""
-        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
-
-    def parameter_count(self) -> int:
-        """Number of parameters of the model, counted on one that is never allocated."""
-        return MambaLM(self, seed=None).parameter_count()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MambaConfig:
-        """The configuration in a config.json.
-
-        Raises
-        ------
-        ValueError
-            For keys that are unknown, or ask for a model that is not a plain Mamba language model.
-        TypeError, ValueError
-            If a value is not of its type, or out of its range.
-        """
-        names = {f.name for f in dataclasses.fields(cls)}
-        for key, value in values.items():
-            if key not in names and (key not in _FIXED or value != _FIXED[key]):
-                raise ValueError(f"MambaConfig: {key} = {value!r} is not supported")
-        known = {key: value for key, value in values.items() if key in names}
-        if isinstance(known.get("ssm_cfg"), dict):
-            known["ssm_cfg"] = _without_layer(known["ssm_cfg"])
-        return cls(**known)
-
-
-def _without_layer(ssm_cfg: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a block; newer configurations also name its kind."""
-    layer = ssm_cfg.get("layer", "Mamba1")
-    if layer != "Mamba1":
-        raise ValueError(f"MambaConfig: ssm_cfg layer = {layer!r} is not supported, only 'Mamba1'")
-    return {name: value for name, value in ssm_cfg.items() if name != "layer"}
+    from sscan.models.config import Format, MambaConfig
+    from sscan.models.pretrained import Weights
 
 
 class ResidualBlock(Module):
     """A norm and the mixer that reads it."""
 
     def __init__(self, config: MambaConfig, dtype: Any) -> None:
-        self.norm = RMSNorm(config.d_model, dtype=dtype)
+        self.norm = RMSNorm(config.d_model, config.norm_epsilon, dtype)
         self.mixer = Mamba(config.d_model, **config.ssm_cfg, n_layer=config.n_layer, dtype=dtype, seed=None)
 
 
@@ -123,7 +39,7 @@ class Backbone(Module):
         self.activation_dtype = np.dtype(activation_dtype)
         self.embedding = Embedding(config.padded_vocab_size, config.d_model, dtype)
         self.layers = [ResidualBlock(config, dtype) for _ in range(config.n_layer)]
-        self.norm_f = RMSNorm(config.d_model, dtype=dtype)
+        self.norm_f = RMSNorm(config.d_model, config.norm_epsilon, dtype)
 
     def __call__(self, ids: Array, seq_idx: Array | None = None) -> Tensor:
         """Hidden vectors of sequences from their beginnings; `seq_idx` as in :class:`sscan.nn.Mamba`."""
@@ -131,9 +47,9 @@ class Backbone(Module):
             seq_idx = move(seq_idx, array_module(self.norm_f.weight.data))
         return self._run(ids, lambda i, mixer, hidden: mixer(hidden, seq_idx))
 
-    def extend(self, ids: Array, states: list[MambaState]) -> tuple[Tensor, list[MambaState]]:
+    def extend(self, ids: Array, states: list[MambaState]) -> tuple[Tensor, States]:
         """Hidden vectors of the continuation of sequences, and the states at its end."""
-        ends = list(states)
+        ends = States(states)
 
         def mix(i: int, mixer: Mamba, hidden: Tensor) -> Tensor:
             hidden, ends[i] = mixer.extend(hidden, states[i])
@@ -166,7 +82,7 @@ class Backbone(Module):
         return norm(residual.astype(hidden.dtype)), residual
 
 
-class MambaLM(Module):
+class MambaLM(GenerationMixin, Module):
     """A language model: token ids to logits over the padded vocabulary.
 
     Initial values are those of the paper's code: embeddings normal with deviation 0.02, everything else as in
@@ -213,67 +129,107 @@ class MambaLM(Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden.astype(self.lm_head.weight.dtype))
 
-    def new_states(self, batch: int) -> list[MambaState]:
-        """The states before the first token, one for each block: their size is all that decoding ever needs."""
-        return [layer.mixer.new_state(batch) for layer in self.backbone.layers]
+    def new_states(self, batch: int) -> States:
+        """The states before the first token: their size is all that decoding ever needs."""
+        return States(layer.mixer.new_state(batch) for layer in self.backbone.layers)
+
+    def extend(self, ids: Array, states: States) -> tuple[Tensor, States]:
+        """Logits (batch, length, padded vocabulary) for the continuation of sequences, and the states at its end."""
+        hidden, states = self.backbone.extend(ids, states)
+        return self._logits(hidden), states
 
     @no_grad()
-    def prefill(self, ids: Array, states: list[MambaState]) -> tuple[Array, list[MambaState]]:
+    def prefill(self, ids: Array, states: States) -> tuple[Array, States]:
         """Read ids (batch, length >= 1) at once: logits (batch, padded vocabulary) for the next, and new states."""
         hidden, states = self.backbone.extend(ids, states)
         return self._logits(hidden[:, -1]).data, states
 
     @no_grad()
-    def step(self, ids: Array, states: list[MambaState]) -> Array:
+    def step(self, ids: Array, states: States) -> Array:
         """Read one token each, ids (batch,): logits for the next. The states are updated in place, at constant cost."""
         return self._logits(self.backbone.step(ids, states)).data
 
-    def generate(
-        self,
-        prompt: Array,
-        n: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | np.random.Generator = 0,
-    ) -> Iterator[Array]:
-        """Continue a prompt, one token at a time, each as soon as it is known.
+    def _prefill_on_host(self, ids: Array, states: States) -> tuple[Array, States]:
+        logits, states = self.prefill(ids, states)
+        return to_numpy(logits), states
 
-        Parameters
-        ----------
-        prompt : array of int, (length,) or (batch, length), length >= 1
-        n : int
-            Number of tokens to generate.
-        temperature, top_k, top_p, seed
-            See :class:`Sampler`; temperature 0 takes the most likely token.
+    def _step_on_host(self, ids: Array, states: States) -> Array:
+        return to_numpy(self.step(ids, states))
 
-        Yields
-        ------
-        array of int64, () or (batch,)
-            The next token of each sequence.
+    def save_states(self, path: str | Path, states: States) -> None:
+        """Write states to a safetensors file, atomically."""
+        save_arrays(Path(path), {name: tensor.data for name, tensor in states.named_tensors()})
+
+    def load_states(self, path: str | Path) -> States:
+        """The states in a file that :meth:`save_states` of a model of this configuration wrote, on its device.
 
         Raises
         ------
-        TypeError, ValueError
-            For arguments that are not as above; rows of a batch have one length.
-        FloatingPointError
-            If a logit is NaN or infinite: the model is broken.
+        OSError, ValueError
+            If the file cannot be read, or holds other states; the message names the file.
         """
-        check_integer("generate", "n", n, 0)
-        try:
-            prompt = to_numpy(prompt)
-        except ValueError as error:  # NumPy's "inhomogeneous shape"
-            raise ValueError("generate: prompt must be one array of token ids; its rows differ in length") from error
-        if prompt.ndim not in (1, 2) or prompt.shape[-1] == 0:
-            raise ValueError(f"generate: prompt must be (length,) or (batch, length), length >= 1, got {prompt.shape}")
-        sampler = Sampler(temperature, top_k, top_p, seed)
-        return self._generate(prompt, n, sampler)
+        arrays, _ = load_arrays(Path(path))
+        made = self.new_states(1)
+        check_states(path, arrays, made)
+        xp = array_module(self.lm_head.weight.data)
+        dtypes = {name: tensor.dtype for name, tensor in made.named_tensors()}
+        return States.of_tensors({name: Tensor(move(array.astype(dtypes[name]), xp)) for name, array in arrays.items()})
 
-    def _generate(self, prompt: Array, n: int, sampler: Sampler) -> Iterator[Array]:
-        rows = prompt.reshape(-1, prompt.shape[-1])
-        logits, states = self.prefill(rows, self.new_states(len(rows)))
-        for i in range(n):
-            ids = sampler(logits[:, : self.config.vocab_size])
-            yield ids.reshape(prompt.shape[:-1])
-            if i + 1 < n:
-                logits = self.step(ids, states)
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, dtype: Any = np.float32, *, activation_dtype: Any = None, revision: str | None = None
+    ) -> MambaLM:
+        """A model in a folder or on the hub, of the original's names or transformers', in whatever files it is.
+
+        Parameters
+        ----------
+        model : str or Path
+            A folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards with an
+            index; or the name of a model on the hub, "owner/name", whose files are kept in huggingface_hub's cache and
+            taken from there, with ``HF_HUB_OFFLINE=1`` only from there (``pip install "sscan[lm]"``).
+            ``pytorch_model.bin`` takes PyTorch to read, which runs nothing in it.
+        dtype, activation_dtype
+            As of the class, whatever the file has.
+        revision : str, optional
+            Branch, tag or commit of a model on the hub.
+
+        Raises
+        ------
+        OSError
+            If a file cannot be read, or there is no such model.
+        ValueError
+            If the configuration is not one of a plain Mamba language model, or the arrays are not those of the
+            configuration, or beyond `dtype`; the message names the file. Names and shapes are compared before memory
+            is taken for the weights.
+        """
+        with open_model(model, revision) as (config, weights):
+            return cls.of_weights(config, weights, dtype, activation_dtype=activation_dtype)
+
+    @classmethod
+    def of_weights(cls, config: MambaConfig, weights: Weights, dtype: Any = np.float32, **options: Any) -> MambaLM:
+        """The model of a configuration with the weights in opened files."""
+        model = cls(config, dtype, seed=None, **options)
+        for name, parameter in model.named_parameters():
+            parameter.data = weights.read(name, parameter.dtype)
+        return model
+
+    def save_pretrained(self, folder: str | Path, format: Format = "original", *, pickled: bool = False) -> None:
+        """Write ``config.json`` and ``model.safetensors`` to a folder, which is created if need be.
+
+        Parameters
+        ----------
+        folder : str or Path
+        format : {"original", "transformers"}
+            Whose names the configuration and the parameters have.
+        pickled : bool
+            Write ``pytorch_model.bin``, which is what mamba_ssm itself reads, in its place; takes PyTorch.
+
+        Raises
+        ------
+        OSError
+            If there is no room, or they cannot be written; older files stay as they are.
+        ValueError
+            If transformers has no such model.
+        """
+        arrays = {name: parameter.data for name, parameter in self.named_parameters()}
+        save_model(folder, self.config, arrays, format, pickled=pickled)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.arguments import check_integers
+from sscan.models.arguments import check_integers
 from sscan.nn.autodiff import Array, Tensor, array_module, defvjp_all, move, needs_gradient, primitive
 from sscan.nn.products import matmul
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from sscan.causal_conv1d import causal_conv1d_update
+from sscan.models.arguments import check_integer
+from sscan.models.config import BlockConfig
+from sscan.models.states import MambaState
 from sscan.nn import ops
-from sscan.nn.arguments import check_flag, check_integer, check_number
 from sscan.nn.autodiff import Array, Operand, Tensor, array_module, no_grad
 from sscan.nn.modules import Linear, Module, Parameter, ones, uniform
 from sscan.nn.sequence_ops import causal_conv1d, selective_scan
@@ -18,22 +19,6 @@ from sscan.selective_state_update import selective_state_update
 
 if TYPE_CHECKING:
     from sscan.nn.modules import Draw
-
-
-@dataclass
-class MambaState:
-    """What a block remembers of the past, however long that was.
-
-    Attributes
-    ----------
-    conv : Tensor (batch, d_inner, d_conv - 1)
-        The last inputs of the convolution, newest last, in the dtype of its weights.
-    ssm : Tensor (batch, d_inner, d_state)
-        The state of the scan, at least float32 whatever the dtype of the model, because its rounding errors accumulate.
-    """
-
-    conv: Tensor
-    ssm: Tensor
 
 
 class DepthwiseConvolution(Module):
@@ -98,27 +83,13 @@ class Mamba(Module):
         dtype: Any = np.float32,
         seed: int | np.random.Generator | None = 0,
     ) -> None:
-        for name, size in {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "n_layer": n_layer}.items():
-            check_integer("Mamba", name, size)
-        if dt_rank != "auto":
-            check_integer("Mamba", "dt_rank", dt_rank, 0)
-        steps = {"dt_min": dt_min, "dt_max": dt_max, "dt_init_floor": dt_init_floor}
-        for name, value in {"expand": expand, "dt_scale": dt_scale, **steps}.items():
-            check_number("Mamba", name, value, positive=True)
-        for name, flag in {"conv_bias": conv_bias, "bias": bias}.items():
-            check_flag("Mamba", name, flag)
-        if dt_min > dt_max:
-            raise ValueError(f"Mamba: dt_min must be at most dt_max, got {dt_min} and {dt_max}")
-        if dt_init not in ("random", "constant"):
-            raise ValueError(f"Mamba: dt_init must be 'random' or 'constant', got {dt_init!r}")
-        if discretization not in ("mamba", "zoh"):
-            raise ValueError(f"Mamba: discretization must be 'mamba' or 'zoh', got {discretization!r}")
-        self.d_inner = int(expand * d_model)
-        if not self.d_inner:
-            raise ValueError(f"Mamba: expand d_model must be at least 1, got {expand} times {d_model}")
-        self.d_state, self.d_conv = d_state, d_conv
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        self.discretization = discretization
+        check_integer("Mamba", "n_layer", n_layer)
+        block = BlockConfig(
+            d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor, conv_bias, bias,
+            discretization,
+        )  # fmt: skip
+        self.d_inner, self.dt_rank = block.sizes(d_model)
+        self.d_state, self.d_conv, self.discretization = d_state, d_conv, discretization
         wide = np.result_type(dtype, np.float32)
 
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias, dtype)

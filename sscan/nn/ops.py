@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan.linear_scan import linear_scan
+from sscan.models.arguments import check_integers
 from sscan.nn import products
-from sscan.nn.arguments import check_integers
 from sscan.nn.autodiff import (
     Array,
     Operand,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.arguments import check_integer, check_number
+from sscan.models.arguments import check_integer, check_number
 from sscan.nn.autodiff import Array, array_module, move, on_gpu
 from sscan.nn.products import one_blas_thread
 

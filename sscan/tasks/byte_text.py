@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from sscan.models.files import check_readable
 from sscan.nn import no_grad
-from sscan.nn.checkpoint import check_readable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,10 +14,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sscan.models.arguments import check_integer, check_number
+from sscan.models.files import content_of, open_arrays, parse_object, save_arrays
+from sscan.models.pretrained import weights_in
 from sscan.nn import AdamW, MambaConfig, MambaLM, Tensor, capture, clip_gradients, decay_groups, no_grad, warmup_cosine
-from sscan.nn.arguments import check_integer, check_number
 from sscan.nn.autodiff import array_module, move
-from sscan.nn.checkpoint import content_of, load_weights, open_arrays, parse_object, save_arrays, save_model
 from sscan.tasks.byte_text import held_out_start, random_windows, read_text
 
 STATE_FILE = "training.safetensors"
@@ -169,7 +170,7 @@ class TrainingRun:
             If the files cannot be written; older ones stay whole.
         """
         self._check()
-        save_model(self.model, folder)
+        self.model.save_pretrained(folder)
         about = {
             "options": dataclasses.asdict(self.options),
             "seconds": self.seconds,
@@ -219,7 +220,8 @@ class TrainingRun:
         with open_arrays(path) as file:
             saved = _Saved.from_json((file.metadata() or {}).get("run", ""))
             precision = PRECISIONS[saved.options.precision]
-            model = load_weights(file, saved.options.model_config(), "model.", activation_dtype=precision)
+            config = saved.options.model_config()
+            model = MambaLM.of_weights(config, weights_in(path, file, config, "model."), activation_dtype=precision)
             names = [name for name in file.keys() if not name.startswith("model.")]  # noqa: SIM118
             arrays = {name: file.get_tensor(name) for name in names}
         for name, value in changes.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from sscan.nn.checkpoint import write_atomically
+from sscan.models.files import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,6 +68,35 @@ class Progress:
             f"step {len(run.losses)}  loss {bits * np.log(2):.3f}  {bits:.3f} bits/byte  "
             f"{tokens / seconds:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
         )
+
+
+class Bar:
+    """Shows the share of something that is done, in a ``with`` statement; a line now and then where no terminal is."""
+
+    def __init__(self, title: str, stream: TextIO) -> None:
+        self.title, self.stream = title, stream
+        self.last_line = time.monotonic()
+        self.bar = tqdm(
+            total=1.0, desc=title, file=stream, bar_format="{desc} {percentage:3.0f}% |{bar:20}| {remaining} left",
+            disable=not stream.isatty(), leave=False,
+        )  # fmt: skip
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
+
+    def __call__(self, share: float) -> None:
+        """Show it."""
+        with contextlib.suppress(OSError):
+            if not self.bar.disable:
+                self.bar.update(share - self.bar.n)
+            elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+                self.last_line = time.monotonic()
+                self.stream.write(f"{self.title} {share:4.0%}\n")
+                self.stream.flush()
 
 
 def draw_loss_curve(path: Path, losses: list[float], lines: dict[str, float]) -> bool:

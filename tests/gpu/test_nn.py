@@ -19,8 +19,8 @@ from test_nn_precision import BFLOAT16, EPS, SMALL, distance, ids, model_in
 
 from sscan import nn
 from sscan.cli import main
+from sscan.models.files import load_arrays
 from sscan.nn import MambaLM, ops
-from sscan.nn.checkpoint import load_arrays, load_model
 from sscan.tasks.byte_training import RunOptions, TrainingRun
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def test_runs_change_devices(text: Path, tmp_path: Path) -> None:
     assert len(TrainingRun.load(Path(folder)).losses) == 12
     run = TrainingRun.load(Path(folder), array_module=cupy)
     assert all(isinstance(parameter.data, cupy.ndarray) for parameter in run.model.parameters())
-    assert isinstance(load_model(folder).lm_head.weight.data, np.ndarray)
+    assert isinstance(MambaLM.from_pretrained(folder).lm_head.weight.data, np.ndarray)
     assert main(["generate", folder, "-n", "20"]) == 0
 
 

@@ -1,1 +1,1 @@
-"""The language model, which is not here."""
+"""The language model."""

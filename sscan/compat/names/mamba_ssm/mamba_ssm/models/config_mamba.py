@@ -1,5 +1,5 @@
-"""The language model, which is not here."""
+"""The configuration of the language model."""
 
-from sscan.compat._imports import refuse
+from sscan.compat.language_model import MambaConfig
 
-refuse(__name__, "the language model")
+__all__ = ["MambaConfig"]

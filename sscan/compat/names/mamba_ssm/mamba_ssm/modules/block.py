@@ -1,5 +1,5 @@
-"""The language model, which is not here."""
+"""A block of the language model, as of releases 2."""
 
-from sscan.compat._imports import refuse
+from sscan.compat.language_model import Block
 
-refuse(__name__, "the language model")
+__all__ = ["Block"]

@@ -1,8 +1,6 @@
-"""The Mamba block."""
+"""The Mamba block, and a block of the language model as of releases 1."""
 
-from sscan.compat._imports import absent
+from sscan.compat.language_model import OldBlock as Block
 from sscan.torch import Mamba
 
-__all__ = ["Mamba"]
-
-__getattr__ = absent(__name__, {"Block": "the language model"})
+__all__ = ["Block", "Mamba"]

@@ -1,5 +1,5 @@
-"""The language model, which is not here."""
+"""Attention, which is not here."""
 
 from sscan.compat._imports import refuse
 
-refuse(__name__, "the language model")
+refuse(__name__, "attention")

@@ -1,5 +1,5 @@
-"""Generation."""
+"""Generation and files."""
 
-from . import generation
+from . import generation, hf
 
-__all__ = ["generation"]
+__all__ = ["generation", "hf"]

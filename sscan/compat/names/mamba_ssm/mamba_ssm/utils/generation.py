@@ -1,16 +1,21 @@
-"""The states of a generation."""
+"""Generation."""
 
-from sscan.compat._imports import absent
+from sscan.compat.generation import (
+    DecodingCGCache,
+    GenerationMixin,
+    capture_graph,
+    decode,
+    sample,
+    update_graph_cache,
+)
 from sscan.compat.mamba_ssm import InferenceParams
 
-__all__ = ["InferenceParams"]
-
-__getattr__ = absent(
-    __name__,
-    {
-        "GenerationMixin": "the language model",
-        "decode": "the language model",
-        "sample": "the language model",
-        "update_graph_cache": "the language model",
-    },
-)
+__all__ = [
+    "DecodingCGCache",
+    "GenerationMixin",
+    "InferenceParams",
+    "capture_graph",
+    "decode",
+    "sample",
+    "update_graph_cache",
+]

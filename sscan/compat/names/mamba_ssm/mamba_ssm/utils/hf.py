@@ -1,5 +1,5 @@
-"""The language model, which is not here."""
+"""Files of models."""
 
-from sscan.compat._imports import refuse
+from sscan.compat.language_model import load_config_hf, load_state_dict_hf
 
-refuse(__name__, "the language model")
+__all__ = ["load_config_hf", "load_state_dict_hf"]

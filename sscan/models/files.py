@@ -1,25 +1,23 @@
-"""Models in files: ``model.safetensors`` and ``config.json`` in a folder, never half written, and checked when read."""
+"""Files of models and runs: never half written, and checked before what they hold is read."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
 import stat
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sscan.nn.autodiff import Array, to_numpy
-from sscan.nn.language_model import MambaConfig, MambaLM
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+Array: TypeAlias = Any  # numpy.ndarray, or where it is written from cupy.ndarray
 
 # The dtypes of safetensors that are read; it knows others, of which NumPy has none.
 _READABLE = {"F64", "F32", "F16", "BF16", "I64", "I32"}
@@ -35,17 +33,25 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     it takes the name. Until then it lies in a folder of its own beside `path`, together with what libraries write on
     their way; what a process leaves there when it is killed, :func:`remove_leftovers` removes.
     """
-    folder = path.with_name(f".{path.name}.{os.getpid()}.new")
-    folder.mkdir(exist_ok=True)
-    new = folder / path.name
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """:func:`write_atomically` for several files: none takes its name before all are on the disk."""
+    folders = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in writes}
     try:
-        write(new)
-        new.chmod(0o666 & folder.stat().st_mode)  # safetensors' files are for nobody but their owner
-        with new.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        for path, write in writes.items():
+            folders[path].mkdir(exist_ok=True)
+            new = folders[path] / path.name
+            write(new)
+            new.chmod(0o666 & folders[path].stat().st_mode)  # safetensors' files are for nobody but their owner
+            with new.open("rb+") as file:
+                os.fsync(file.fileno())
+        for path, folder in folders.items():
+            os.replace(folder / path.name, path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -59,14 +65,22 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays, from any device, and text metadata to a safetensors file, atomically.
+    """Write NumPy or CuPy arrays and text metadata to a safetensors file, atomically.
 
     Raises
     ------
     OSError
         If there is no room, or it cannot be written; an older file stays as it is.
     """
-    host = {name: np.asarray(to_numpy(array), order="C") for name, array in arrays.items()}
+    write_atomically(path, arrays_writer(path, arrays, metadata))
+
+
+def arrays_writer(
+    path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> Callable[[Path], None]:
+    """What fills a new file with the arrays; an error names `path`."""
+    on_host = {name: array.get() if hasattr(array, "get") else array for name, array in arrays.items()}
+    host = {name: np.asarray(array, order="C") for name, array in on_host.items()}
 
     def write(new: Path) -> None:
         try:
@@ -74,22 +88,7 @@ def save_arrays(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, 
         except SafetensorError as error:
             raise OSError(f"{path}: {error}") from error
 
-    write_atomically(path, write)
-
-
-def save_model(model: MambaLM, folder: str | Path) -> None:
-    """Write a model to a folder, which is created if need be. A shared parameter is written once.
-
-    Raises
-    ------
-    OSError
-        As :func:`save_arrays`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    write_atomically(folder / "config.json", lambda new: new.write_text(text, encoding="utf-8"))
-    save_arrays(folder / "model.safetensors", {name: p.data for name, p in model.named_parameters()})
+    return write
 
 
 # Reading
@@ -109,6 +108,21 @@ def check_readable(path: Path) -> None:
     if not stat.S_ISDIR(path.stat().st_mode) and not path.is_file():
         raise ValueError(f"{path}: not a regular file")
     path.open("rb").close()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it holds no object; the message names the file.
+    """
+    check_readable(path)
+    with content_of(path):
+        return parse_object(path.read_bytes().decode("utf-8-sig"))
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -152,39 +166,3 @@ def load_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """
     with open_arrays(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def load_weights(file: Any, config: MambaConfig, prefix: str = "", **options: Any) -> MambaLM:
-    """The model of a configuration with the weights in an opened file, whose names begin with `prefix`.
-
-    Names and shapes are compared with the file's header first, so that a wrong configuration costs neither time nor
-    memory. `options` go to :class:`MambaLM`.
-    """
-    names = {name.removeprefix(prefix): name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    if config.n_layer > len(names):
-        raise ValueError(f"holds {len(names)} arrays, too few for n_layer = {config.n_layer}")
-    model = MambaLM(config, seed=None, **options)
-    model.check_shapes({short: tuple(file.get_slice(name).get_shape()) for short, name in names.items()})
-    model.load_state_dict({short: file.get_tensor(name) for short, name in names.items()})
-    return model
-
-
-def load_model(folder: str | Path, dtype: Any = np.float32) -> MambaLM:
-    """Read a model that :func:`save_model` wrote.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be read.
-    ValueError
-        If the configuration is not one of a Mamba language model, or the arrays are not those of the configuration; the
-        message names the file.
-    """
-    path = Path(folder) / "config.json"
-    check_readable(path)
-    with content_of(path):
-        config = MambaConfig.from_dict(parse_object(path.read_bytes().decode("utf-8-sig")))
-        MambaLM(dataclasses.replace(config, n_layer=1), dtype, seed=None)  # the block's arguments are checked here
-    path = Path(folder) / "model.safetensors"
-    with open_arrays(path) as file:
-        return load_weights(file, config, dtype=dtype)

@@ -1,0 +1,123 @@
+"""How well a model predicts a text: nats a token, perplexity, bits a byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sscan.nn import linear_cross_entropy, no_grad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sscan.nn import MambaLM
+
+PIECE = 1024  # tokens that are read at once
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The sum of -log p over the tokens that count.
+
+    Attributes
+    ----------
+    nats : float
+    tokens : int
+        How many they are.
+    bytes : int
+        How many bytes they stand for.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def nats_a_token(self) -> float:
+        """Mean of -log p."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """The number of equally likely tokens that would be as hard to guess."""
+        return math.exp(min(self.nats_a_token, 700.0))
+
+    @property
+    def bits_a_byte(self) -> float:
+        """What an ideal coder would need for the text with this model, for each byte."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def evaluate(
+    model: MambaLM,
+    ids: Any,
+    sizes: Any,
+    window: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[float], object] = lambda share: None,
+) -> Evaluation:
+    """Evaluate a model on a text.
+
+    Parameters
+    ----------
+    model : MambaLM
+    ids : array of int (tokens,)
+        The text.
+    sizes : array of int (tokens,)
+        Number of bytes of each token.
+    window, stride : int, optional
+        Without them every token but the first is predicted from all tokens before it: the state is carried along. With
+        a window the text is cut into windows of that many tokens, each read from an empty state, and only what comes
+        after their middle counts, so that nothing is predicted from too little; the rest that fills no window is left
+        out. This is what llama.cpp prints. With a stride, windows begin every `stride` tokens, and in each the last
+        `stride` count; in the first one all but the first token.
+    progress : callable
+        Called with the share that is done.
+
+    Raises
+    ------
+    ValueError
+        If the text is too short.
+    """
+    spans = list(_spans(len(ids), window, stride))
+    if not any(end > counts for _, counts, end in spans):
+        raise ValueError(f"the text is too short: {len(ids)} tokens")
+    nats, tokens, size = 0.0, 0, 0
+    for start, counts, end in spans:
+        targets = np.where(np.arange(start + 1, end) >= counts, ids[start + 1 : end], IGNORED)
+        for piece_nats, done in _nats(model, ids[start : end - 1], targets):
+            nats += piece_nats
+            progress((start + done) / len(ids))
+        tokens, size = tokens + end - counts, size + int(sizes[counts:end].sum())
+    return Evaluation(nats, tokens, size)
+
+
+def _spans(length: int, window: int | None, stride: int | None) -> Iterator[tuple[int, int, int]]:
+    """Where what is read begins, where it begins to count as predicted, and where it ends."""
+    if window is None:
+        yield 0, 1, length
+    elif stride is None:
+        for start in range(0, length - window + 1, window):
+            yield start, start + window // 2 + 1, start + window
+    else:
+        counted = 1
+        for start in range(0, length, stride):
+            end = min(start + window, length)
+            if end > counted:
+                yield start, counted, end
+            counted = max(counted, end)
+
+
+def _nats(model: MambaLM, ids: Any, targets: Any) -> Iterator[tuple[float, int]]:
+    """The sum over the targets that count, of one piece after the other, and how many tokens were read by then."""
+    states = model.new_states(1)
+    for at in range(0, len(ids), PIECE):
+        piece, wanted = ids[None, at : at + PIECE], targets[None, at : at + PIECE]
+        with no_grad():
+            hidden, states = model.backbone.extend(piece, states)
+            mean = linear_cross_entropy(hidden, model.lm_head.weight, wanted).item()
+        yield mean * int((wanted != IGNORED).sum()), at + piece.shape[1]
