@@ -93,6 +93,12 @@ def enter(op: str, *, writes: tuple[str, ...] = (), **arrays: Any) -> tuple[Call
     return caller, tuple(views)
 
 
+def on_gpu(array: Any) -> bool:
+    """Whether it is an array of CuPy, as kernels on a GPU take them."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
 def view(array: Any) -> Any:
     """The view of an array of which ``enter`` need not know: one that an op made for another."""
     library = _known.get(type(array)) or _find_library(array)

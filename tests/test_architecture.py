@@ -24,9 +24,9 @@ ROOT = PACKAGE.parent
 LAYERS = {
     "torch": 4, "jax": 4, "nn": 4, "compat": 4, "tasks": 4, "cli": 4, "lm_eval": 4, "__main__": 4,
     "models": 3,
-    "_backends": 2, "_arrays": 2, "_checks": 2,
+    "_backends": 2, "_arrays": 2, "_checks": 2, "_plans": 2,
     "cpu": 1, "cuda": 1,
-    "_cache": 0, "_segments": 0, "reference": 0,
+    "_cache": 0, "_recording": 0, "_segments": 0, "reference": 0,
 }  # fmt: skip
 OP_LAYER = 3
 
@@ -36,6 +36,7 @@ ARRAY_LIBRARIES = {"torch", "jax", "jaxlib", "cupy"}
 MAY_NAME = {
     "sscan._arrays": ARRAY_LIBRARIES,
     "sscan.cuda._launch": {"cupy"},  # for the current device, stream and allocator
+    "sscan.cuda._products": {"cupy"},  # for its cuBLAS
     "sscan.models.pickled": {"torch"},  # which alone reads pytorch_model.bin
     "sscan.torch": {"torch"},
     "sscan.jax": {"jax", "jaxlib", "cupy"},  # XLA's GPU memory is viewed in CuPy too

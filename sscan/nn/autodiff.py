@@ -36,12 +36,6 @@ def array_module(array: Array) -> Any:
     return sys.modules[type(array).__module__.partition(".")[0]]
 
 
-def on_gpu(array: Array) -> bool:
-    """Whether it is an array of CuPy, on which the kernels of sscan.cuda run."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(array, cupy.ndarray)
-
-
 def to_numpy(array: Array) -> Array:
     """The array in host memory, as NumPy sees it."""
     return array.get() if hasattr(array, "get") else np.asarray(array)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan.nn.autodiff import array_module
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -75,10 +77,9 @@ class _Graph:
     """A recorded function, the memory that it works in, and its arguments and results there."""
 
     def __init__(self, function: Callable[..., Any], arrays: tuple[Array, ...]) -> None:
-        import cupy
-
         from sscan.cuda._products import recorded
 
+        cupy = array_module(arrays[0])
         self.inputs = [array.copy() for array in arrays]
         self.pool = cupy.cuda.MemoryPool()  # nobody else's: what is freed while recording is used by every launch
         stream = cupy.cuda.Stream(non_blocking=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan._arrays import on_gpu
 from sscan.linear_scan import linear_scan
 from sscan.models.arguments import check_integers
 from sscan.nn import products
@@ -23,7 +24,6 @@ from sscan.nn.autodiff import (
     defvjp,
     defvjp_all,
     move,
-    on_gpu,
     primitive,
 )
 

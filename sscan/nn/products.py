@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from sscan.nn.autodiff import Array, array_module, on_gpu
+from sscan._arrays import on_gpu
+from sscan.nn.autodiff import Array, array_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
