@@ -412,6 +412,7 @@ def _open_model(options: argparse.Namespace) -> tuple[MambaLM, Vocabulary]:
 
 def _generate(options: argparse.Namespace) -> int:
     from sscan.nn import Sampler
+    from sscan.tasks.progress import Bar
 
     drawing = (options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     prompt = _prompt(options)
@@ -428,7 +429,16 @@ def _generate(options: argparse.Namespace) -> int:
     out = sys.stdout
     raw = not out.isatty() and out is sys.__stdout__
     stop = [text.encode() for text in options.stop]
-    with _Continuations(prompt, vocabulary.writer, out.buffer.write if raw else _text_writer(out), stop) as streamer:
+    said = itertools.count(1)
+    with (
+        Bar("generating", sys.stderr, hidden=out.isatty()) as bar,  # where the text can be watched
+        _Continuations(prompt, vocabulary.writer, out.buffer.write if raw else _text_writer(out), stop) as write,
+    ):
+
+        def streamer(sample: int, token: int) -> None:
+            write(sample, token)
+            bar(next(said) / (options.samples * options.tokens))
+
         model.generate(
             [ids] * options.samples, options.tokens, *drawing, eos=vocabulary.token(options.eos), stop=options.stop,
             tokenizer=vocabulary, streamer=streamer, seed=options.seed, batch=1, vocab_size=vocabulary.size,

@@ -189,6 +189,18 @@ def test_words_without_the_library(folder: Path) -> None:
     )
 
 
+def test_progress(of_bytes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On standard error, where the text itself cannot be watched: a line now and then."""
+    from sscan.tasks import progress
+
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert main(["generate", str(of_bytes), "-n", "4", "--samples", "2"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "generating  12%"
+    assert lines[-1] == "generating 100%"
+    assert len(lines) == 8
+
+
 # sscan evaluate
 
 

@@ -73,12 +73,12 @@ class Progress:
 class Bar:
     """Shows the share of something that is done, in a ``with`` statement; a line now and then where no terminal is."""
 
-    def __init__(self, title: str, stream: TextIO) -> None:
-        self.title, self.stream = title, stream
+    def __init__(self, title: str, stream: TextIO, *, hidden: bool = False) -> None:
+        self.title, self.stream, self.hidden = title, stream, hidden
         self.last_line = time.monotonic()
         self.bar = tqdm(
             total=1.0, desc=title, file=stream, bar_format="{desc} {percentage:3.0f}% |{bar:20}| {remaining} left",
-            disable=not stream.isatty(), leave=False,
+            disable=hidden or not stream.isatty(), leave=False,
         )  # fmt: skip
 
     def __enter__(self) -> Bar:
@@ -93,7 +93,7 @@ class Bar:
         with contextlib.suppress(OSError):
             if not self.bar.disable:
                 self.bar.update(share - self.bar.n)
-            elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            elif not self.hidden and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
                 self.last_line = time.monotonic()
                 self.stream.write(f"{self.title} {share:4.0%}\n")
                 self.stream.flush()
