@@ -10,6 +10,7 @@ import nox
 nox.options.sessions = ["lint", "types", "test", "docs"]
 nox.options.reuse_existing_virtualenvs = True
 
+TRANSFORMERS = [f"tests/test_{name}.py" for name in ("transformers", "models", "generation", "cli_models")]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -33,7 +34,7 @@ def transformers(session: nox.Session, release: str) -> None:
     install(session, "test")
     (bound,) = (line for line in nox.project.dependency_groups(PROJECT, "test") if line.startswith("transformers>="))
     session.install("--upgrade", bound.replace(">=", "==") if release == "oldest" else bound)
-    session.run("pytest", "tests/test_transformers.py", *session.posargs)
+    session.run("pytest", *(session.posargs or TRANSFORMERS))
 
 
 @nox.session

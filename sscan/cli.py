@@ -195,7 +195,9 @@ def _add_language_models(commands: Any) -> None:
     source = generate.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue (default: a line break)")
     source.add_argument("--prompt-file", type=_path, metavar="FILE", help="file with it; - is standard input")
-    source.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="right behind MODEL: the same")
+    source.add_argument(
+        "stdin", nargs="?", choices=["-"], metavar="-", help="right behind MODEL: the prompt is standard input"
+    )
     generate.add_argument(
         "-n", "--tokens", "--bytes", type=_positive_int, default=SAMPLE_BYTES, help="tokens to generate (%(default)s)"
     )

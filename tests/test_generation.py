@@ -177,6 +177,20 @@ def test_rows_are_the_same_bits_alone_and_among_others(
         drawn = {}
 
 
+def test_rows_that_are_decoded_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, or a multiple of eight; see ``test_rows_are_the_same_bits_alone_and_among_others``."""
+    rows: set[int] = set()
+    step = type(model).step
+    monkeypatch.setattr(type(model), "step", lambda m, i, s: rows.add(len(i)) or step(m, i, s))
+    for batch, expected in ((1, 1), (2, 8), (8, 8), (9, 16), (None, 16)):
+        rows.clear()
+        model.generate(PROMPTS, 3, batch=batch)
+        assert rows == {expected}
+    rows.clear()
+    model.generate(PROMPTS[0], 3)
+    assert rows == {1}
+
+
 def test_each_row_draws_from_its_own_seed(model: Any) -> None:
     made = lists(model.generate([[1, 2]] * 3 + [[4]], 15, seed=7, batch=8))
     assert len({tuple(tokens) for tokens in made}) == 4
@@ -250,6 +264,19 @@ def test_texts_that_end_sequences(model: Any) -> None:
         assert Letters().decode(tokens) == text[: min(ends, default=20)]
     assert len(cut[1]) <= 8
     assert len(cut[3]) <= 13
+
+
+def test_texts_that_end_late_and_texts_of_special_tokens() -> None:
+    """However much was said before, and whatever stands between the letters and is no text."""
+
+    class Sparse(Letters):
+        def decode(self, tokens: list[int]) -> str:
+            return super().decode([token for token in tokens if token])
+
+    ending = generation._Ending(1000, None, ("cd",), Sparse())
+    assert not ending.is_reached([1] * 300 + [2, 1, 3])
+    assert ending.is_reached([1] * 300 + [2, 0, 0, 0, 3])
+    assert generation._Ending(1000, None, ("abcdefgh",), Letters()).is_reached([9] * 50 + list(range(8)))
 
 
 def test_streamers_hear_every_token_in_order(model: Any) -> None:

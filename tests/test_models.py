@@ -18,7 +18,7 @@ from cases import assert_within, eps_of
 import sscan.nn
 import sscan.torch
 from sscan.models import MambaConfig
-from sscan.models.files import save_arrays
+from sscan.models.files import save_arrays, write_together
 from sscan.models.pretrained import open_model
 
 if TYPE_CHECKING:
@@ -430,6 +430,19 @@ def test_a_pickle_takes_the_place_of_safetensors(tmp_path: Path) -> None:
     model = perturbed(seed=3)
     model.save_pretrained(tmp_path)
     assert_same_bits(parameters_of(load("torch", tmp_path)), parameters_of(model))
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path: Path) -> None:
+    """If one cannot be written, the others stay as they were, and nothing is left behind."""
+    (tmp_path / "first").write_text("old")
+
+    def full(new: Path) -> None:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        write_together({tmp_path / "first": lambda new: new.write_text("new"), tmp_path / "second": full})
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    assert (tmp_path / "first").read_text() == "old"
 
 
 @pytest.mark.parametrize("framework", MODELS)

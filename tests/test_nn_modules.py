@@ -401,6 +401,9 @@ def test_prompts_and_counts_that_are_none() -> None:
         model.generate([1.0, 2.0], 1)
     with pytest.raises(TypeError, match="generate: prompts must be token ids, got a text"):
         model.generate("rain", 1)
+    for wrong in (3, np.array(3), None):
+        with pytest.raises(TypeError, match="generate: prompts must be token ids, or sequences of them, got"):
+            model.generate(wrong, 1)
     for wrong, low, high in ((-1, -1, 2), (16, 2, 16)):  # of 11 tokens and 5 rows of padding
         with pytest.raises(ValueError, match=rf"prompt 1 must be tokens in \[0, 16\), got {low} to {high}"):
             model.generate([[1], [2, wrong]], 1)

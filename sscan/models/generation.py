@@ -140,7 +140,10 @@ def prompts_of(prompts: Any, rows: int) -> list[list[int]]:
     """
     if isinstance(prompts, str):
         raise TypeError("generate: prompts must be token ids, got a text; a tokenizer makes them of it")
-    listed = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    listed = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if not hasattr(listed, "__len__"):
+        raise TypeError(f"generate: prompts must be token ids, or sequences of them, got {type(prompts).__name__}")
+    listed = list(listed)
     if listed and not hasattr(listed[0], "__len__"):
         listed = [listed]
     checked = []
@@ -197,7 +200,8 @@ class _Row:
         self.new: list[int] = []
 
     def draw(self, logits: Array) -> int:
-        self.new.append(int(self.sampler(logits[None], [self.prompt + self.new])[0]))
+        seen = None if self.sampler.repetition_penalty == 1 else [self.prompt + self.new]
+        self.new.append(int(self.sampler(logits[None], seen)[0]))
         return self.new[-1]
 
     @property
