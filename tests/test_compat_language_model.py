@@ -182,7 +182,7 @@ def test_blocks_of_both_releases() -> None:
 
 def test_greedy_tokens(model: Any) -> None:
     prompt = tokens(3, 7)
-    expected = np.stack(perturbed().generate(prompt, 12, temperature=0, vocab_size=48))
+    expected = np.stack(perturbed().generate(prompt, 12, temperature=0))
     for given in ({}, {"cg": True}, {"return_dict_in_generate": True, "output_scores": True}):
         made = model.generate(prompt, max_length=19, **given)
         sequences = made if isinstance(made, torch.Tensor) else made.sequences
@@ -199,7 +199,7 @@ def test_greedy_tokens(model: Any) -> None:
 def test_penalty_vocabulary_teacher_and_end(model: Any) -> None:
     prompt = tokens(2, 7)
     options = {"temperature": 0, "repetition_penalty": 1.7}
-    expected = np.stack(perturbed().generate(prompt, 9, **options, vocab_size=48))
+    expected = np.stack(perturbed().generate(prompt, 9, **options))
     assert model.generate(prompt, 16, repetition_penalty=1.7)[:, 7:].tolist() == expected.tolist()
     assert model.generate(prompt, 30, top_k=0, temperature=5.0, vocab_size=7)[:, 7:].max() < 7
     teacher = tokens(2, 12, seed=1)
@@ -210,6 +210,16 @@ def test_penalty_vocabulary_teacher_and_end(model: Any) -> None:
     greedy = model.generate(alone, 30)[0, 7:].tolist()
     ended = model.generate(alone, 30, eos_token_id=greedy[5])[0, 7:].tolist()
     assert ended == greedy[: greedy.index(greedy[5]) + 1]
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(model: Any) -> None:
+    with torch.no_grad():
+        model.backbone.embedding.weight[43:] = 100 * model.backbone.norm_f.weight
+    for options in ({}, {"top_k": 0, "temperature": 5.0}, {"repetition_penalty": 1.1}):
+        made = model.generate(tokens(3, 4), 30, return_dict_in_generate=True, output_scores=True, **options)
+        assert made.sequences.max() < 43
+        assert made.scores[0].shape == (3, 48)
+        assert made.scores[0].argmax(-1).min() >= 43
 
 
 def test_streamers(model: Any) -> None:

@@ -84,7 +84,8 @@ def decode(
     """Continue prompts of one length, (batch, length), up to ``max_length`` tokens with the prompt.
 
     It ends before if all rows draw ``eos_token_id`` at once. ``teacher_outputs`` (batch, some length) are taken as far
-    as they reach, instead of drawing. ``vocab_size`` leaves out the logits from there on. ``cg`` makes a step one CUDA
+    as they reach, instead of drawing. ``vocab_size`` leaves out the logits from there on; those that pad the vocabulary
+    of the model's configuration are never drawn. ``cg`` makes a step one CUDA
     graph, which is kept at the model for further calls; on the CPU it does nothing. ``streamer`` is one of
     transformers'. ``enable_timing`` prints how long it took.
     """
@@ -104,6 +105,7 @@ def decode(
     if clock:
         clock[0].record()
 
+    real = getattr(getattr(model, "config", None), "vocab_size", None)  # tokens; the other rows are padding
     scores: list[Tensor] = []
     tokens, sequences = input_ids, input_ids
     while True:
@@ -117,7 +119,7 @@ def decode(
             tokens = teacher_outputs[:, params.seqlen_offset, None]
         else:
             drawn = scores[-1] if repetition_penalty == 1 else _penalised(scores[-1], sequences, repetition_penalty)
-            tokens = sample(drawn, top_k, top_p, min_p, temperature)[:, None]
+            tokens = sample(drawn[..., :real], top_k, top_p, min_p, temperature)[:, None]
         sequences = torch.cat([sequences, tokens], 1)
         if streamer is not None:
             streamer.put(tokens.cpu())
