@@ -202,6 +202,8 @@ def test_penalty_vocabulary_teacher_and_end(model: Any) -> None:
     expected = np.stack(perturbed().generate(prompt, 9, **options))
     assert model.generate(prompt, 16, repetition_penalty=1.7)[:, 7:].tolist() == expected.tolist()
     assert model.generate(prompt, 30, top_k=0, temperature=5.0, vocab_size=7)[:, 7:].max() < 7
+    assert prompt.max() > 7
+    assert model.generate(prompt, 30, repetition_penalty=1.5, vocab_size=7)[:, 7:].max() < 7
     teacher = tokens(2, 12, seed=1)
     made = model.generate(prompt, 16, teacher_outputs=teacher)
     assert torch.equal(made[:, 7:12], teacher[:, 7:12])

@@ -113,13 +113,15 @@ def decode(
             logits = graph(tokens, tokens, params.seqlen_offset)
         else:
             logits = model(tokens, inference_params=params, num_last_tokens=1).logits
-        scores.append(logits.squeeze(1)[..., :vocab_size])
+        logits = logits.squeeze(1)
+        scores.append(logits[..., :vocab_size])
         params.seqlen_offset += tokens.shape[1]
         if teacher_outputs is not None and params.seqlen_offset < teacher_outputs.shape[1]:
             tokens = teacher_outputs[:, params.seqlen_offset, None]
         else:
-            drawn = scores[-1] if repetition_penalty == 1 else _penalised(scores[-1], sequences, repetition_penalty)
-            tokens = sample(drawn[..., :real], top_k, top_p, min_p, temperature)[:, None]
+            if repetition_penalty != 1:
+                logits = _penalised(logits, sequences, repetition_penalty)
+            tokens = sample(logits[..., :vocab_size][..., :real], top_k, top_p, min_p, temperature)[:, None]
         sequences = torch.cat([sequences, tokens], 1)
         if streamer is not None:
             streamer.put(tokens.cpu())
