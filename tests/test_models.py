@@ -316,6 +316,33 @@ def test_models_compile() -> None:
     torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-5)
 
 
+def test_activation_checkpointing() -> None:
+    """Layers that are run again in the backward: the same gradients, bit for bit."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        CheckpointImpl,
+        apply_activation_checkpointing,
+        checkpoint_wrapper,
+    )
+
+    gradients: list[Any] = []
+    calls: list[int] = []
+    for again in (False, True):
+        model = perturbed()
+        parameters = list(model.parameters())
+        if again:
+            for layer in model.backbone.layers:
+                layer.mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+            apply_activation_checkpointing(
+                model,
+                lambda m: checkpoint_wrapper(m, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+                check_fn=lambda m: isinstance(m, sscan.torch.language_model.ResidualBlock),
+            )
+        model(torch.from_numpy(ids())).square().sum().backward()
+        gradients.append([p.grad for p in parameters])
+    assert len(calls) == 2 * CONFIG.n_layer
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 # What is wrong with files, beside test_broken_files.py
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = Any
 
-PLACES = 8
+PLACES = 8  # rows that are decoded at once are a multiple of it, see `_places`
 PIECE = 4096  # tokens of a prompt that are read at once, so that memory does not grow with its length
 
 
