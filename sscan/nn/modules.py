@@ -42,7 +42,7 @@ class Parameter(Tensor):
 
     def initialise(self, rng: np.random.Generator) -> None:
         """Draw the values anew; they do not depend on the old ones."""
-        self.data = move(self.draw(rng, self.shape).astype(self.dtype), array_module(self.data))
+        self.data = move(self.draw(rng, self.shape).astype(self.dtype, order="C"), array_module(self.data))
 
 
 class Module:
