@@ -86,8 +86,8 @@ def _of_any_storage(tile, x, offset, address, rows, count, storage):
 def products(tile, x, offset, matrix, row, rows, count):
     """The products of ``rows`` <= 16 rows of a matrix, from ``row`` on, with x from ``offset`` on, as a vector.
 
-    ``matrix`` is (address, storage) of rows of ``count`` numbers, one behind the other; x is zero behind its numbers, up
-    to whole vectors; ``tile`` is scratch for 16 vectors.
+    ``matrix`` is (address, storage) of rows of ``count`` numbers, one behind the other; x is zero behind its numbers,
+    up to whole vectors; ``tile`` is scratch for 16 vectors.
     """
     address = matrix[0] + row * count * ITEMS[matrix[1]]
     return _stored_products(tile, x, offset, address, rows, count, matrix[1])

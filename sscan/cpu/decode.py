@@ -11,7 +11,7 @@ Norm and head are one phase more. Everything between the weights is in the accum
 of the weights only where it becomes the state of a convolution. A row of a batch gives the same bits as alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.extending import register_jitable
@@ -68,11 +68,13 @@ class Sizes(NamedTuple):
 
 @register_jitable
 def pieces(count, size):
+    """How many pieces of ``size`` it takes."""
     return (count + size - 1) // size
 
 
 @register_jitable
 def padded(count):
+    """The numbers in whole vectors."""
     return pieces(count, TILE) * TILE
 
 
@@ -150,8 +152,9 @@ def in_projection(weights, i, state, tile, X, before, taps, x, z, block, sizes):
     rows, half = min(TILE, inner - d0), block // blocks * inner
     like = load(tile, 0)
     if half == 0:
-        for k in range(0, rows * sizes.width, TILE):
-            store(taps, k, numbers(like, entry(weights, i, CONV), d0 * sizes.width + k, min(TILE, rows * sizes.width - k)))
+        of_taps, count = entry(weights, i, CONV), rows * sizes.width
+        for k in range(0, count, TILE):
+            store(taps, k, numbers(like, of_taps, d0 * sizes.width + k, min(TILE, count - k)))
     for b in range(sizes.batch):
         total = products(tile, X, b * padded(sizes.model), entry(weights, i, IN_PROJ), half + d0, rows, sizes.model)
         total = total + numbers(like, entry(weights, i, IN_BIAS), half + d0, rows)
@@ -187,25 +190,27 @@ def advance(weights, i, states, tile, steps, x, z, low, y, d0, sizes):
     """The states of 16 channels from d0 on, and y of them."""
     inner, count = sizes.inner, sizes.state
     rows = min(TILE, inner - d0)
+    of_A, of_h = entry(weights, i, A_LOG), entry(states, i, SSM_STATE)
     like = load(tile, 0)
-    one, zero = constant(like, 1.0), constant(like, 0.0)
+    log2_e, one, zero = constant(like, LOG2_E), constant(like, 1.0), constant(like, 0.0)
     for b in range(sizes.batch):
-        dt = b * (padded(sizes.rank) + 2 * padded(count))
-        B, at = dt + padded(sizes.rank), b * padded(inner) + d0
-        step = products(tile, low, dt, entry(weights, i, DT_PROJ), d0, rows, sizes.rank)
-        step = softplus(step + numbers(like, entry(weights, i, DT_BIAS), d0, rows))
+        dt, at = b * (padded(sizes.rank) + 2 * padded(count)), b * padded(inner) + d0
+        B = dt + padded(sizes.rank)
+        C = B + padded(count)
+        delta = products(tile, low, dt, entry(weights, i, DT_PROJ), d0, rows, sizes.rank)
+        delta = softplus(delta + numbers(like, entry(weights, i, DT_BIAS), d0, rows))
         u, gate = load(x, at), load(z, at)
-        store(steps, 0, step)
-        store(steps, TILE, step * u)
+        store(steps, 0, delta)
+        store(steps, TILE, delta * u)
         for r in range(rows):
-            delta, delta_u, total = splat(steps[r]), splat(steps[TILE + r]), zero
+            step, step_u, total = splat(steps[r]), splat(steps[TILE + r]), zero
             for n in range(0, count, TILE):
-                size, here = min(TILE, count - n), (b * inner + d0 + r) * count + n
-                A = zero - decay(one, constant(like, LOG2_E) * numbers(like, entry(weights, i, A_LOG), (d0 + r) * count + n, size))
-                h = numbers(like, entry(states, i, SSM_STATE), here, size)
-                h = fma(decay(delta, A * constant(like, LOG2_E)), h, load(low, B + n) * delta_u)
-                put_numbers(entry(states, i, SSM_STATE), here, size, h)
-                total = fma(load(low, B + padded(count) + n), h, total)
+                size, here = min(TILE, count - n), (d0 + r) * count + n
+                A = zero - decay(one, log2_e * numbers(like, of_A, here, size))
+                h = numbers(like, of_h, b * inner * count + here, size)
+                h = fma(decay(step, log2_e * A), h, load(low, B + n) * step_u)
+                put_numbers(of_h, b * inner * count + here, size, h)
+                total = fma(load(low, C + n), h, total)
             store(tile, TILE * r, total)
         total = fma(numbers(like, entry(weights, i, D), d0, rows), u, lane_sums(tile, 0, TILE))
         store(y, at, first(total * (gate * sigmoid(gate)), rows))
@@ -311,7 +316,7 @@ class Weights:
     ``blocks`` are the arrays of each block in the order of the names above, contiguous.
     """
 
-    def __init__(self, blocks, final_norm, head):
+    def __init__(self, blocks: Any, final_norm: Any, head: Any) -> None:
         first = blocks[0]
         self.blocks, self.ends = np.stack([_table(block) for block in blocks]), _table([final_norm, head])[None]
         self.dtype = first[A_LOG].dtype
@@ -322,7 +327,7 @@ class Weights:
         self.tasks = self._tasks(first[IN_PROJ].itemsize)
 
     @classmethod
-    def of(cls, blocks, final_norm, head):
+    def of(cls, blocks: Any, final_norm: Any, head: Any) -> "Weights | None":
         """The weights, or None if shapes or dtypes of the arrays are not those of one model."""
         arrays = [array for block in blocks for array in block if array is not None]
         dtypes = {array.dtype for array in [*arrays, final_norm, head]}
@@ -351,11 +356,11 @@ class Weights:
         of_dt = max(1, TASK // 4 // (TILE * (self.rank * item + 2 * self.state * self.dtype.itemsize)))
         return blocks, rows(self.inner * item), of_dt, rows(self.inner * item), blocks
 
-    def state_shapes(self, batch):
+    def state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the states of a block: of the convolution, of the scan."""
         return (batch, self.inner, self.width - 1), (batch, self.inner, self.state)
 
-    def step(self, embeddings, eps, states):
+    def step(self, embeddings: Any, eps: list[float], states: list[tuple[Any, Any]]) -> Any:
         """Logits (batch, vocabulary) of embeddings (batch, model); the states are updated in place.
 
         ``eps`` are those of all norms, ``states`` (convolution, scan) of each block, contiguous.

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan.nn.mamba import DepthwiseConvolution, Mamba
-from sscan.nn.modules import Linear, RMSNorm
+from sscan.nn.modules import Linear, Module, RMSNorm
 
 if TYPE_CHECKING:
     from sscan.cpu.decode import Weights
     from sscan.nn.autodiff import Array, Tensor
-    from sscan.nn.language_model import MambaLM, ResidualBlock
     from sscan.nn.mamba import MambaState
 
 # What a kernel knows of a model, and the arrays of the parameters that it knows it of.
-_known: weakref.WeakKeyDictionary[MambaLM, tuple[list[weakref.ref[Any]], Weights]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Module, tuple[list[weakref.ref[Any]], Weights]] = weakref.WeakKeyDictionary()
 
 
-def step(model: MambaLM, ids: Array, states: list[MambaState]) -> Array | None:
-    """Logits (batch, padded vocabulary) for ids (batch,), and the states updated in place."""
+def step(model: Any, ids: Array, states: list[MambaState]) -> Array | None:
+    """Logits (batch, padded vocabulary) of a :class:`MambaLM` for ids (batch,); the states are updated in place."""
     backbone = model.backbone
     blocks = [_arrays_of(layer) for layer in backbone.layers]
     if None in blocks or not (model.config.residual_in_fp32 or backbone.activation_dtype.itemsize > 2):
@@ -48,7 +47,7 @@ def _fits(array: Array, shape: tuple[int, ...], dtype: Any) -> bool:
     return here and array.flags.c_contiguous and array.flags.writeable
 
 
-def _arrays_of(layer: ResidualBlock) -> tuple[Array | None, ...] | None:
+def _arrays_of(layer: Any) -> tuple[Array | None, ...] | None:
     """The arrays of a block in the order of `sscan.cpu.decode`, if its parts are the plain ones."""
     norm, mixer = layer.norm, layer.mixer
     if type(mixer) is not Mamba or mixer.discretization != "mamba":
@@ -67,7 +66,7 @@ def _arrays_of(layer: ResidualBlock) -> tuple[Array | None, ...] | None:
     )  # fmt: skip
 
 
-def _weights_of(model: MambaLM, blocks: list[Any]) -> Weights | None:
+def _weights_of(model: Any, blocks: list[Any]) -> Weights | None:
     """What a kernel knows of the model; found out again when a parameter has another array than before."""
     ends = model.backbone.norm_f.weight.data, model.lm_head.weight.data
     arrays = [array for block in [*blocks, ends] for array in block if array is not None]
