@@ -17,8 +17,8 @@ import numpy as np
 from numba.extending import register_jitable
 
 from sscan.cpu._parallel import finish, kernel, next_task, phases, run, take, threads
-from sscan.cpu._products import ITEMS, products
-from sscan.cpu._tiles import TILE
+from sscan.cpu._products import ITEMS, TILES, products
+from sscan.cpu._tiles import TILE, padded
 from sscan.cpu._vector import (
     STORAGE,
     borrowed,
@@ -73,12 +73,6 @@ def pieces(count, size):
 
 
 @register_jitable
-def padded(count):
-    """The numbers in whole vectors."""
-    return pieces(count, TILE) * TILE
-
-
-@register_jitable
 def entry(table, i, name):
     """The (address, storage) of one array: numbers, since Numba counts the references to a part of a table."""
     return table[i, name, 0], table[i, name, 1]
@@ -101,7 +95,7 @@ def put_numbers(array, index, count, x):
 
 
 @register_jitable
-def normalise(X, tile, stream, norm, eps, sizes, limits):
+def normalise(X, lanes, stream, norm, eps, sizes, limits):
     """X = the normalised rows of the stream; both have rows of whole vectors."""
     size, stride = sizes.model, padded(sizes.model)
     zero = splat(stream.dtype.type(0))
@@ -112,9 +106,9 @@ def normalise(X, tile, stream, norm, eps, sizes, limits):
             v = load(stream, b * stride + k)
             squares = fma(v, v, squares)
             store(row, k, v)
-        store(tile, 0, squares)
+        store(lanes, 0, squares)
         for k in range(TILE):
-            total += tile[k]
+            total += lanes[k]
         r = splat(inverse_root(row, total, eps, size, limits)[0])
         for k in range(0, size, TILE):
             store(row, k, load(row, k) * r * numbers(zero, norm, k, min(TILE, size - k)))
@@ -145,19 +139,19 @@ def convolve(now, before, taps, state, d0, rows, row, sizes):
 
 
 @register_jitable
-def in_projection(weights, i, state, tile, X, before, taps, x, z, block, sizes):
+def in_projection(weights, i, state, out, tiles, X, before, taps, x, z, block, sizes):
     """The block-th 16 channels of x, and if there are more of z, for all rows of the batch."""
     inner, blocks = sizes.inner, pieces(sizes.inner, TILE)
     d0 = block % blocks * TILE
     rows, half = min(TILE, inner - d0), block // blocks * inner
-    like = load(tile, 0)
+    like = load(X, 0)
     if half == 0:
         of_taps, count = entry(weights, i, CONV), rows * sizes.width
         for k in range(0, count, TILE):
             store(taps, k, numbers(like, of_taps, d0 * sizes.width + k, min(TILE, count - k)))
+    products(out, tiles, X, sizes.batch, entry(weights, i, IN_PROJ), half + d0, rows, sizes.model)
     for b in range(sizes.batch):
-        total = products(tile, X, b * padded(sizes.model), entry(weights, i, IN_PROJ), half + d0, rows, sizes.model)
-        total = total + numbers(like, entry(weights, i, IN_BIAS), half + d0, rows)
+        total = load(out, TILE * b) + numbers(like, entry(weights, i, IN_BIAS), half + d0, rows)
         at = b * padded(inner) + d0
         if half == 0:
             total = convolve(total, before, taps, state, d0, rows, b, sizes)
@@ -168,37 +162,37 @@ def in_projection(weights, i, state, tile, X, before, taps, x, z, block, sizes):
 
 
 @register_jitable
-def x_projection(weights, i, tile, x, low, r0, sizes):
-    """Some rows, of dt, B and C, which lie behind each other in ``low``, each in whole vectors."""
+def x_projection(weights, i, out, tiles, x, low, r0, sizes):
+    """Some rows, of dt, B or C, which lie behind each other in ``low``, each for all of the batch."""
     rank, state = sizes.rank, sizes.state
     rows = min(sizes.x_rows, rank + 2 * state - r0)
+    products(out, tiles, x, sizes.batch, entry(weights, i, X_PROJ), r0, rows, sizes.inner)
+    of_B = sizes.batch * padded(rank)
+    of_C = of_B + sizes.batch * padded(state)
     for b in range(sizes.batch):
-        total = products(tile, x, b * padded(sizes.inner), entry(weights, i, X_PROJ), r0, rows, sizes.inner)
-        store(tile, 0, total)
-        dt = b * (padded(rank) + 2 * padded(state))
-        for r in range(r0, r0 + rows):
+        for k in range(rows):
+            r, value = r0 + k, out[TILE * b + k]
             if r < rank:
-                low[dt + r] = tile[r - r0]
+                low[b * padded(rank) + r] = value
             elif r < rank + state:
-                low[dt + padded(rank) + r - rank] = tile[r - r0]
+                low[of_B + b * padded(state) + r - rank] = value
             else:
-                low[dt + padded(rank) + padded(state) + r - rank - state] = tile[r - r0]
+                low[of_C + b * padded(state) + r - rank - state] = value
 
 
 @register_jitable
-def advance(weights, i, states, tile, steps, x, z, low, y, d0, sizes):
+def advance(weights, i, states, out, tiles, steps, x, z, low, y, d0, sizes):
     """The states of 16 channels from d0 on, and y of them."""
     inner, count = sizes.inner, sizes.state
     rows = min(TILE, inner - d0)
     of_A, of_h = entry(weights, i, A_LOG), entry(states, i, SSM_STATE)
-    like = load(tile, 0)
+    like = load(x, 0)
     log2_e, one, zero = constant(like, LOG2_E), constant(like, 1.0), constant(like, 0.0)
+    products(out, tiles, low, sizes.batch, entry(weights, i, DT_PROJ), d0, rows, sizes.rank)
     for b in range(sizes.batch):
-        dt, at = b * (padded(sizes.rank) + 2 * padded(count)), b * padded(inner) + d0
-        B = dt + padded(sizes.rank)
-        C = B + padded(count)
-        delta = products(tile, low, dt, entry(weights, i, DT_PROJ), d0, rows, sizes.rank)
-        delta = softplus(delta + numbers(like, entry(weights, i, DT_BIAS), d0, rows))
+        at, B = b * padded(inner) + d0, sizes.batch * padded(sizes.rank) + b * padded(count)
+        C = B + sizes.batch * padded(count)
+        delta = softplus(load(out, TILE * b) + numbers(like, entry(weights, i, DT_BIAS), d0, rows))
         u, gate = load(x, at), load(z, at)
         store(steps, 0, delta)
         store(steps, TILE, delta * u)
@@ -211,27 +205,34 @@ def advance(weights, i, states, tile, steps, x, z, low, y, d0, sizes):
                 h = fma(decay(step, log2_e * A), h, load(low, B + n) * step_u)
                 put_numbers(of_h, b * inner * count + here, size, h)
                 total = fma(load(low, C + n), h, total)
-            store(tile, TILE * r, total)
-        total = fma(numbers(like, entry(weights, i, D), d0, rows), u, lane_sums(tile, 0, TILE))
+            store(tiles, TILE * r, total)
+        total = fma(numbers(like, entry(weights, i, D), d0, rows), u, lane_sums(tiles, 0, TILE))
         store(y, at, first(total * (gate * sigmoid(gate)), rows))
 
 
 @register_jitable
-def out_projection(weights, i, tile, y, stream, r0, sizes):
+def out_projection(weights, i, out, tiles, y, stream, r0, sizes):
     """Add some rows of the block's output to the stream."""
     rows = min(sizes.out_rows, sizes.model - r0)
+    products(out, tiles, y, sizes.batch, entry(weights, i, OUT_PROJ), r0, rows, sizes.inner)
     for b in range(sizes.batch):
-        total = products(tile, y, b * padded(sizes.inner), entry(weights, i, OUT_PROJ), r0, rows, sizes.inner)
-        store(tile, 0, total + numbers(total, entry(weights, i, OUT_BIAS), r0, rows))
+        total = load(out, TILE * b)
+        store(out, TILE * b, total + numbers(total, entry(weights, i, OUT_BIAS), r0, rows))
         at = b * padded(sizes.model) + r0
         for r in range(rows):
-            stream[at + r] += tile[r]
+            stream[at + r] += out[TILE * b + r]
+
+
+@register_jitable
+def part(own, count):
+    """The first numbers of one's own memory, and the others."""
+    return own[:count], own[count:]
 
 
 @register_jitable
 def scratch_of(sizes):
-    """Numbers that a thread needs for itself: normalised rows, a tile of products, and what is done to 16 channels."""
-    return sizes.batch * padded(sizes.model) + TILE * (TILE + 2 + 2 * sizes.width)
+    """Numbers that a thread needs for itself: normalised rows, products, and what is done to 16 channels."""
+    return sizes.batch * (padded(sizes.model) + TILE) + TILES + TILE * (2 + 2 * sizes.width)
 
 
 @kernel
@@ -246,12 +247,13 @@ def step(counter, tasks, progress, weights, eps, ends, states, sizes, limits, st
         return
     weights, ends, states, stream = borrowed(weights), borrowed(ends), borrowed(states), borrowed(stream)
     x, z, low, y, progress = borrowed(x), borrowed(z), borrowed(low), borrowed(y), borrowed(progress)
-    own = work[thread]
-    size = sizes.batch * padded(sizes.model)
-    X, tile, steps = borrowed(own[:size]), borrowed(own[size:]), borrowed(own[size + TILE * TILE :])
-    taps = borrowed(own[size + TILE * (TILE + 2) :])
-    before = borrowed(own[size + TILE * (TILE + 2 + sizes.width) :])
-    tile[: TILE * TILE] = 0
+    own = borrowed(work[thread])
+    X, own = part(own, sizes.batch * padded(sizes.model))
+    out, own = part(own, sizes.batch * TILE)
+    tiles, own = part(own, TILES)
+    steps, own = part(own, 2 * TILE)
+    taps, before = part(own, TILE * sizes.width)
+    tiles[:] = 0
     channels = pieces(sizes.inner, TILE)
     environment = flush_subnormals()
     for i in range(len(weights)):
@@ -261,29 +263,29 @@ def step(counter, tasks, progress, weights, eps, ends, states, sizes, limits, st
             if task < 0:
                 break
             if not normalised:
-                normalise(X, tile, stream, entry(weights, i, NORM), eps[i], sizes, limits)
+                normalise(X, out, stream, entry(weights, i, NORM), eps[i], sizes, limits)
                 normalised = True
             for block in range(task * sizes.in_blocks, min((task + 1) * sizes.in_blocks, 2 * channels)):
-                in_projection(weights, i, entry(states, i, CONV_STATE), tile, X, before, taps, x, z, block, sizes)
+                in_projection(weights, i, entry(states, i, CONV_STATE), out, tiles, X, before, taps, x, z, block, sizes)
             finish(progress, 4 * i, thread)
         while True:
             task = next_task(progress, 4 * i + 1, pieces(sizes.rank + 2 * sizes.state, sizes.x_rows), thread)
             if task < 0:
                 break
-            x_projection(weights, i, tile, x, low, task * sizes.x_rows, sizes)
+            x_projection(weights, i, out, tiles, x, low, task * sizes.x_rows, sizes)
             finish(progress, 4 * i + 1, thread)
         while True:
             task = next_task(progress, 4 * i + 2, pieces(channels, sizes.dt_blocks), thread)
             if task < 0:
                 break
             for block in range(task * sizes.dt_blocks, min((task + 1) * sizes.dt_blocks, channels)):
-                advance(weights, i, states, tile, steps, x, z, low, y, block * TILE, sizes)
+                advance(weights, i, states, out, tiles, steps, x, z, low, y, block * TILE, sizes)
             finish(progress, 4 * i + 2, thread)
         while True:
             task = next_task(progress, 4 * i + 3, pieces(sizes.model, sizes.out_rows), thread)
             if task < 0:
                 break
-            out_projection(weights, i, tile, y, stream, task * sizes.out_rows, sizes)
+            out_projection(weights, i, out, tiles, y, stream, task * sizes.out_rows, sizes)
             finish(progress, 4 * i + 3, thread)
     last, rows, normalised = 4 * len(weights), TILE * sizes.head_blocks, False
     while True:
@@ -291,13 +293,13 @@ def step(counter, tasks, progress, weights, eps, ends, states, sizes, limits, st
         if task < 0:
             break
         if not normalised:
-            normalise(X, tile, stream, entry(ends, 0, FINAL_NORM), eps[len(weights)], sizes, limits)
+            normalise(X, out, stream, entry(ends, 0, FINAL_NORM), eps[len(weights)], sizes, limits)
             normalised = True
         for r in range(task * rows, min((task + 1) * rows, sizes.vocabulary), TILE):
             count = min(TILE, sizes.vocabulary - r)
+            products(out, tiles, X, sizes.batch, entry(ends, 0, HEAD), r, count, sizes.model)
             for b in range(sizes.batch):
-                total = products(tile, X, b * padded(sizes.model), entry(ends, 0, HEAD), r, count, sizes.model)
-                put_numbers(logits, b * sizes.vocabulary + r, count, total)
+                put_numbers(logits, b * sizes.vocabulary + r, count, load(out, TILE * b))
         finish(progress, last, thread)
     restore_environment(environment)
 

@@ -1,13 +1,13 @@
-"""What NumPy is slow at in half precision: conversions from and to float32, and products of a matrix with few vectors."""
+"""What NumPy is slow at in half precision: conversions, and products of a matrix with few vectors."""
 
 from typing import Any
 
 import numpy as np
 
 from sscan.cpu._parallel import kernel, run, take
-from sscan.cpu._products import products
-from sscan.cpu._tiles import TILE, View, read_row, view, write_row
-from sscan.cpu._vector import STORAGE, scratch, splat, write
+from sscan.cpu._products import TILES, products
+from sscan.cpu._tiles import TILE, View, padded, read_row, view, write_row
+from sscan.cpu._vector import STORAGE, load, scratch, splat, write
 
 TASK = 1 << 15  # numbers of a task
 
@@ -27,9 +27,9 @@ def copy(counter, tasks, source, destination, count, zero):
 
 
 @kernel
-def multiply(counter, tasks, matrix, rows, count, vectors, stride, out, per_task):
+def multiply(counter, tasks, matrix, rows, count, vectors, batch, out, per_task):
     """One task: ``per_task`` times 16 rows of the matrix, an (address, storage), with all vectors."""
-    tile = scratch(TILE * TILE, vectors.dtype)
+    tile, out_rows = scratch(TILES, vectors.dtype), scratch(TILE * batch, vectors.dtype)
     tile[:] = 0
     while True:
         task = take(counter)
@@ -37,9 +37,9 @@ def multiply(counter, tasks, matrix, rows, count, vectors, stride, out, per_task
             break
         for r in range(task * per_task * TILE, min((task + 1) * per_task * TILE, rows), TILE):
             here = min(TILE, rows - r)
-            for i in range(len(vectors) // stride):
-                total = products(tile, vectors, i * stride, matrix, r, here, count)
-                write(out.address + i * out.row + r * out.item, here, out.item, out.storage, total)
+            products(out_rows, tile, vectors, batch, matrix, r, here, count)
+            for b in range(batch):
+                write(out.address + b * out.row + r * out.item, here, out.item, out.storage, load(out_rows, b * TILE))
 
 
 def convert(array: Any, dtype: Any) -> Any:
@@ -53,10 +53,10 @@ def convert(array: Any, dtype: Any) -> Any:
 def matrix_times_vectors(matrix: Any, vectors: Any, out: Any) -> None:
     """out (n, rows) = vectors (n, count) times the rows of a contiguous matrix (rows, count), which is read once."""
     rows, count = matrix.shape
-    padded = np.zeros((len(vectors), -(-count // TILE) * TILE), np.float32)
-    padded[:, :count] = vectors
+    whole = np.zeros((len(vectors), padded(count)), np.float32)
+    whole[:, :count] = vectors
     per_task = max(1, TASK // max(1, TILE * count))
     run(
         multiply, -(-rows // (TILE * per_task)), (matrix.ctypes.data, STORAGE[matrix.dtype]), rows, count,
-        padded.reshape(-1), padded.shape[1], view(out[None]), per_task,
+        whole.reshape(-1), len(vectors), view(out[None]), per_task,
     )  # fmt: skip
