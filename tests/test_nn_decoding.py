@@ -210,6 +210,13 @@ def test_states_that_lie_otherwise_are_left_to_the_operations() -> None:
         np.testing.assert_allclose(model.step(ids[:, t], states), expected[:, t], rtol=1e-4, atol=1e-5)
 
 
+def test_large_batches_are_left_to_the_operations() -> None:
+    model, ids = perturbed(SMALL, np.float32), tokens(SMALL, decoding.MOST_ROWS + 1, 1)[:, 0]
+    assert decoding.step(model, ids, model.new_states(len(ids))) is None
+    alone = steps(model, ids[:3, None])[:, 0]
+    np.testing.assert_allclose(model.step(ids, model.new_states(len(ids)))[:3], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_arguments() -> None:
     model, ids = perturbed(SMALL, np.float32), tokens(SMALL, 2, 1)[:, 0]
     with pytest.raises(ValueError, match="indices must be in"):

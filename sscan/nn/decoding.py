@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sscan.nn.autodiff import Array, Tensor
     from sscan.nn.mamba import MambaState
 
+MOST_ROWS = 32  # of a batch; from there on the products are worth BLAS
+
 # What a kernel knows of a model, and the arrays of the parameters that it knows it of.
 _known: weakref.WeakKeyDictionary[Module, tuple[list[weakref.ref[Any]], Weights]] = weakref.WeakKeyDictionary()
 
@@ -29,8 +31,10 @@ def step(model: Any, ids: Array, states: list[MambaState]) -> Array | None:
     blocks = [_arrays_of(layer) for layer in backbone.layers]
     if None in blocks or not (model.config.residual_in_fp32 or backbone.activation_dtype.itemsize > 2):
         return None
+    if getattr(ids, "ndim", 0) != 1 or len(ids) > MOST_ROWS or len(states) != len(blocks):
+        return None
     weights = _weights_of(model, blocks)
-    if weights is None or getattr(ids, "ndim", 0) != 1 or len(states) != len(blocks):
+    if weights is None:
         return None
     memory = [(state.conv.data, state.ssm.data) for state in states]
     shapes = weights.state_shapes(len(ids))

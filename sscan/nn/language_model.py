@@ -152,9 +152,9 @@ class MambaLM(GenerationMixin, Module):
     def step(self, ids: Array, states: States) -> Array:
         """Read one token each, ids (batch,): logits for the next. The states are updated in place, at constant cost.
 
-        On the CPU it is one call of a kernel that reads every weight once, in the dtype that it has, if the
-        discretisation is "mamba" and the residual stream float32 (float64): nothing is rounded to half precision in
-        between. A row of a batch gives the same bits as alone there.
+        On the CPU it is one call of a kernel that reads every weight once, in the dtype that it has, if the batch has
+        at most 32 rows, the discretisation is "mamba" and the residual stream is float32 (float64). Nothing is rounded
+        to half precision in between then, and a row of a batch gives the same bits as alone.
         """
         logits = decoding.step(self, ids, states)
         return self._logits_to_choose_from(self.backbone.step(ids, states)) if logits is None else logits

@@ -50,11 +50,10 @@ def matmul(a: Array, b: Array) -> Array:
 
 def cast(array: Array, dtype: Any) -> Array:
     """The array in another dtype, itself if it is in that already."""
-    between = {array.dtype, np.dtype(dtype)} - HALVES
-    if len(between) != 1 or np.float32 not in between or array.size < LEAST_COPY or array_module(array) is not np:
+    dtypes = {array.dtype, np.dtype(dtype)}
+    converts = len(dtypes) == 2 and dtypes - HALVES == {np.dtype(np.float32)}
+    if not converts or array.size < LEAST_COPY or array_module(array) is not np:
         return array.astype(dtype, copy=False)
-    if array.dtype == dtype:
-        return array
     from sscan.cpu.half_precision import convert
 
     return convert(array if array.flags.forc else np.ascontiguousarray(array), dtype)
