@@ -47,6 +47,7 @@ FINAL_NORM, HEAD = range(2)
 TASK = 1 << 16  # bytes of a task: some microseconds of reading
 FEW_ROWS = 4  # of x_proj and out_proj in a task, at least: their rows are few and long
 ALONE = 1 << 21  # bytes of a step that is not worth waking a thread
+MOST_THREADS = 16  # they have all the memory's bandwidth by then, and every phase waits for the last one
 
 
 class Sizes(NamedTuple):
@@ -376,7 +377,8 @@ class Weights:
         stream[:, : self.model] = embeddings
         x, z, y = np.zeros((3, batch * padded(self.inner)), dtype)
         low = np.zeros(batch * (padded(self.rank) + 2 * padded(self.state)), dtype)
-        work = np.empty((threads() if self.bytes > ALONE else 1, scratch_of(sizes)), dtype)
+        most = min(threads(), MOST_THREADS) if self.bytes > ALONE else 1
+        work = np.empty((most, scratch_of(sizes)), dtype)
         run(
             step, len(work), phases(4 * len(self.blocks) + 1, len(work)), self.blocks, np.array(eps, dtype), self.ends,
             np.stack([_table(pair) for pair in states]), sizes, _limits(dtype), stream.reshape(-1), x, z, low, y,
