@@ -237,8 +237,8 @@ def scratch_of(sizes):
 
 
 @kernel
-def step(counter, tasks, progress, weights, eps, ends, states, sizes, limits, stream, x, z, low, y, logits, work):
-    """All phases; a task is a thread, with a row of ``work`` for itself.
+def step(counter, tasks, progress, weights, eps, ends, states, sizes, limits, stream, x, z, low, y, logits, scratch):
+    """All phases; a task is a thread, with a row of ``scratch`` for itself.
 
     ``weights`` and ``states`` are a table for each block, ``ends`` one of the final norm and the head. ``stream`` holds
     the embeddings of the tokens; it, ``x``, ``z``, ``low`` and ``y`` are zero behind their rows, up to whole vectors.
@@ -248,7 +248,7 @@ def step(counter, tasks, progress, weights, eps, ends, states, sizes, limits, st
         return
     weights, ends, states, stream = borrowed(weights), borrowed(ends), borrowed(states), borrowed(stream)
     x, z, low, y, progress = borrowed(x), borrowed(z), borrowed(low), borrowed(y), borrowed(progress)
-    own = borrowed(work[thread])
+    own = borrowed(scratch[thread])
     X, own = part(own, sizes.batch * padded(sizes.model))
     out, own = part(own, sizes.batch * TILE)
     tiles, own = part(own, TILES)
@@ -378,10 +378,10 @@ class Weights:
         x, z, y = np.zeros((3, batch * padded(self.inner)), dtype)
         low = np.zeros(batch * (padded(self.rank) + 2 * padded(self.state)), dtype)
         most = min(threads(), MOST_THREADS) if self.bytes > ALONE else 1
-        work = np.empty((most, scratch_of(sizes)), dtype)
+        scratch = np.empty((most, scratch_of(sizes)), dtype)
         run(
-            step, len(work), phases(4 * len(self.blocks) + 1, len(work)), self.blocks, np.array(eps, dtype), self.ends,
+            step, most, phases(4 * len(self.blocks) + 1, most), self.blocks, np.array(eps, dtype), self.ends,
             np.stack([_table(pair) for pair in states]), sizes, _limits(dtype), stream.reshape(-1), x, z, low, y,
-            _table([logits])[0], work,
+            _table([logits])[0], scratch,
         )  # fmt: skip
         return logits

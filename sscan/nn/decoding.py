@@ -15,9 +15,10 @@ from sscan.nn.mamba import DepthwiseConvolution, Mamba
 from sscan.nn.modules import Linear, Module, RMSNorm
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sscan.cpu.decode import Weights
     from sscan.nn.autodiff import Array, Tensor
-    from sscan.nn.mamba import MambaState
 
 MOST_ROWS = 32  # of a batch; from there on the products are worth BLAS
 
@@ -25,7 +26,7 @@ MOST_ROWS = 32  # of a batch; from there on the products are worth BLAS
 _known: weakref.WeakKeyDictionary[Module, tuple[list[weakref.ref[Any]], Weights]] = weakref.WeakKeyDictionary()
 
 
-def step(model: Any, ids: Array, states: list[MambaState]) -> Array | None:
+def step(model: Any, ids: Array, states: Sequence[Any]) -> Array | None:
     """Logits (batch, padded vocabulary) of a :class:`MambaLM` for ids (batch,); the states are updated in place."""
     backbone = model.backbone
     blocks = [_arrays_of(layer) for layer in backbone.layers]

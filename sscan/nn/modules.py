@@ -79,7 +79,7 @@ class Module:
         rng = np.random.default_rng(seed)
         for parameter in self.parameters():
             parameter.initialise(rng)
-        _lie_together(self.parameters())
+        lie_together(self.parameters())
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -140,7 +140,7 @@ class Module:
             values[names[0]] = _cast(present[0], state[present[0]], parameters[names[0]])
         for name, value in values.items():
             parameters[name].data, parameters[name].grad = value, None
-        _lie_together([parameters[name] for name in values])
+        lie_together([parameters[name] for name in values])
 
     def _aliases(self) -> tuple[dict[str, Parameter], list[list[str]]]:
         """The parameters by all their names, and the names of each."""
@@ -162,7 +162,7 @@ def _cast(name: str, array: Array, parameter: Parameter) -> Array:
     return cast
 
 
-def _lie_together(parameters: list[Parameter]) -> None:
+def lie_together(parameters: list[Parameter]) -> None:
     """Put the arrays of parameters in host memory behind each other in one piece of it.
 
     The system has large pages for large pieces only. Through small ones reading the weights takes a tenth longer, which
