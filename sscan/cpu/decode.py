@@ -377,11 +377,12 @@ class Weights:
         stream[:, : self.model] = embeddings
         x, z, y = np.zeros((3, batch * padded(self.inner)), dtype)
         low = np.zeros(batch * (padded(self.rank) + 2 * padded(self.state)), dtype)
+        of_states = _table([array for pair in states for array in pair]).reshape(-1, 2, 2)
         most = min(threads(), MOST_THREADS) if self.bytes > ALONE else 1
         scratch = np.empty((most, scratch_of(sizes)), dtype)
         run(
             step, most, phases(4 * len(self.blocks) + 1, most), self.blocks, np.array(eps, dtype), self.ends,
-            np.stack([_table(pair) for pair in states]), sizes, _limits(dtype), stream.reshape(-1), x, z, low, y,
+            of_states, sizes, _limits(dtype), stream.reshape(-1), x, z, low, y,
             _table([logits])[0], scratch,
         )  # fmt: skip
         return logits

@@ -38,7 +38,7 @@ def matmul(a: Array, b: Array) -> Array:
             return _matmul_in_parts(a, b, dtype)
         wide = np.result_type(dtype, np.float32)
         few = wide == np.float32 and a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and len(a) <= FEW
-        if few and b.dtype.itemsize == 2 and b.flags.f_contiguous and b.size >= LEAST_WORK:
+        if few and b.dtype.itemsize == 2 and b.flags.f_contiguous and b.size >= LEAST_COPY:
             return _times_rows(a, b.T, dtype)
         return cast(_matmul_in_parts(cast(a, wide), cast(b, wide), wide), dtype)
     if not on_gpu(a):
