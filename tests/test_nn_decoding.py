@@ -199,6 +199,15 @@ def test_dtypes_that_do_not_go_together_are_left_to_the_operations() -> None:
         model.step(ids, model.new_states(2))
 
 
+@pytest.mark.parametrize("shape", [(10,), (70, 10), (7, 2, 10)])
+def test_shapes_that_do_not_go_together_are_left_to_the_operations(shape: tuple[int, ...]) -> None:
+    model, ids = perturbed(SMALL, np.float32), tokens(SMALL, 2, 1)[:, 0]
+    model.backbone.layers[1].mixer.A_log.data = np.zeros(shape, np.float32)
+    assert decoding.step(model, ids, model.new_states(2)) is None
+    model.backbone.layers[0].mixer.A_log.data = np.zeros(shape, np.float32)
+    assert decoding.step(model, ids, model.new_states(2)) is None
+
+
 def test_states_that_lie_otherwise_are_left_to_the_operations() -> None:
     model, ids = perturbed(SMALL, np.float32), tokens(SMALL, 2, 3)
     expected = steps(model, ids)

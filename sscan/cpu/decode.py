@@ -335,11 +335,12 @@ class Weights:
         arrays = [array for block in blocks for array in block if array is not None]
         dtypes = {array.dtype for array in [*arrays, final_norm, head]}
         wide = blocks[0][A_LOG].dtype
-        if not dtypes <= STORAGE.keys() or (np.dtype(np.float64) in dtypes and len(dtypes) > 1):
+        if not dtypes <= STORAGE.keys() or wide.itemsize == 2 or (np.dtype(np.float64) in dtypes and len(dtypes) > 1):
+            return None
+        if [blocks[0][name].ndim for name in (A_LOG, CONV, DT_PROJ)] != [2, 3, 2]:
             return None
         weights = cls(blocks, final_norm, head)
-        fit = all(map(weights._fits, blocks)) and final_norm.shape == (weights.model,)
-        return weights if fit and wide.itemsize > 2 else None
+        return weights if final_norm.shape == (weights.model,) and all(map(weights._fits, blocks)) else None
 
     def _fits(self, block):
         model, inner, low = self.model, self.inner, self.rank + 2 * self.state
