@@ -4,7 +4,7 @@
     python bench/bench_decode.py [--out bench/results/decode-DATE.md]
 
 Before anything is timed, the logits of both are compared; exit code 1 if they are not of the same model. What reading
-the weights takes at least is measured by the same turns. The bars are those that docs/training.md speaks of.
+the weights takes at least is measured by the same turns. The bars are this project's own.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from sscan.nn import decoding
 from sscan.nn.autodiff import Array, Tensor, array_module, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
 from sscan.nn.mamba import Mamba
-from sscan.nn.modules import Embedding, Linear, Module, RMSNorm
+from sscan.nn.modules import Embedding, Linear, Module, RMSNorm, lie_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -225,6 +225,7 @@ class MambaLM(GenerationMixin, Module):
         model = cls(config, dtype, seed=None, **options)
         for name, parameter in model.named_parameters():
             parameter.data = weights.read(name, parameter.dtype)
+        lie_together(model.parameters())
         return model
 
     def save_pretrained(self, folder: str | Path, format: Format = "original", *, pickled: bool = False) -> None:
