@@ -288,6 +288,23 @@ class Emulator:
 
         return read
 
+    def shifted_reader(self, storage: Any, count: int) -> Any:
+        one_by_one = self.stored_reader(storage, count, False, False, True)
+
+        def read(into: Local, start: int, address: int, index: Any, valid: Any, before: Any) -> None:
+            one_by_one(into, start, address, index, valid)
+            valid, before, index = (np.broadcast_to(np.asarray(x), (self.threads,)) for x in (valid, before, index))
+            whole = (valid >= 2 * count) & (before >= count - 1)
+            bytes_of_words = 2 * count
+            aligned = (address + 2 * index) // bytes_of_words * bytes_of_words
+            for k in range(2 * count):  # all of both words belongs to the array
+                self._elements(0, aligned // 2 + k, storage, whole, 2)
+
+        return read
+
+    def shifted_writer(self, storage: Any, number: Any) -> Any:
+        return self.writer(storage, number, 4, False)
+
     def widener(self, storage: Any, number: Any, count: int) -> Any:
         real, reals = _primitives.real_of(number), _primitives.planes(number)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import emulator
 import numpy as np
@@ -12,10 +12,6 @@ from cases import Arguments, Case, Generator, cases_of, check_backward, check_fo
 from emulator import emulated
 
 import sscan
-from sscan.cuda import selective_scan
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CASES = cases_of("selective_scan")
 
@@ -67,16 +63,6 @@ SPLIT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def short_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Parts from 32 steps on."""
-    selective_scan._plans.clear()
-    monkeypatch.setattr(selective_scan, "SHORTEST", 32)
-    yield
-    selective_scan._plans.clear()
-
-
-@pytest.mark.usefixtures("short_parts")
 @pytest.mark.parametrize("number", ["float32", "complex64"])
 @pytest.mark.parametrize("start", [0.0, 1e-30])
 def test_a_state_that_grows_on_a_split_row(number: str, start: float) -> None:
@@ -99,7 +85,6 @@ def test_a_state_that_grows_on_a_split_row(number: str, start: float) -> None:
     assert gradients.ddelta.any() == bool(start)
 
 
-@pytest.mark.usefixtures("short_parts")
 @pytest.mark.parametrize("name", ["u", "delta"])
 def test_what_is_not_finite_stays_in_its_channel(name: str) -> None:
     problem = scan_problem(np.random.default_rng(0), **{**FEW, "A_scale": 30.0})
@@ -129,7 +114,6 @@ def test_an_infinite_step_under_zoh(state: int) -> None:
     assert np.isfinite(last_state).all()
 
 
-@pytest.mark.usefixtures("short_parts")
 @pytest.mark.parametrize("name", SPLIT)
 def test_few_channels_are_split_along_time(name: str, launches: list[tuple[str, int]]) -> None:
     case = Case(f"split, {name}", "selective_scan", partial(scan_problem, **{**FEW, **SPLIT[name]}))
@@ -138,14 +122,14 @@ def test_few_channels_are_split_along_time(name: str, launches: list[tuple[str, 
     assert {"ends", "forward", "starts", "backward"} <= {factory for factory, _ in launches}
 
 
-def test_parts_have_a_least_length(launches: list[tuple[str, int]]) -> None:
+def test_parts_are_tiles_and_not_too_many(launches: list[tuple[str, int]]) -> None:
     """The first part of a row is computed as the whole row would be; the parts after it agree to rounding."""
     arguments = scan_problem(np.random.default_rng(0), **{**FEW, "length": 1000})
     y = emulated.selective_scan(**arguments)
     (_, ends), (_, blocks) = launches
-    assert (ends, blocks) == (6, 7), "parts of at least 128 steps"
-    first = {k: x[..., :128] if k in ("u", "delta", "B", "C", "z") else x for k, x in arguments.items()}
-    np.testing.assert_array_equal(y[..., :128], emulated.selective_scan(**first))
+    assert (ends, blocks) == (15, 16), "16 parts of 64 steps, not 31 of 32: 22^2 < 1000 / 2"
+    first = {k: x[..., :32] if k in ("u", "delta", "B", "C", "z") else x for k, x in arguments.items()}
+    np.testing.assert_array_equal(y[..., :32], emulated.selective_scan(**first))
     assert len(launches) == 3, "what is short is not cut"
 
 

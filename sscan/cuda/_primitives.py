@@ -604,6 +604,97 @@ def stored_reader(storage, count, together=False, keep=False, constant=True):
     return read
 
 
+def shifted_reader(storage, count):
+    """``read(into, start, address, index, valid, before)``: a ``stored_reader`` of 2 or 4 halves that lie anywhere.
+
+    Where ``before`` elements precede them and ``valid`` ones are there, so many that whole words around them belong to
+    the array, they are cut out of two of these; elsewhere they are read one by one, and what is not valid is 0.
+    """
+    storage = np.dtype(storage)
+    assert storage.itemsize == 2
+    assert count in (2, 4)
+    words, size = count // 2, 2 * count
+
+    @primitive("shifted_reader", storage, count)
+    def read(typingctx, into, first, address, index, valid, before):
+        def codegen(context, builder, sig, args):
+            out = _stored_from(context, builder, into, args[0], args[1], True)
+            zero, start = ir.Constant(_I32, 0), _element_pointer(builder, args[2], args[3], _I16)
+            for i in range(words):
+                builder.store(zero, _slot(builder, out, i))
+            whole = builder.and_(_more_than(builder, args[4], 2 * count - 1), _more_than(builder, args[5], count - 2))
+            with builder.if_else(whole) as (wide, single):
+                with wide:
+                    at = builder.ptrtoint(start, _I64)
+                    vector = ir.VectorType(_I32, words)
+                    aligned = builder.and_(at, ir.Constant(_I64, -size))
+                    pointer = builder.inttoptr(aligned, vector.as_pointer(1))
+                    both = [
+                        _marked(builder, builder.load(_slot(builder, pointer, i), align=size), True) for i in (0, 1)
+                    ]
+                    held = [
+                        builder.extract_element(both[i // words], ir.Constant(_I32, i % words)) for i in range(count)
+                    ]
+                    low = builder.trunc(at, _I32)
+                    if words == 2:
+                        second = builder.icmp_signed("!=", builder.and_(low, ir.Constant(_I32, 4)), zero)
+                        held = [builder.select(second, held[i + 1], held[i]) for i in range(3)]
+                    shift = builder.shl(builder.and_(low, ir.Constant(_I32, 2)), ir.Constant(_I32, 3))
+                    for i in range(words):
+                        pair = [held[i], held[i + 1], shift]
+                        cut = _assembly(builder, "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", _I32, pair)
+                        builder.store(cut, _slot(builder, out, i))
+                with single:
+                    for k in range(count):
+                        with builder.if_then(_more_than(builder, args[4], k)):
+                            value = _marked(builder, builder.load(_slot(builder, start, k), align=2), True)
+                            value = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16 * (k % 2)))
+                            slot = _slot(builder, out, k // 2)
+                            builder.store(builder.or_(builder.load(slot), value), slot)
+            return context.get_dummy_value()
+
+        return types.void(into, *[types.int64] * 5), codegen
+
+    return read
+
+
+def shifted_writer(storage, number):
+    """``write(address, index, values, valid)``: a ``writer`` of four halves that lie anywhere, as words if all are."""
+    storage, number = np.dtype(storage), np.dtype(number)
+    assert storage.itemsize == 2
+
+    @primitive("shifted_writer", storage, number)
+    def write(typingctx, address, index, values, valid):
+        def codegen(context, builder, sig, args):
+            source = _local_reals(context, builder, values, args[2], _REALS[number][1])
+            pointer = _element_pointer(builder, args[0], args[1], _I16)
+            given = [builder.load(_slot(builder, source, i)) for i in range(4)]
+            odd = builder.trunc(builder.lshr(builder.ptrtoint(pointer, _I64), ir.Constant(_I64, 1)), _I1)
+
+            def store(value, k, align):
+                start = builder.bitcast(_slot(builder, pointer, k), value.type.as_pointer(1))
+                builder.store(value, start, align=align)
+
+            with builder.if_else(_more_than(builder, args[3], 3)) as (all_four, some):
+                with all_four, builder.if_else(odd) as (around, even):
+                    with around:
+                        store(_narrow(builder, storage, given[0]), 0, 2)
+                        store(_narrow_two(builder, storage, given[1], given[2]), 1, 4)
+                        store(_narrow(builder, storage, given[3]), 3, 2)
+                    with even:
+                        for k in (0, 2):
+                            store(_narrow_two(builder, storage, given[k], given[k + 1]), k, 4)
+                with some:
+                    for k in range(3):
+                        with builder.if_then(_more_than(builder, args[3], k)):
+                            store(_narrow(builder, storage, given[k]), k, 2)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, values, types.int64), codegen
+
+    return write
+
+
 def widener(storage, number, count):
     """``widen(into, stored, start)``: the numbers that stored reals are from ``start`` on."""
     storage, real = np.dtype(storage), real_of(number)

@@ -1,5 +1,6 @@
 """The selective scan on the GPU: which kernels, how many blocks, and the split along time if channels are few."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from sscan.cuda._launch import Kernel
 
 LANES, CHECKPOINT, TILE = 4, 16, 32  # as in kernels/selective_scan.py
 RESIDENT, RESIDENT_BACKWARD = 20, 16  # warps that a multiprocessor runs at once, of float32
-SHORTEST = 128  # steps in a part
+WALKED = 2  # steps of a part that take as long as to walk past one when a part puts its first state together
 WARP_CHANNELS = 8
 ROWS = 2  # channels of a lane in the backward kernel, of float32, if that leaves enough blocks
 
@@ -63,15 +64,33 @@ def parts_of(segments, channel_blocks, resident):
     """Into how many parts segments are cut along time, and the steps of a part.
 
     Cutting costs every exponential of the recurrence once more, so a GPU that is half full is left alone. Otherwise as
-    many parts of at least ``SHORTEST`` steps are made as blocks are ``resident`` on all multiprocessors at once.
+    many parts are made as blocks are ``resident`` on all multiprocessors at once, but no more than what the last one
+    has to walk past is worth.
+
+    Packed sequences are cut as one row would be, since any of them may be nearly all of it; if they are enough to fill
+    the GPU, only where they are longer than the average. Parts are then numbered through all sequences, see
+    ``kernels._segments.part_of``, and this is how many numbers there are.
     """
-    blocks, fill = segments.count * channel_blocks, resident * _launch.processors()
-    parts = 1
+    packed, length, fill = segments.cu_seqlens is not None, segments.length, resident * _launch.processors()
+    blocks, parts = (1 if packed else segments.count) * channel_blocks, 1
     if 0 < 2 * blocks <= fill:
-        average = segments.length // (segments.count if segments.cu_seqlens is not None else 1)
-        parts = max(1, min(fill // blocks, average // SHORTEST))
-    part_length = -(-segments.length // (parts * TILE)) * TILE
-    return max(1, -(-segments.length // max(1, part_length))), part_length
+        parts = max(1, min(fill // blocks, length // TILE, math.isqrt(length // WALKED)))
+    part_length = rounded_up(length, parts)
+    if not packed:
+        return max(1, -(-length // max(1, part_length))), part_length
+    if 2 * segments.count * channel_blocks > fill:
+        part_length = max(part_length, rounded_up(5 * length, 4 * segments.count))
+    return (1 if part_length >= length else length // part_length + segments.count), part_length
+
+
+def rounded_up(length, parts):
+    """Steps of a part, in whole tiles."""
+    return -(-length // (parts * TILE)) * TILE
+
+
+def launched(segments, parts):
+    """What is launched for each of the ``parts``: all segments, unless parts are numbered through all of them."""
+    return 1 if segments.cu_seqlens is not None and parts > 1 else segments.count
 
 
 def states_of_lane(state, number):
@@ -222,13 +241,14 @@ def planned_forward(segments, groups, inputs, along):
     plan = planned(segments, groups, inputs.by_group(), along)
     layout = plan.layout
     strides, kernel = (*plan.batches, *plan.apart, *plan.strides), (layout.warps, *plan.variant)
-    channels, A = segments.count * layout.parts * layout.dim, inputs.A
+    count, A = launched(segments, layout.parts), inputs.A
+    channels = count * layout.parts * layout.dim
     states, split, carried = channels * layout.padded * A.itemsize, layout.parts > 1, layout.state_blocks > 1
     workspaces = _workspace.layout(carried * states, split * states, split * channels * A.real.itemsize)
     return ForwardPlan(
         plan.orders, layout.parts, Kernel("selective_scan", "ends", kernel),
-        Kernel("selective_scan", "forward", kernel), segments.count * layout.channel_blocks,
-        workspaces, (*layout.dims, layout.parts), (layout.part_length, layout.state_blocks, *strides),
+        Kernel("selective_scan", "forward", kernel), count * layout.channel_blocks,
+        workspaces, (*layout.dims, layout.parts), (layout.part_length, segments.count, layout.state_blocks, *strides),
     )  # fmt: skip
 
 
@@ -354,7 +374,7 @@ def planned_backward(segments, groups, inputs, along):
     """The plan of a backward call, with u, delta, z, dy, du, ddelta and dz along time."""
     inputs = inputs.by_group()
     plan = planned(segments, groups, inputs, along)
-    layout, count, A = plan.layout, segments.count, inputs.A
+    layout, A = plan.layout, inputs.A
     dim, state, length, padded = layout.dim, layout.state, layout.length, layout.padded
     varying_B, varying_C = inputs.B.ndim == 4, inputs.C.ndim == 4
 
@@ -369,7 +389,7 @@ def planned_backward(segments, groups, inputs, along):
     parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD // 4)
     (u, delta, z, dy), (u_apart, delta_apart, z_apart, dy_apart) = plan.batches[:4], plan.apart[:4]
     of_parts = layout.channels_of_group, parts
-    sizes = part_length, layout.state_blocks
+    sizes, count = (part_length, segments.count, layout.state_blocks), launched(segments, parts)
 
     all_parts, number, real = count * parts, A.itemsize, A.real.itemsize
     stride = (varying_B + varying_C) * padded

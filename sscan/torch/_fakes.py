@@ -135,7 +135,7 @@ def checkpoints_shape(u: Any, A: Any, B: Any, C: Any, seq_idx: Any, cu_seqlens: 
 
 
 def selective_scan_backward(dy: Any, dlast_state: Any, *arguments: Any) -> list[Any]:
-    u, delta, A, B, C, D, z, *others = arguments[:9]
+    u, _, A, B, C, D, z, *others = arguments[:9]
     made = [_wave(u), _wave(u), *gradients(A, B, C, D)]
     return made + ([] if z is None else [_wave(u)]) + gradients(*others)
 

@@ -8,20 +8,35 @@ meet in no memory bank.
 
 from types import SimpleNamespace
 
-from sscan.cuda._primitives import select, shared_get, shared_reader, shared_set, shared_writer
+from sscan.cuda._primitives import (
+    select,
+    shared_get,
+    shared_reader,
+    shared_set,
+    shared_writer,
+    shifted_reader,
+    shifted_writer,
+    stored_reader,
+    writer,
+)
 from sscan.cuda._target import device
 from sscan.cuda._unroll import unroll
 
 QUAD = 4
 
 
-def wave_tile(columns, together, threads, channels, steps, row_size, real, swizzled=False):
+def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, swizzled=False):
     """What a block of so many threads needs to read and write tiles of so many channels and steps.
 
-    Each thread has ``count`` quads, which lie ``apart`` channels (in columns steps) from each other; ``together``: there
-    is all of a quad or nothing. In shared memory channels are ``row_size`` apart; if ``swizzled``, the quads of a row are in an order of its own, against bank
-    conflicts of threads that read the same step of all channels.
+    Each thread has ``count`` quads, which lie ``apart`` channels (in columns steps) from each other. In shared memory
+    channels are ``row_size`` apart; if ``swizzled``, the quads of a row are in an order of its own, against bank
+    conflicts of threads that read the same step of all channels. ``keep`` as for ``stored_reader``.
     """
+    columns, together = v.order == "columns", v.together
+    shifted = storage.itemsize == 2 and not together and not columns
+    read_stored = None if shifted else stored_reader(storage, QUAD, together, keep)
+    read_shifted = shifted_reader(storage, QUAD) if shifted else None
+    write = shifted_writer(storage, real) if shifted else writer(storage, real, QUAD, together)
     count = channels * steps // QUAD // threads
     groups = channels // QUAD if columns else steps // QUAD  # quads side by side in memory
     shift, mask, apart = groups.bit_length() - 1, groups - 1, threads // groups
@@ -60,6 +75,14 @@ def wave_tile(columns, together, threads, channels, steps, row_size, real, swizz
         return known - steps
 
     @device
+    def read(into, p, address, index, known, before):
+        """The p-th quad from an index on, as it lies in memory; ``before``: how many steps there are before it."""
+        if shifted:
+            read_shifted(into, p * QUAD, address, index, known, before)
+        else:
+            read_stored(into, p * QUAD, address, index, known)
+
+    @device
     def inside(p, i, ahead):
         """Whether there is a step for element i of the p-th quad."""
         return ahead > (p * apart if columns else 0 if together else i)
@@ -84,7 +107,7 @@ def wave_tile(columns, together, threads, channels, steps, row_size, real, swizz
 
     @device
     def element(first, p, i):
-        """Where an element of columns is: groups are rows side by side, so that i is the upper part of a row's number."""
+        """Where element i of a quad of columns is: in the i-th of four sets of rows."""
         if swizzled:
             return (first ^ ((((i * turned) & 3) ^ (p * (apart >> 2))) << 2)) + i * groups * row_size
         return first + i * groups * row_size + p * apart
@@ -113,5 +136,5 @@ def wave_tile(columns, together, threads, channels, steps, row_size, real, swizz
     return SimpleNamespace(
         count=count, parameters=QUAD if columns else count, own=own, start=start, at=at, known=known,
         known_next=known_next, inside=inside, parameter_of=parameter_of, parameter_channel=parameter_channel, slot=slot,
-        put=put, get=get, channel_of=channel_of,
+        put=put, get=get, channel_of=channel_of, read=read, write=write,
     )  # fmt: skip

@@ -28,6 +28,7 @@ from sscan.cuda._primitives import (
     shared_reader,
     shared_set,
     shared_writer,
+    shifted_reader,
     shuffle_xor,
     stored_array,
     stored_reader,
@@ -38,7 +39,7 @@ from sscan.cuda._primitives import (
 )
 from sscan.cuda._target import device
 from sscan.cuda._unroll import unroll
-from sscan.cuda.kernels._segments import read_integer, segment
+from sscan.cuda.kernels._segments import part_of, read_integer, segment
 from sscan.cuda.kernels._waves import QUAD, wave_tile
 from sscan.cuda.kernels.selective_scan_through import behind
 
@@ -73,13 +74,13 @@ class Variant(NamedTuple):
 
 
 @device
-def place(index, parts, channel_blocks, blocks_of_group, channels_of_group, channels):
-    """(segment, part, group, number among the blocks of channels, first channel, channel after the last) of a block."""
-    rest = quotient(index, channel_blocks)
-    block, which = index - rest * channel_blocks, quotient(rest, parts)
+def place(index, channel_blocks, blocks_of_group, channels_of_group, channels):
+    """(part, group, number among the blocks of channels, first channel, channel after the last) of a block."""
+    part = quotient(index, channel_blocks)
+    block = index - part * channel_blocks
     group = quotient(block, blocks_of_group)
     first = group * channels_of_group + (block - group * blocks_of_group) * channels
-    return which, rest - which * parts, group, block, first, (group + 1) * channels_of_group
+    return part, group, block, first, (group + 1) * channels_of_group
 
 
 @device
@@ -229,7 +230,10 @@ def matrix_tile(v, storage, conjugated, keep, tile, threads, step_size, quad_siz
     pieces = tile * BLOCK // threads // count  # ``apart`` states, in columns steps
     f, per_number, size = number_functions(number), planes(number), storage.itemsize
     reals = count * per_number
-    make, read_stored = stored_array(pieces * reals, storage), stored_reader(storage, reals, v.matrices_together, keep)
+    shifted = storage.itemsize == 2 and reals in (2, 4) and not v.matrices_together and not columns
+    make = stored_array(pieces * reals, storage)
+    read_stored = None if shifted else stored_reader(storage, reals, v.matrices_together, keep)
+    read_shifted = shifted_reader(storage, reals) if shifted else None
     widen, numbers = widener(storage, number, count), local_array(count, number)
     store = shared_writer(number, count)
     conj, times, shares, copy = f.conj, f.times, f.shares, tile // QUAD * quad_size
@@ -251,7 +255,11 @@ def matrix_tile(v, storage, conjugated, keep, tile, threads, step_size, quad_siz
             else:
                 steps_known = per_number * (steps - (thread & mask) * count)
                 known = select(n0 + k * apart + (thread >> shift) < state, steps_known, 0 * thread)
-                read_stored(into, k * reals, address, (n0 + k * apart) * stride + per_number * t, known)
+                at = (n0 + k * apart) * stride + per_number * t
+                if shifted:
+                    read_shifted(into, k * reals, address, at, known, per_number * (t + (thread & mask) * count))
+                else:
+                    read_stored(into, k * reals, address, at, known)
 
     @device
     def stage(tile, held, thread):
@@ -299,13 +307,12 @@ def scan(warps, v, ends_only):
     zero, one, shares, infinite = f.zero, f.one, f.shares, real.type(np.inf)
     none = number.type(0)
 
-    waves = wave_tile(v.order == "columns", v.together, threads, channels, TILE, ROW, real)
+    waves = wave_tile(v, storage, real, threads, channels, TILE, ROW, keep=True)
     own, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put, get, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
-    known_next = waves.known_next
-    stored, read_stored = stored_array(count * QUAD, storage), stored_reader(storage, QUAD, v.together, True)
-    widen, write_quad = widener(storage, real, QUAD), writer(storage, real, QUAD, v.together)
+    known_next, read, write, stored = waves.known_next, waves.read, waves.write, stored_array(count * QUAD, storage)
+    widen = widener(storage, real, QUAD)
     size_of, number_size = storage.itemsize, number.itemsize
     of_channels, of_quad, numbers = local_array(parameters, real), local_array(QUAD, real), local_array(NS, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
@@ -336,15 +343,20 @@ def scan(warps, v, ends_only):
     def kernel(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, y, last_state, checkpoints, carry,
         part_ends, part_sums, seq_idx, cu_seqlens, dim, state, length, channel_blocks, blocks_of_group,
-        channels_of_group, parts, launched_parts, part_length, state_blocks, u_batch, delta_batch, z_batch, y_batch,
-        u_stride, delta_stride, z_stride, y_stride, B_batch, B_group, B_stride, C_batch, C_group, C_stride,
+        channels_of_group, parts, launched_parts, part_length, sequences, state_blocks, u_batch, delta_batch, z_batch,
+        y_batch, u_stride, delta_stride, z_stride, y_stride, B_batch, B_group, B_stride, C_batch, C_group, C_stride,
     ):  # fmt: skip
         if not spread:
             u_stride, delta_stride, z_stride, y_stride = length, length, length, length
-        which, part, group, _, channel0, channel_end = place(
-            block_index(), launched_parts, channel_blocks, blocks_of_group, channels_of_group, channels
+        number_of_part, group, _, channel0, channel_end = place(
+            block_index(), channel_blocks, blocks_of_group, channels_of_group, channels
+        )
+        which, part, parts_here, number_of_part = part_of(
+            number_of_part, parts, launched_parts, length, part_length, sequences, cu_seqlens
         )
         row, begin, steps = segment(which, length, cu_seqlens)
+        if ends_only and cu_seqlens != 0 and part >= parts_here - 1:
+            steps = 0  # nobody asks what the last part of a sequence ends in
         first = min(part * part_length, steps)
         chunk = chunk_of(which, begin, length, cu_seqlens) + (first >> 4)
         begin, steps = begin + first, min(part_length, steps - first)
@@ -360,7 +372,7 @@ def scan(warps, v, ends_only):
         time_channel, step = own(thread)
         at_quad = slot(time_channel, step)
         time_channel += channel0
-        own_part = (which * parts + part) * dim + channel
+        own_part = number_of_part * dim + channel
         own_checkpoints = checkpoints + number_size * (chunk * dim + channel) * padded
         u += size_of * (row * u_batch + at_wave(0, 0, begin, u_stride))
         delta += size_of * (row * delta_batch + at_wave(0, 0, begin, delta_stride))
@@ -390,7 +402,7 @@ def scan(warps, v, ends_only):
             if outputs:
                 if initial_state != 0:
                     read_numbers(h, initial_state, (which * dim + channel) * state + n, valid)
-                walk(h, rate, part_ends, part_sums, which * parts * dim + channel, dim, part, padded, n, alive)
+                walk(h, rate, part_ends, part_sums, own_part - part * dim, dim, part, padded, n, alive)
             if many:
                 write_own(carry, own_part * padded + n, h, alive)
             else:
@@ -406,8 +418,8 @@ def scan(warps, v, ends_only):
         at_delta, at_u = start(time_channel, step, delta_stride), start(time_channel, step, u_stride)
         for p in unroll(count):
             valid = known(p, time_channel, channel_end, ahead)
-            read_stored(delta_next, p * QUAD, delta, at_wave(at_delta, p, 0, delta_stride), valid)
-            read_stored(u_next, p * QUAD, u, at_wave(at_u, p, 0, u_stride), valid)
+            read(delta_next, p, delta, at_wave(at_delta, p, 0, delta_stride), valid, step)
+            read(u_next, p, u, at_wave(at_u, p, 0, u_stride), valid, step)
         if varying_B and not many:
             read_B(B_next, B, 0, B_stride, state, 0, steps, thread)
         if varying_C and not many:
@@ -443,10 +455,10 @@ def scan(warps, v, ends_only):
             for p in unroll(count):
                 valid = known(p, time_channel, channel_end, ahead)
                 if gated:
-                    read_stored(z_used, p * QUAD, z, at_wave(at_z, p, t, z_stride), valid)
-                valid = known_next(valid, p, time_channel, channel_end, ahead)
-                read_stored(delta_next, p * QUAD, delta, at_wave(at_delta, p, t + TILE, delta_stride), valid)
-                read_stored(u_next, p * QUAD, u, at_wave(at_u, p, t + TILE, u_stride), valid)
+                    read(z_used, p, z, at_wave(at_z, p, t, z_stride), valid, steps - ahead)
+                valid, before = known_next(valid, p, time_channel, channel_end, ahead), steps - ahead + TILE
+                read(delta_next, p, delta, at_wave(at_delta, p, t + TILE, delta_stride), valid, before)
+                read(u_next, p, u, at_wave(at_u, p, t + TILE, u_stride), valid, before)
 
             for block in range(state_blocks if many else 1):
                 n = block * states_apart + lane * NS
@@ -535,7 +547,7 @@ def scan(warps, v, ends_only):
                         for i in unroll(QUAD, heavy):
                             ys[i] = ys[i] * (d[i] * sigmoid(d[i]))
                     valid = known(p, time_channel, channel_end, ahead)
-                    write_quad(y, at_wave(at_y, p, t, y_stride), ys, valid)
+                    write(y, at_wave(at_y, p, t, y_stride), ys, valid)
             passed = passed + of_tile
             ahead -= TILE
 
@@ -546,7 +558,7 @@ def scan(warps, v, ends_only):
                 read_own(h, carry, own_part * padded + n, alive)
             if ends_only:
                 write_own(part_ends, own_part * padded + n, h, alive)
-            elif last_state != 0 and part == parts - 1:
+            elif last_state != 0 and part == parts_here - 1:
                 block_states = last_state + number_size * (which * dim + channel0) * state
                 valid = select(alive > 0, state - n, 0 * thread)
                 write_numbers(block_states, own_channel * state + n, h, valid)

@@ -38,7 +38,6 @@ from sscan.cuda._primitives import (
     shared_writer,
     shuffle_xor,
     stored_array,
-    stored_reader,
     synchronize,
     synchronize_warp,
     thread_index,
@@ -47,7 +46,7 @@ from sscan.cuda._primitives import (
 )
 from sscan.cuda._target import device
 from sscan.cuda._unroll import unroll
-from sscan.cuda.kernels._segments import segment
+from sscan.cuda.kernels._segments import part_of, segment
 from sscan.cuda.kernels._waves import QUAD, wave_tile
 from sscan.cuda.kernels.selective_scan import (
     BLOCK,
@@ -156,12 +155,12 @@ def backward(rows, warps, blocks, *key):
     zero, one, ln2 = f.zero, f.one, real.type(math.log(2))
     none, turned = number.type(0), NS // 2
 
-    waves = wave_tile(v.order == "columns", v.together, threads, channels, TILE, TILE, real, swizzled=True)
+    waves = wave_tile(v, storage, real, threads, channels, TILE, TILE, swizzled=True)
     own_quad, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put_quad, get_quad, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
-    stored, read_stored = stored_array(count * QUAD, storage), stored_reader(storage, QUAD, v.together)
-    widen, write_quad = widener(storage, real, QUAD), writer(storage, real, QUAD, v.together)
+    read, write, stored = waves.read, waves.write, stored_array(count * QUAD, storage)
+    widen = widener(storage, real, QUAD)
     of_rows, of_steps, one_number = local_array(rows, real), local_array(QUAD, real), local_array(NS, number)
     of_channels, channels_apart = local_array(parameters, real), QUAD // rows if v.order == "columns" else apart
     rows_of_numbers, quad_of_numbers = local_array(rows * NS, number), local_array(QUAD * NS, number)
@@ -226,14 +225,15 @@ def backward(rows, warps, blocks, *key):
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz,
         matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carry, part_starts, part_sums, seq_idx,
         cu_seqlens, dim, state, length, channel_blocks, blocks_of_group, channels_of_group, parts, part_length,
-        state_blocks, dy_batch, u_batch, delta_batch, z_batch, dy_stride, u_stride, delta_stride, z_stride,
+        sequences, state_blocks, dy_batch, u_batch, delta_batch, z_batch, dy_stride, u_stride, delta_stride, z_stride,
         results_stride, B_batch, B_group, B_stride, C_batch, C_group, C_stride,
     ):  # fmt: skip
         if not spread:
             dy_stride, u_stride, delta_stride, z_stride, results_stride = length, length, length, length, length
-        which, part, group, channel_block, channel0, channel_end = place(
-            block_index(), parts, channel_blocks, blocks_of_group, channels_of_group, channels
+        own, group, channel_block, channel0, channel_end = place(
+            block_index(), channel_blocks, blocks_of_group, channels_of_group, channels
         )
+        which, part, parts_here, own = part_of(own, parts, parts, length, part_length, sequences, cu_seqlens)
         row, begin, steps = segment(which, length, cu_seqlens)
         first = min(part * part_length, steps)
         chunk = chunk_of(which, begin, length, cu_seqlens) + (first >> 4)
@@ -260,7 +260,6 @@ def backward(rows, warps, blocks, *key):
             B_row, C_row = B_row + B_size * per_number * begin, C_row + C_size * per_number * begin
         own_checkpoints = checkpoints + number_size * (chunk * dim + channel0) * padded
         results = size_of * (row * dim * length + at_wave(0, 0, begin, results_stride))
-        own = which * parts + part
         if varying:
             at = (row * channel_blocks + channel_block) * length + begin
             matrix_sums += number_size * at * matrices * padded
@@ -298,8 +297,8 @@ def backward(rows, warps, blocks, *key):
                     more[j] = none
                 if dlast_state != 0:
                     read_numbers(more, dlast_state, (which * dim + c) * state + n, valid)
-                last = (which * parts + parts - 1) * dim + c
-                walk(more, numbers, part_starts, part_sums, last, -dim, parts - 1 - part, padded, n, alive)
+                after = parts_here - 1 - part
+                walk(more, numbers, part_starts, part_sums, (own + after) * dim + c, -dim, after, padded, n, alive)
                 turn(numbers, second)
                 turn(more, second)
                 for j in range(NS):
@@ -350,12 +349,12 @@ def backward(rows, warps, blocks, *key):
             at_delta, at_u = start(time_channel, step, delta_stride), start(time_channel, step, u_stride)
             at_dy, at_z = start(time_channel, step, dy_stride), start(time_channel, step, z_stride)
             for p in unroll(count):
-                valid = known(p, time_channel, channel_end, ahead)
-                read_stored(delta_read, p * QUAD, delta_row, at_wave(at_delta, p, t, delta_stride), valid)
-                read_stored(u_read, p * QUAD, u_row, at_wave(at_u, p, t, u_stride), valid)
-                read_stored(dy_read, p * QUAD, dy_row, at_wave(at_dy, p, t, dy_stride), valid)
+                valid, past = known(p, time_channel, channel_end, ahead), steps - ahead
+                read(delta_read, p, delta_row, at_wave(at_delta, p, t, delta_stride), valid, past)
+                read(u_read, p, u_row, at_wave(at_u, p, t, u_stride), valid, past)
+                read(dy_read, p, dy_row, at_wave(at_dy, p, t, dy_stride), valid, past)
                 if gated:
-                    read_stored(z_read, p * QUAD, z_row, at_wave(at_z, p, t, z_stride), valid)
+                    read(z_read, p, z_row, at_wave(at_z, p, t, z_stride), valid, past)
             for k in unroll(parameters):
                 bias[k] = parameter(delta_bias, parameter_channel(k, time_channel), channel_end)
             if not many:
@@ -441,11 +440,14 @@ def backward(rows, warps, blocks, *key):
                         for j in range(NS):
                             g[r * NS + j] = numbers[j]
                             dA[r * NS + j] = more[j]
-                        read_own(numbers, carry, at + 2 * dim * padded, alive)
-                        read_own(more, carry, at + 3 * dim * padded, alive)
-                        for j in range(NS):
-                            dB[r * NS + j] = numbers[j]
-                            dC[r * NS + j] = more[j]
+                        if constant_B:
+                            read_own(numbers, carry, at + 2 * dim * padded, alive)
+                            for j in range(NS):
+                                dB[r * NS + j] = numbers[j]
+                        if constant_C:
+                            read_own(more, carry, at + 3 * dim * padded, alive)
+                            for j in range(NS):
+                                dC[r * NS + j] = more[j]
                 synchronize()
 
                 # the state at the start of each quad
@@ -584,11 +586,14 @@ def backward(rows, warps, blocks, *key):
                             more[j] = dA[r * NS + j]
                         write_own(carry, at, numbers, alive)
                         write_own(carry, at + dim * padded, more, alive)
-                        for j in range(NS):
-                            numbers[j] = dB[r * NS + j]
-                            more[j] = dC[r * NS + j]
-                        write_own(carry, at + 2 * dim * padded, numbers, alive)
-                        write_own(carry, at + 3 * dim * padded, more, alive)
+                        if constant_B:
+                            for j in range(NS):
+                                numbers[j] = dB[r * NS + j]
+                            write_own(carry, at + 2 * dim * padded, numbers, alive)
+                        if constant_C:
+                            for j in range(NS):
+                                more[j] = dC[r * NS + j]
+                            write_own(carry, at + 3 * dim * padded, more, alive)
                 synchronize()
                 # dB and dC of the block
                 if varying:
@@ -624,10 +629,10 @@ def backward(rows, warps, blocks, *key):
                 if gated:
                     get_quad(e, gates, at_quad, p)
                 at = at_wave(at_results, p, t, results_stride)
-                write_quad(du + results, at, d, valid)
-                write_quad(ddelta + results, at, x, valid)
+                write(du + results, at, d, valid)
+                write(ddelta + results, at, x, valid)
                 if gated:
-                    write_quad(dz + results, at, e, valid)
+                    write(dz + results, at, e, valid)
 
         # sums over the part, and the gradient of the state that it started from
         now = anew(thread)
@@ -697,11 +702,13 @@ def starts(warps, *key):
     product, times, conj, shares = f.product, f.times, f.conj, f.shares
     zero, one, infinite, none = f.zero, f.one, real.type(np.inf), number.type(0)
 
-    waves = wave_tile(v.order == "columns", v.together, threads, channels, TILE, TILE, real, swizzled=True)
+    waves = wave_tile(v, storage, real, threads, channels, TILE, TILE, swizzled=True)
     own_quad, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put_quad, parameters = waves.slot, waves.put, waves.parameters
-    read_quad, of_steps = reader(storage, real, QUAD, v.together), local_array(QUAD, real)
+    read, stored, widen, of_steps = (
+        waves.read, stored_array(QUAD, storage), widener(storage, real, QUAD), local_array(QUAD, real)
+    )  # fmt: skip
     of_channels = local_array(parameters, real)
     read_numbers, numbers = reader(real, number, NS), local_array(NS, number)
     write_own = writer(real, number, NS, True)
@@ -716,16 +723,25 @@ def starts(warps, *key):
 
     def kernel(
         dy, delta, A, C, z, delta_bias, delta_softplus, part_starts, part_sums, seq_idx, cu_seqlens, dim, state, length,
-        channel_blocks, blocks_of_group, channels_of_group, parts, launched_parts, part_length, state_blocks, dy_batch,
-        delta_batch, z_batch, dy_stride, delta_stride, z_stride, C_batch, C_group, C_stride,
+        channel_blocks, blocks_of_group, channels_of_group, parts, launched_parts, part_length, sequences, state_blocks,
+        dy_batch, delta_batch, z_batch, dy_stride, delta_stride, z_stride, C_batch, C_group, C_stride,
     ):  # fmt: skip
         if not spread:
             dy_stride, delta_stride, z_stride = length, length, length
-        which, part, group, _, channel0, channel_end = place(
-            block_index(), launched_parts, channel_blocks, blocks_of_group, channels_of_group, channels
+        number_of_part, group, _, channel0, channel_end = place(
+            block_index(), channel_blocks, blocks_of_group, channels_of_group, channels
         )
-        part += parts - launched_parts
+        not_launched = parts - launched_parts
+        if cu_seqlens != 0:
+            number_of_part += not_launched
+        which, part, _, number_of_part = part_of(
+            number_of_part, parts, launched_parts, length, part_length, sequences, cu_seqlens
+        )
         row, begin, steps = segment(which, length, cu_seqlens)
+        if cu_seqlens == 0:
+            part, number_of_part = part + not_launched, number_of_part + not_launched
+        elif part == 0:
+            steps = 0  # nobody asks what the first part of a sequence hands on
         first = min(part * part_length, steps)
         begin, steps = begin + first, min(part_length, steps - first)
         padded = states_apart * state_blocks if many else states_apart
@@ -745,11 +761,12 @@ def starts(warps, *key):
         z += size_of * (row * z_batch + at_wave(0, 0, begin, z_stride))
         if varying_C:
             C = start_C(C, row * C_batch + group * C_group, C_stride, begin, thread)
-        own = (which * parts + part) * dim + channel
+        own = number_of_part * dim + channel
         bias = of_channels()
         for k in unroll(parameters):
             bias[k] = parameter(delta_bias, parameter_channel(k, time_channel), channel_end)
         steps_tile, dy_tile, keep, C_tile, C_next = steps_array(), dy_array(), keep_array(), C_array(), C_part()
+        delta_read, dy_read, z_read = stored(), stored(), stored()
         g, rate, unused, c = numbers(), numbers(), numbers(), numbers()
         d, e, keeps = of_steps(), of_steps(), of_steps()
         tiles = (steps + TILE - 1) >> 4
@@ -768,10 +785,14 @@ def starts(warps, *key):
                 t = (tiles - 1 - tile) * TILE
                 ahead, of_tile = steps - t - step, zero
                 valid = known(0, time_channel, channel_end, ahead)
-                read_quad(d, delta, at_wave(at_delta, 0, t, delta_stride), valid)
-                read_quad(e, dy, at_wave(at_dy, 0, t, dy_stride), valid)
+                read(delta_read, 0, delta, at_wave(at_delta, 0, t, delta_stride), valid, t + step)
+                read(dy_read, 0, dy, at_wave(at_dy, 0, t, dy_stride), valid, t + step)
                 if gated:
-                    read_quad(keeps, z, at_wave(at_z, 0, t, z_stride), valid)
+                    read(z_read, 0, z, at_wave(at_z, 0, t, z_stride), valid, t + step)
+                widen(d, delta_read, 0)
+                widen(e, dy_read, 0)
+                if gated:
+                    widen(keeps, z_read, 0)
                 for i in unroll(QUAD, heavy):
                     size = d[i] + bias[parameter_of(0, i)]
                     if delta_softplus != 0:
