@@ -289,18 +289,39 @@ class Emulator:
         return read
 
     def shifted_reader(self, storage: Any, count: int) -> Any:
-        one_by_one = self.stored_reader(storage, count, False, False, True)
+        """Halves by twos in words, as on a GPU."""
 
         def read(into: Local, start: int, address: int, index: Any, valid: Any, before: Any) -> None:
-            one_by_one(into, start, address, index, valid)
             valid, before, index = (np.broadcast_to(np.asarray(x), (self.threads,)) for x in (valid, before, index))
-            whole = (valid >= 2 * count) & (before >= count - 1)
-            bytes_of_words = 2 * count
-            aligned = (address + 2 * index) // bytes_of_words * bytes_of_words
-            for k in range(2 * count):  # all of both words belongs to the array
-                self._elements(0, aligned // 2 + k, storage, whole, 2)
+            whole, odd = (valid > count) & (before > 0), (address // 2 + index) % 2
+            for word in range(count // 2 + 1):
+                halves = []
+                for k in (2 * word, 2 * word + 1):
+                    one = (k >= odd) & (k - odd < valid) & (k - odd < count)
+                    data, offset = self._elements(address, index - odd + k, storage, whole | one, 2)
+                    known = np.where(whole | one, self._gather(data, offset, np.dtype(np.uint16)), 0)
+                    halves.append(known.astype(np.uint32))
+                into[start + word] = (halves[0] | halves[1] << 16).view(np.int32)
 
         return read
+
+    def shifted_widener(self, storage: Any, number: Any, count: int) -> Any:
+        real = _primitives.real_of(number)
+
+        def widen(into: Local, held: Local, start: int, address: int, index: Any) -> None:
+            shift = (address + 2 * np.asarray(index)) % 4 * 8
+            for i in range(count // 2):
+                low, high = (np.asarray(held[start + k]).view(np.uint32).astype(np.uint64) for k in (i, i + 1))
+                word = (low | high << 32) >> np.asarray(shift, np.uint64)
+                for k in (0, 1):
+                    bits = (word >> np.uint64(16 * k)).astype(np.uint16)
+                    into[2 * i + k] = bits.view(storage).astype(real)
+
+        return widen
+
+    def prefetch(self, address: int, offset: Any, valid: Any) -> None:
+        one_byte = np.dtype(np.uint8)
+        self._elements(address, offset, one_byte, np.broadcast_to(np.asarray(valid) > 0, (self.threads,)), 1)
 
     def shifted_writer(self, storage: Any, number: Any) -> Any:
         return self.writer(storage, number, 4, False)

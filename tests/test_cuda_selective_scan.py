@@ -127,7 +127,7 @@ def test_parts_are_tiles_and_not_too_many(launches: list[tuple[str, int]]) -> No
     arguments = scan_problem(np.random.default_rng(0), **{**FEW, "length": 1000})
     y = emulated.selective_scan(**arguments)
     (_, ends), (_, blocks) = launches
-    assert (ends, blocks) == (15, 16), "16 parts of 64 steps, not 31 of 32: 22^2 < 1000 / 2"
+    assert (ends, blocks) == (10, 11), "11 parts of 96 steps, not 31 of 32: 15^2 < 1000 / 4"
     first = {k: x[..., :32] if k in ("u", "delta", "B", "C", "z") else x for k, x in arguments.items()}
     np.testing.assert_array_equal(y[..., :32], emulated.selective_scan(**first))
     assert len(launches) == 3, "what is short is not cut"

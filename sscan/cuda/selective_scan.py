@@ -10,7 +10,7 @@ from sscan.cuda._launch import Kernel
 
 LANES, CHECKPOINT, TILE = 4, 16, 32  # as in kernels/selective_scan.py
 RESIDENT, RESIDENT_BACKWARD = 20, 16  # warps that a multiprocessor runs at once, of float32
-WALKED = 2  # steps of a part that take as long as to walk past one when a part puts its first state together
+WALKED = 4  # steps of a scan that take as long as to walk past a part when the first state is put together
 WARP_CHANNELS = 8
 ROWS = 2  # channels of a lane in the backward kernel, of float32, if that leaves enough blocks
 

@@ -8,15 +8,21 @@ meet in no memory bank.
 
 from types import SimpleNamespace
 
+import numpy as np
+
 from sscan.cuda._primitives import (
+    local_array,
     select,
     shared_get,
     shared_reader,
     shared_set,
     shared_writer,
     shifted_reader,
+    shifted_widener,
     shifted_writer,
+    stored_array,
     stored_reader,
+    widener,
     writer,
 )
 from sscan.cuda._target import device
@@ -32,12 +38,16 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
     channels are ``row_size`` apart; if ``swizzled``, the quads of a row are in an order of its own, against bank
     conflicts of threads that read the same step of all channels. ``keep`` as for ``stored_reader``.
     """
+    count = channels * steps // QUAD // threads
     columns, together = v.order == "columns", v.together
     shifted = storage.itemsize == 2 and not together and not columns
+    held = QUAD // 2 + 1 if shifted else QUAD  # of a quad in registers
+    stored = local_array(count * held, np.int32) if shifted else stored_array(count * held, storage)
     read_stored = None if shifted else stored_reader(storage, QUAD, together, keep)
     read_shifted = shifted_reader(storage, QUAD) if shifted else None
+    widen_stored = None if shifted else widener(storage, real, QUAD)
+    widen_shifted = shifted_widener(storage, real, QUAD) if shifted else None
     write = shifted_writer(storage, real) if shifted else writer(storage, real, QUAD, together)
-    count = channels * steps // QUAD // threads
     groups = channels // QUAD if columns else steps // QUAD  # quads side by side in memory
     shift, mask, apart = groups.bit_length() - 1, groups - 1, threads // groups
     load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
@@ -78,9 +88,17 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
     def read(into, p, address, index, known, before):
         """The p-th quad from an index on, as it lies in memory; ``before``: how many steps there are before it."""
         if shifted:
-            read_shifted(into, p * QUAD, address, index, known, before)
+            read_shifted(into, p * held, address, index, known, before)
         else:
-            read_stored(into, p * QUAD, address, index, known)
+            read_stored(into, p * held, address, index, known)
+
+    @device
+    def widen(into, held_quads, p, address, first, stride):
+        """The p-th quad as numbers; ``first``: the index of the first one, in any tile."""
+        if shifted:
+            widen_shifted(into, held_quads, p * held, address, at(first, p, 0, stride))
+        else:
+            widen_stored(into, held_quads, p * held)
 
     @device
     def inside(p, i, ahead):
@@ -136,5 +154,5 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
     return SimpleNamespace(
         count=count, parameters=QUAD if columns else count, own=own, start=start, at=at, known=known,
         known_next=known_next, inside=inside, parameter_of=parameter_of, parameter_channel=parameter_channel, slot=slot,
-        put=put, get=get, channel_of=channel_of, read=read, write=write,
+        put=put, get=get, channel_of=channel_of, stored=stored, read=read, widen=widen, write=write,
     )  # fmt: skip

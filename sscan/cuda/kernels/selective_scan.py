@@ -20,6 +20,7 @@ from sscan.cuda._primitives import (
     dtype_of,
     local_array,
     planes,
+    prefetch,
     quotient,
     reader,
     real_of,
@@ -29,6 +30,7 @@ from sscan.cuda._primitives import (
     shared_set,
     shared_writer,
     shifted_reader,
+    shifted_widener,
     shuffle_xor,
     stored_array,
     stored_reader,
@@ -230,11 +232,13 @@ def matrix_tile(v, storage, conjugated, keep, tile, threads, step_size, quad_siz
     pieces = tile * BLOCK // threads // count  # ``apart`` states, in columns steps
     f, per_number, size = number_functions(number), planes(number), storage.itemsize
     reals = count * per_number
-    shifted = storage.itemsize == 2 and reals in (2, 4) and not v.matrices_together and not columns
-    make = stored_array(pieces * reals, storage)
+    shifted = storage.itemsize == 2 and per_number == 1 and not v.matrices_together and not columns
+    held = reals // 2 + 1 if shifted else reals  # of a piece in registers
+    make = local_array(pieces * held, np.int32) if shifted else stored_array(pieces * held, storage)
     read_stored = None if shifted else stored_reader(storage, reals, v.matrices_together, keep)
     read_shifted = shifted_reader(storage, reals) if shifted else None
-    widen, numbers = widener(storage, number, count), local_array(count, number)
+    widen_stored = None if shifted else widener(storage, number, count)
+    widen_shifted, numbers = shifted_widener(storage, number, reals) if shifted else None, local_array(count, number)
     store = shared_writer(number, count)
     conj, times, shares, copy = f.conj, f.times, f.shares, tile // QUAD * quad_size
 
@@ -246,26 +250,38 @@ def matrix_tile(v, storage, conjugated, keep, tile, threads, step_size, quad_siz
         return address + size * (at + (thread >> shift) * stride + per_number * (begin + (thread & mask) * count))
 
     @device
+    def ask(address, state, steps, thread):
+        """Have what the thread reads first of the first tile come to the cache."""
+        if columns:
+            known = select(steps > (thread >> shift), state - (thread & mask) * count, 0 * thread)
+        else:
+            known = select((thread >> shift) < state, steps - (thread & mask) * count, 0 * thread)
+        prefetch(address, 0 * thread, known)
+
+    @device
     def read(into, address, n0, stride, state, t, steps, thread):
         """``steps`` from t on are there to be read."""
         for k in unroll(pieces):
             if columns:
                 known = select(steps - k * apart > (thread >> shift), state - n0 - (thread & mask) * count, 0 * thread)
-                read_stored(into, k * reals, address, n0 + (t + k * apart) * stride, known)
+                read_stored(into, k * held, address, n0 + (t + k * apart) * stride, known)
             else:
                 steps_known = per_number * (steps - (thread & mask) * count)
                 known = select(n0 + k * apart + (thread >> shift) < state, steps_known, 0 * thread)
                 at = (n0 + k * apart) * stride + per_number * t
                 if shifted:
-                    read_shifted(into, k * reals, address, at, known, per_number * (t + (thread & mask) * count))
+                    read_shifted(into, k * held, address, at, known, per_number * (t + (thread & mask) * count))
                 else:
-                    read_stored(into, k * reals, address, at, known)
+                    read_stored(into, k * held, address, at, known)
 
     @device
-    def stage(tile, held, thread):
+    def stage(tile, held_pieces, address, n0, stride, thread):
         values = numbers()
         for k in unroll(pieces):
-            widen(values, held, k * reals)
+            if shifted:
+                widen_shifted(values, held_pieces, k * held, address, (n0 + k * apart) * stride)
+            else:
+                widen_stored(values, held_pieces, k * held)
             if columns:
                 t = k * apart + (thread >> shift)
                 at = (t >> 2) * quad_size + (t & 3) * step_size + (thread & mask) * count
@@ -283,7 +299,7 @@ def matrix_tile(v, storage, conjugated, keep, tile, threads, step_size, quad_siz
                     if turned:
                         shared_set(tile, copy + (at ^ turned) + i * step_size, value)
 
-    return make, start, read, stage
+    return make, start, read, stage, ask
 
 
 def scan(warps, v, ends_only):
@@ -311,8 +327,7 @@ def scan(warps, v, ends_only):
     own, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put, get, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
-    known_next, read, write, stored = waves.known_next, waves.read, waves.write, stored_array(count * QUAD, storage)
-    widen = widener(storage, real, QUAD)
+    known_next, stored, read, widen, write = waves.known_next, waves.stored, waves.read, waves.widen, waves.write
     size_of, number_size = storage.itemsize, number.itemsize
     of_channels, of_quad, numbers = local_array(parameters, real), local_array(QUAD, real), local_array(NS, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
@@ -325,8 +340,8 @@ def scan(warps, v, ends_only):
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_quad, start_B, read_B, stage_B = matrix_tile(v, stored_B, False, not many, TILE, threads, BLOCK, QUAD_SIZE)
-    C_quad, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, not many, TILE, threads, BLOCK, QUAD_SIZE)
+    B_quad, start_B, read_B, stage_B, ask_B = matrix_tile(v, stored_B, False, not many, TILE, threads, BLOCK, QUAD_SIZE)
+    C_quad, start_C, read_C, stage_C, ask_C = matrix_tile(v, stored_C, True, not many, TILE, threads, BLOCK, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     walk = past_parts(number, NS, False)
     states_apart = LANES * NS
@@ -383,6 +398,23 @@ def scan(warps, v, ends_only):
         if varying_C:
             C = start_C(C, row * C_batch + group * C_group, C_stride, begin, thread)
 
+        # the first tile comes to the cache while the state is put together
+        if varying_B:
+            ask_B(B, state, steps, thread)
+        if varying_C:
+            ask_C(C, state, steps, thread)
+        now = anew(thread)
+        first_channel, first_step = own(now)
+        first_channel += channel0
+        at_delta, at_u = start(first_channel, first_step, delta_stride), start(first_channel, first_step, u_stride)
+        at_z = start(first_channel, first_step, z_stride)
+        for p in unroll(count):
+            valid = known(p, first_channel, channel_end, steps - first_step)
+            prefetch(delta, size_of * at_wave(at_delta, p, 0, delta_stride), valid)
+            prefetch(u, size_of * at_wave(at_u, p, 0, u_stride), valid)
+            if gated:
+                prefetch(z, size_of * at_wave(at_z, p, 0, z_stride), valid)
+
         steps_tile, inputs_tile, y_tile, skip_tile = steps_array(), inputs_array(), y_array(), skip_array()
         keep = keep_array()
         B_tile, C_tile = B_array(), C_array()
@@ -435,8 +467,8 @@ def scan(warps, v, ends_only):
             at_z, at_y = start(first_channel, first_step, z_stride), start(first_channel, first_step, y_stride)
             # step sizes and inputs of the tile, and what goes past the states, to shared memory
             for p in unroll(count):
-                widen(d, delta_next, p * QUAD)
-                widen(x, u_next, p * QUAD)
+                widen(d, delta_next, p, delta, at_delta, delta_stride)
+                widen(x, u_next, p, u, at_u, u_stride)
                 if outputs:
                     for i in unroll(QUAD, heavy):
                         ys[i] = skip[parameter_of(p, i)] * x[i]
@@ -468,9 +500,9 @@ def scan(warps, v, ends_only):
                     if varying_C:
                         read_C(C_next, C, block * states_apart, C_stride, state, t, steps - t, thread)
                 if varying_B:
-                    stage_B(B_tile, B_next, thread)
+                    stage_B(B_tile, B_next, B, block * states_apart, B_stride, thread)
                 if varying_C:
-                    stage_C(C_tile, C_next, thread)
+                    stage_C(C_tile, C_next, C, block * states_apart, C_stride, thread)
                 if not many:
                     if varying_B:
                         read_B(B_next, B, 0, B_stride, state, t + TILE, steps - t - TILE, thread)
@@ -543,7 +575,7 @@ def scan(warps, v, ends_only):
                         for i in unroll(QUAD, heavy):
                             ys[i] = ys[i] + x[i]
                     if gated:
-                        widen(d, z_used, p * QUAD)
+                        widen(d, z_used, p, z, at_z, z_stride)
                         for i in unroll(QUAD, heavy):
                             ys[i] = ys[i] * (d[i] * sigmoid(d[i]))
                     valid = known(p, time_channel, channel_end, ahead)

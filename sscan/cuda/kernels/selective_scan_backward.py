@@ -37,11 +37,9 @@ from sscan.cuda._primitives import (
     shared_set,
     shared_writer,
     shuffle_xor,
-    stored_array,
     synchronize,
     synchronize_warp,
     thread_index,
-    widener,
     writer,
 )
 from sscan.cuda._target import device
@@ -159,8 +157,7 @@ def backward(rows, warps, blocks, *key):
     own_quad, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put_quad, get_quad, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
-    read, write, stored = waves.read, waves.write, stored_array(count * QUAD, storage)
-    widen = widener(storage, real, QUAD)
+    stored, read, widen, write = waves.stored, waves.read, waves.widen, waves.write
     of_rows, of_steps, one_number = local_array(rows, real), local_array(QUAD, real), local_array(NS, number)
     of_channels, channels_apart = local_array(parameters, real), QUAD // rows if v.order == "columns" else apart
     rows_of_numbers, quad_of_numbers = local_array(rows * NS, number), local_array(QUAD * NS, number)
@@ -183,8 +180,8 @@ def backward(rows, warps, blocks, *key):
     u_array, step_array, y_array = (memory.array(channels * TILE if many else 1, real) for _ in range(3))
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
     sizes = TILE, threads, STEP_SIZE, QUAD_SIZE, turned
-    B_part, start_B, read_B, stage_B = matrix_tile(v, stored_B, False, False, *sizes)
-    C_part, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, False, *sizes)
+    B_part, start_B, read_B, stage_B, _ = matrix_tile(v, stored_B, False, False, *sizes)
+    C_part, start_C, read_C, stage_C, _ = matrix_tile(v, stored_C, True, False, *sizes)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     walk = past_parts(number, NS, True)
     exchange, put = across_channels(number, NS, varying_B, varying_C)
@@ -371,11 +368,11 @@ def backward(rows, warps, blocks, *key):
                         h[r * NS + j] = numbers[j]
             # to shared memory: step sizes, u, dy before the gate, slopes of softplus and of the gate
             for p in unroll(count):
-                widen(d, delta_read, p * QUAD)
-                widen(x, u_read, p * QUAD)
-                widen(e, dy_read, p * QUAD)
+                widen(d, delta_read, p, delta_row, at_delta, delta_stride)
+                widen(x, u_read, p, u_row, at_u, u_stride)
+                widen(e, dy_read, p, dy_row, at_dy, dy_stride)
                 if gated:
-                    widen(keeps, z_read, p * QUAD)
+                    widen(keeps, z_read, p, z_row, at_z, z_stride)
                 put_quad(inputs_tile, at_quad, p, x)
                 for i in unroll(QUAD, heavy):
                     size = d[i] + bias[parameter_of(p, i)]
@@ -405,9 +402,9 @@ def backward(rows, warps, blocks, *key):
                     if varying_C:
                         read_C(C_next, C_here, block * states_apart, C_stride, state, t, steps - t, thread)
                 if varying_B:
-                    stage_B(B_tile, B_next, thread)
+                    stage_B(B_tile, B_next, B_here, block * states_apart, B_stride, thread)
                 if varying_C:
-                    stage_C(C_tile, C_next, thread)
+                    stage_C(C_tile, C_next, C_here, block * states_apart, C_stride, thread)
                 if many:
                     for r in unroll(rows):
                         c = channel + r * channels_apart
@@ -706,9 +703,7 @@ def starts(warps, *key):
     own_quad, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put_quad, parameters = waves.slot, waves.put, waves.parameters
-    read, stored, widen, of_steps = (
-        waves.read, stored_array(QUAD, storage), widener(storage, real, QUAD), local_array(QUAD, real)
-    )  # fmt: skip
+    stored, read, widen, of_steps = waves.stored, waves.read, waves.widen, local_array(QUAD, real)
     of_channels = local_array(parameters, real)
     read_numbers, numbers = reader(real, number, NS), local_array(NS, number)
     write_own = writer(real, number, NS, True)
@@ -717,7 +712,7 @@ def starts(warps, *key):
     steps_array, dy_array = (memory.array(channels * TILE, real) for _ in range(2))
     keep_array, C_array = memory.array(TILE, real), memory.array(QUADS * QUAD_SIZE, number)
     stored_C = dtype_of(v.C or v.storage)
-    C_part, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
+    C_part, start_C, read_C, stage_C, _ = matrix_tile(v, stored_C, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, False, TILE)
     states_apart, size_of = LANES * NS, storage.itemsize
 
@@ -789,10 +784,10 @@ def starts(warps, *key):
                 read(dy_read, 0, dy, at_wave(at_dy, 0, t, dy_stride), valid, t + step)
                 if gated:
                     read(z_read, 0, z, at_wave(at_z, 0, t, z_stride), valid, t + step)
-                widen(d, delta_read, 0)
-                widen(e, dy_read, 0)
+                widen(d, delta_read, 0, delta, at_delta, delta_stride)
+                widen(e, dy_read, 0, dy, at_dy, dy_stride)
                 if gated:
-                    widen(keeps, z_read, 0)
+                    widen(keeps, z_read, 0, z, at_z, z_stride)
                 for i in unroll(QUAD, heavy):
                     size = d[i] + bias[parameter_of(0, i)]
                     if delta_softplus != 0:
@@ -806,7 +801,7 @@ def starts(warps, *key):
                     shared_set(keep, thread & (TILE - 1), kept(seq_idx, row * length, begin + t, steps - t, thread))
                 if varying_C:
                     read_C(C_next, C, block * states_apart, C_stride, state, t, steps - t, thread)
-                    stage_C(C_tile, C_next, thread)
+                    stage_C(C_tile, C_next, C, block * states_apart, C_stride, thread)
                 synchronize()
                 for back in unroll(QUADS, not heavy):
                     q = QUADS - 1 - back
