@@ -319,10 +319,6 @@ class Emulator:
 
         return widen
 
-    def prefetch(self, address: int, offset: Any, valid: Any) -> None:
-        one_byte = np.dtype(np.uint8)
-        self._elements(address, offset, one_byte, np.broadcast_to(np.asarray(valid) > 0, (self.threads,)), 1)
-
     def shifted_writer(self, storage: Any, number: Any) -> Any:
         return self.writer(storage, number, 4, False)
 

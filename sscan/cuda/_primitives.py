@@ -682,20 +682,6 @@ def shifted_widener(storage, number, count):
     return widen
 
 
-@primitive("prefetch")
-def prefetch(typingctx, address, offset, valid):
-    """What lies ``offset`` bytes behind an address will be read soon; nothing where ``valid`` is not positive."""
-
-    def codegen(context, builder, sig, args):
-        with builder.if_then(_more_than(builder, args[2], 0)):
-            kind = ir.FunctionType(ir.VoidType(), [_I64])
-            text = ir.InlineAsm(kind, "prefetch.global.L2 [$0];", "l", side_effect=True)
-            builder.call(text, [builder.add(args[0], args[1])])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
 def shifted_writer(storage, number):
     """``write(address, index, values, valid)``: a ``writer`` of four halves that lie anywhere, as words if all are."""
     storage, number = np.dtype(storage), np.dtype(number)

@@ -10,7 +10,9 @@ from sscan.cuda._launch import Kernel
 
 LANES, CHECKPOINT, TILE = 4, 16, 32  # as in kernels/selective_scan.py
 RESIDENT, RESIDENT_BACKWARD = 20, 16  # warps that a multiprocessor runs at once, of float32
-WALKED = 4  # steps of a scan that take as long as to walk past a part when the first state is put together
+# Steps of a scan that take as long as to walk past a part, when the state that the next one starts from is put together.
+WALKED, WALKED_BACKWARD = 4, 1
+FEW = 16  # packed sequences, so few that they may leave a GPU half empty
 WARP_CHANNELS = 8
 ROWS = 2  # channels of a lane in the backward kernel, of float32, if that leaves enough blocks
 
@@ -48,7 +50,7 @@ def geometry(segments, groups, A):
     warps = warps_of(channels_of_group)
     blocks_of_group = -(-channels_of_group // (warps * WARP_CHANNELS))
     states, block_states = states_of_lane(state, A.dtype)
-    parts, part_length = parts_of(segments, groups * blocks_of_group, RESIDENT // warps)
+    parts, part_length = parts_of(segments, groups * blocks_of_group, RESIDENT // warps, WALKED)
     return Geometry(
         dim, state, segments.length, groups * blocks_of_group, blocks_of_group, channels_of_group, states,
         -(-state // block_states), parts, part_length, warps,
@@ -60,25 +62,27 @@ def warps_of(channels_of_group):
     return 1 if channels_of_group <= WARP_CHANNELS else 2 if channels_of_group <= 2 * WARP_CHANNELS else 4
 
 
-def parts_of(segments, channel_blocks, resident):
+def parts_of(segments, channel_blocks, resident, walked):
     """Into how many parts segments are cut along time, and the steps of a part.
 
     Cutting costs every exponential of the recurrence once more, so a GPU that is half full is left alone. Otherwise as
     many parts are made as blocks are ``resident`` on all multiprocessors at once, but no more than what the last one
     has to walk past is worth.
 
-    Packed sequences are cut as one row would be, since any of them may be nearly all of it; if they are enough to fill
-    the GPU, only where they are longer than the average. Parts are then numbered through all sequences, see
-    ``kernels._segments.part_of``, and this is how many numbers there are.
+    A few packed sequences are cut as one row would be, since any of them may be nearly all of it; if they are enough to
+    fill the GPU, only where they are longer than the average. Parts are then numbered through all sequences, see
+    ``kernels._segments.part_of``, and this is how many numbers there may be.
     """
     packed, length, fill = segments.cu_seqlens is not None, segments.length, resident * _launch.processors()
     blocks, parts = (1 if packed else segments.count) * channel_blocks, 1
     if 0 < 2 * blocks <= fill:
-        parts = max(1, min(fill // blocks, length // TILE, math.isqrt(length // WALKED)))
+        parts = max(1, min(fill // blocks, length // TILE, math.isqrt(length // walked)))
     part_length = rounded_up(length, parts)
     if not packed:
         return max(1, -(-length // max(1, part_length))), part_length
     if 2 * segments.count * channel_blocks > fill:
+        if segments.count > FEW:
+            return 1, part_length
         part_length = max(part_length, rounded_up(5 * length, 4 * segments.count))
     return (1 if part_length >= length else length // part_length + segments.count), part_length
 
@@ -348,7 +352,8 @@ def backward_shape(A, zoh, many, segments, warps, channel_blocks):
         return (1, warps, 16 // warps)
     if segments.count * channel_blocks(ROWS * 4 * WARP_CHANNELS) >= 2 * _launch.processors():
         return (ROWS, 4, 3)
-    split = parts_of(segments, channel_blocks(4 * WARP_CHANNELS), RESIDENT_BACKWARD // 4)[0] > 1
+    blocks = channel_blocks(4 * WARP_CHANNELS)
+    split = parts_of(segments, blocks, RESIDENT_BACKWARD // 4, WALKED_BACKWARD)[0] > 1
     return (ROWS, 2, 6) if split else (1, 4, 4)
 
 
@@ -386,7 +391,7 @@ def planned_backward(segments, groups, inputs, along):
         lambda channels: groups * blocks_in_group(channels),
     )  # fmt: skip
     starts_blocks, blocks = blocks_in_group(warps * WARP_CHANNELS), blocks_in_group(rows * warps * WARP_CHANNELS)
-    parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD // 4)
+    parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD // 4, WALKED_BACKWARD)
     (u, delta, z, dy), (u_apart, delta_apart, z_apart, dy_apart) = plan.batches[:4], plan.apart[:4]
     of_parts = layout.channels_of_group, parts
     sizes, count = (part_length, segments.count, layout.state_blocks), launched(segments, parts)

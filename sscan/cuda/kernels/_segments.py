@@ -20,21 +20,17 @@ def segment(number, length, cu_seqlens):
 def part_of(number, parts, launched_parts, length, part_length, sequences, cu_seqlens):
     """(segment, part of it, its parts, number of the part) of the one that a launch of the first parts has ``number``.
 
-    Rows have ``parts`` each. Packed sequences have as many as they need, and all have ``parts``: those of sequence i
-    begin with number begin_i // part_length + i, which leaves enough to the next one.
+    Rows have ``parts`` each. Packed sequences have as many as they need and at least one, and are numbered one after
+    the other; numbers that are left over are parts behind the end of the last sequence.
     """
     if cu_seqlens == 0 or parts == 1:
         which = quotient(number, launched_parts)
         part = number - which * launched_parts
         return which, part, parts, which * parts + part
-    which, end = 0, sequences
-    while end - which > 1:
-        middle = (which + end) >> 1
-        begin = min(max(read_integer(cu_seqlens, middle, 1), 0), length)
-        if quotient(begin, part_length) + middle <= number:
-            which = middle
-        else:
-            end = middle
-    _, begin, steps = segment(which, length, cu_seqlens)
-    part = max(number - quotient(begin, part_length) - which, 0)
-    return which, part, max(quotient(steps + part_length - 1, part_length), 1), number
+    which, first, parts_here, behind = 0, 0, 1, 0
+    for i in range(sequences):
+        _, _, steps = segment(i, length, cu_seqlens)
+        if number >= behind:
+            which, first, parts_here = i, behind, max(quotient(steps + part_length - 1, part_length), 1)
+        behind += max(quotient(steps + part_length - 1, part_length), 1)
+    return which, number - first, parts_here, number

@@ -41,6 +41,7 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
     count = channels * steps // QUAD // threads
     columns, together = v.order == "columns", v.together
     shifted = storage.itemsize == 2 and not together and not columns
+    follows = v.order == "rows"  # one channel another
     held = QUAD // 2 + 1 if shifted else QUAD  # of a quad in registers
     stored = local_array(count * held, np.int32) if shifted else stored_array(count * held, storage)
     read_stored = None if shifted else stored_reader(storage, QUAD, together, keep)
@@ -83,6 +84,11 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
         if columns:
             return select(ahead > p * apart + steps, channel_end - channel, 0 * channel)
         return known - steps
+
+    @device
+    def past(step, channel, begin):
+        """How many steps are known to be in memory before one; ``begin``: where the part begins."""
+        return step + select((begin > 0) | (follows & (channel > 0)), 1, 0 * channel)
 
     @device
     def read(into, p, address, index, known, before):
@@ -154,5 +160,5 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
     return SimpleNamespace(
         count=count, parameters=QUAD if columns else count, own=own, start=start, at=at, known=known,
         known_next=known_next, inside=inside, parameter_of=parameter_of, parameter_channel=parameter_channel, slot=slot,
-        put=put, get=get, channel_of=channel_of, stored=stored, read=read, widen=widen, write=write,
+        put=put, get=get, channel_of=channel_of, past=past, stored=stored, read=read, widen=widen, write=write,
     )  # fmt: skip

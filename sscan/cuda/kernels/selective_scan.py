@@ -20,7 +20,6 @@ from sscan.cuda._primitives import (
     dtype_of,
     local_array,
     planes,
-    prefetch,
     quotient,
     reader,
     real_of,
@@ -250,15 +249,6 @@ def matrix_tile(v, storage, conjugated, keep, tile, threads, step_size, quad_siz
         return address + size * (at + (thread >> shift) * stride + per_number * (begin + (thread & mask) * count))
 
     @device
-    def ask(address, state, steps, thread):
-        """Have what the thread reads first of the first tile come to the cache."""
-        if columns:
-            known = select(steps > (thread >> shift), state - (thread & mask) * count, 0 * thread)
-        else:
-            known = select((thread >> shift) < state, steps - (thread & mask) * count, 0 * thread)
-        prefetch(address, 0 * thread, known)
-
-    @device
     def read(into, address, n0, stride, state, t, steps, thread):
         """``steps`` from t on are there to be read."""
         for k in unroll(pieces):
@@ -299,7 +289,7 @@ def matrix_tile(v, storage, conjugated, keep, tile, threads, step_size, quad_siz
                     if turned:
                         shared_set(tile, copy + (at ^ turned) + i * step_size, value)
 
-    return make, start, read, stage, ask
+    return make, start, read, stage
 
 
 def scan(warps, v, ends_only):
@@ -327,7 +317,14 @@ def scan(warps, v, ends_only):
     own, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put, get, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
-    known_next, stored, read, widen, write = waves.known_next, waves.stored, waves.read, waves.widen, waves.write
+    known_next, past, stored, read, widen, write = (
+        waves.known_next,
+        waves.past,
+        waves.stored,
+        waves.read,
+        waves.widen,
+        waves.write,
+    )
     size_of, number_size = storage.itemsize, number.itemsize
     of_channels, of_quad, numbers = local_array(parameters, real), local_array(QUAD, real), local_array(NS, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
@@ -340,8 +337,8 @@ def scan(warps, v, ends_only):
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_quad, start_B, read_B, stage_B, ask_B = matrix_tile(v, stored_B, False, not many, TILE, threads, BLOCK, QUAD_SIZE)
-    C_quad, start_C, read_C, stage_C, ask_C = matrix_tile(v, stored_C, True, not many, TILE, threads, BLOCK, QUAD_SIZE)
+    B_quad, start_B, read_B, stage_B = matrix_tile(v, stored_B, False, not many, TILE, threads, BLOCK, QUAD_SIZE)
+    C_quad, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, not many, TILE, threads, BLOCK, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     walk = past_parts(number, NS, False)
     states_apart = LANES * NS
@@ -398,23 +395,6 @@ def scan(warps, v, ends_only):
         if varying_C:
             C = start_C(C, row * C_batch + group * C_group, C_stride, begin, thread)
 
-        # the first tile comes to the cache while the state is put together
-        if varying_B:
-            ask_B(B, state, steps, thread)
-        if varying_C:
-            ask_C(C, state, steps, thread)
-        now = anew(thread)
-        first_channel, first_step = own(now)
-        first_channel += channel0
-        at_delta, at_u = start(first_channel, first_step, delta_stride), start(first_channel, first_step, u_stride)
-        at_z = start(first_channel, first_step, z_stride)
-        for p in unroll(count):
-            valid = known(p, first_channel, channel_end, steps - first_step)
-            prefetch(delta, size_of * at_wave(at_delta, p, 0, delta_stride), valid)
-            prefetch(u, size_of * at_wave(at_u, p, 0, u_stride), valid)
-            if gated:
-                prefetch(z, size_of * at_wave(at_z, p, 0, z_stride), valid)
-
         steps_tile, inputs_tile, y_tile, skip_tile = steps_array(), inputs_array(), y_array(), skip_array()
         keep = keep_array()
         B_tile, C_tile = B_array(), C_array()
@@ -449,9 +429,9 @@ def scan(warps, v, ends_only):
         ahead = steps - step  # steps from this thread's first quad on
         at_delta, at_u = start(time_channel, step, delta_stride), start(time_channel, step, u_stride)
         for p in unroll(count):
-            valid = known(p, time_channel, channel_end, ahead)
-            read(delta_next, p, delta, at_wave(at_delta, p, 0, delta_stride), valid, step)
-            read(u_next, p, u, at_wave(at_u, p, 0, u_stride), valid, step)
+            valid, before = known(p, time_channel, channel_end, ahead), past(step, time_channel, begin)
+            read(delta_next, p, delta, at_wave(at_delta, p, 0, delta_stride), valid, before)
+            read(u_next, p, u, at_wave(at_u, p, 0, u_stride), valid, before)
         if varying_B and not many:
             read_B(B_next, B, 0, B_stride, state, 0, steps, thread)
         if varying_C and not many:
@@ -487,7 +467,8 @@ def scan(warps, v, ends_only):
             for p in unroll(count):
                 valid = known(p, time_channel, channel_end, ahead)
                 if gated:
-                    read(z_used, p, z, at_wave(at_z, p, t, z_stride), valid, steps - ahead)
+                    before = past(steps - ahead, first_channel, begin)
+                    read(z_used, p, z, at_wave(at_z, p, t, z_stride), valid, before)
                 valid, before = known_next(valid, p, time_channel, channel_end, ahead), steps - ahead + TILE
                 read(delta_next, p, delta, at_wave(at_delta, p, t + TILE, delta_stride), valid, before)
                 read(u_next, p, u, at_wave(at_u, p, t + TILE, u_stride), valid, before)

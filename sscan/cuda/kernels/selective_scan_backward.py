@@ -157,7 +157,7 @@ def backward(rows, warps, blocks, *key):
     own_quad, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put_quad, get_quad, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
-    stored, read, widen, write = waves.stored, waves.read, waves.widen, waves.write
+    past, stored, read, widen, write = waves.past, waves.stored, waves.read, waves.widen, waves.write
     of_rows, of_steps, one_number = local_array(rows, real), local_array(QUAD, real), local_array(NS, number)
     of_channels, channels_apart = local_array(parameters, real), QUAD // rows if v.order == "columns" else apart
     rows_of_numbers, quad_of_numbers = local_array(rows * NS, number), local_array(QUAD * NS, number)
@@ -180,8 +180,8 @@ def backward(rows, warps, blocks, *key):
     u_array, step_array, y_array = (memory.array(channels * TILE if many else 1, real) for _ in range(3))
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
     sizes = TILE, threads, STEP_SIZE, QUAD_SIZE, turned
-    B_part, start_B, read_B, stage_B, _ = matrix_tile(v, stored_B, False, False, *sizes)
-    C_part, start_C, read_C, stage_C, _ = matrix_tile(v, stored_C, True, False, *sizes)
+    B_part, start_B, read_B, stage_B = matrix_tile(v, stored_B, False, False, *sizes)
+    C_part, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, False, *sizes)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     walk = past_parts(number, NS, True)
     exchange, put = across_channels(number, NS, varying_B, varying_C)
@@ -346,12 +346,13 @@ def backward(rows, warps, blocks, *key):
             at_delta, at_u = start(time_channel, step, delta_stride), start(time_channel, step, u_stride)
             at_dy, at_z = start(time_channel, step, dy_stride), start(time_channel, step, z_stride)
             for p in unroll(count):
-                valid, past = known(p, time_channel, channel_end, ahead), steps - ahead
-                read(delta_read, p, delta_row, at_wave(at_delta, p, t, delta_stride), valid, past)
-                read(u_read, p, u_row, at_wave(at_u, p, t, u_stride), valid, past)
-                read(dy_read, p, dy_row, at_wave(at_dy, p, t, dy_stride), valid, past)
+                valid = known(p, time_channel, channel_end, ahead)
+                before_quad = past(steps - ahead, time_channel, begin)
+                read(delta_read, p, delta_row, at_wave(at_delta, p, t, delta_stride), valid, before_quad)
+                read(u_read, p, u_row, at_wave(at_u, p, t, u_stride), valid, before_quad)
+                read(dy_read, p, dy_row, at_wave(at_dy, p, t, dy_stride), valid, before_quad)
                 if gated:
-                    read(z_read, p, z_row, at_wave(at_z, p, t, z_stride), valid, past)
+                    read(z_read, p, z_row, at_wave(at_z, p, t, z_stride), valid, before_quad)
             for k in unroll(parameters):
                 bias[k] = parameter(delta_bias, parameter_channel(k, time_channel), channel_end)
             if not many:
@@ -712,7 +713,7 @@ def starts(warps, *key):
     steps_array, dy_array = (memory.array(channels * TILE, real) for _ in range(2))
     keep_array, C_array = memory.array(TILE, real), memory.array(QUADS * QUAD_SIZE, number)
     stored_C = dtype_of(v.C or v.storage)
-    C_part, start_C, read_C, stage_C, _ = matrix_tile(v, stored_C, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
+    C_part, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, False, TILE)
     states_apart, size_of = LANES * NS, storage.itemsize
 
