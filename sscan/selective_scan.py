@@ -108,7 +108,9 @@ def selective_scan(
     -----
     Arithmetic is in the accumulation dtype throughout; results are rounded once. They are the same bit for bit in every
     run and for every number of threads; a row alone may round otherwise than in a batch. Memory beyond the results: a
-    few kilobytes for each thread. Inputs may have any strides; one with a strided last axis is copied. No input is
+    few kilobytes for each thread. Inputs may have any strides; one with a strided last axis is copied. On a GPU none is
+    that was transposed from (batch, length, dim): if u was, so are y and the gradients of u, delta and z, and whatever
+    of delta, z and dy was not is copied; B and C may have been transposed from (batch, length, state). No input is
     written.
     """
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)

@@ -10,7 +10,7 @@ from sscan.cuda._launch import Kernel
 
 LANES, CHECKPOINT, TILE = 4, 16, 32  # as in kernels/selective_scan.py
 RESIDENT, RESIDENT_BACKWARD = 20, 16  # warps that a multiprocessor runs at once, of float32
-# Steps of a scan that take as long as to walk past a part, when the state that the next one starts from is put together.
+# Steps of a scan that take as long as to walk past a part, for the state that a later one starts from.
 WALKED, WALKED_BACKWARD = 4, 1
 FEW = 16  # packed sequences, so few that they may leave a GPU half empty
 WARP_CHANNELS = 8

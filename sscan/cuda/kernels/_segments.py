@@ -33,4 +33,4 @@ def part_of(number, parts, launched_parts, length, part_length, sequences, cu_se
         if number >= behind:
             which, first, parts_here = i, behind, max(quotient(steps + part_length - 1, part_length), 1)
         behind += max(quotient(steps + part_length - 1, part_length), 1)
-    return which, number - first, parts_here, number
+    return which, number - first, min(parts_here, parts - first), number  # no more than there are, whatever the borders

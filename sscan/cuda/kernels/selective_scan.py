@@ -595,13 +595,18 @@ SHIPPED = (
     Variant("float32", "complex64", "float32", "float32", False, True, "rows", True, "rows", True, 2, True, False),
     Variant("bfloat16", "complex64", "bfloat16", "", True, True, "rows", True, "rows", True, 2, False, True),
     Variant("float64", "complex128", "float64", "float64", False, True, "rows", True, "rows", True, 1, True, False),
+    Variant("float32", "float32", "float32", "float32", False, True, "spread", True, "rows", True, 4, False, False),
+    Variant("float32", "float32", "float32", "float32", False, True, "columns", True, "columns", True, 4, False, False),
+    Variant("float16", "float32", "float16", "float16", False, True, "columns", False, "rows", False, 4, False, True),
+    Variant("bfloat16", "float32", "bfloat16", "bfloat16", False, True, "rows", False, "rows", False, 4, False, False),
 )
 
 
 def shipped():
     """Kernels that stand for all."""
-    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10])
+    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10], SHIPPED[13])
     return [
         *(Kernel("selective_scan", "forward", (4, *v)) for v in SHIPPED),
+        *(Kernel("selective_scan", "forward", (warps, *SHIPPED[5])) for warps in (1, 2)),  # for groups of few channels
         *(Kernel("selective_scan", "ends", (4, *v)) for v in cut),
     ]

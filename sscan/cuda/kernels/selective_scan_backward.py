@@ -890,10 +890,11 @@ def shipped():
     heaviest = Variant(
         "float64", "float64", "float64", "float64", True, True, "rows", True, "rows", True, 2, True, True
     )  # fmt: skip
-    variants = (*SHIPPED[:3], *SHIPPED[4:7], SHIPPED[11], SHIPPED[10], heaviest)
-    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10])
+    variants = (*SHIPPED[:3], *SHIPPED[4:7], SHIPPED[11], SHIPPED[10], *SHIPPED[12:], heaviest)
+    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10], SHIPPED[13])
     matrices = (("float32", "float32", False), ("bfloat16", "complex64", True), ("float64", "complex128", False))
-    shaped = [(1, 4, 4, *SHIPPED[0]), (2, 2, 6, *SHIPPED[0])]  # for few blocks, and for time in parts
+    # for few blocks, for time in parts, and for groups of few channels
+    shaped = [(*shape, *SHIPPED[0]) for shape in ((1, 4, 4), (2, 2, 6), (1, 1, 16), (1, 2, 8))]
     shaped += [(*shapes.get(v.number, (1, 4, 3) if v.many or v.zoh else (2, 4, 3)), *v) for v in variants]
     return [
         *(Kernel("selective_scan_backward", "backward", key) for key in reversed(shaped)),
