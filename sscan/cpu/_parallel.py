@@ -152,14 +152,15 @@ def close(counter, inside):
 # for who has not begun: a phase is over when its tasks are done, and who comes late finds it so and goes on. Who has
 # kept others waiting for long, because it lost its core, does no more of the call: it may lose it again.
 
-_NEXT, _DONE, _AWAITED = 0, 8, 9  # of a phase, in a row of its own: tasks taken; tasks done, and whether one is awaited
-_LINES = 16  # numbers in a row: two cache lines, because everybody takes tasks while some look for the last one
-_PATIENCE = 1000  # turns, some ten microseconds
+# A phase has a row of two cache lines, since everybody takes tasks while some look for the last one: in the first how
+# many are taken; in the second how many are done, and whether one of them is awaited.
+_ROW, _DONE, _AWAITED = 16, 8, 9
+_PATIENCE = 2000 if _X86 else 20000  # turns, some ten microseconds; the first sleep is about as long again
 
 
 def phases(count: int, threads: int) -> Any:
-    """What the threads of one call share: a row for each phase, and one for each thread."""
-    return np.zeros((count + threads, _LINES), np.int64)
+    """What the threads of one call share: a row for each phase, and one for each thread, whether it shall stop."""
+    return np.zeros((count + threads, _ROW), np.int64)
 
 
 @intrinsic
@@ -180,7 +181,7 @@ def next_task(progress, phase, tasks, thread):
     """A task of the phase that nobody has taken; -1 when all are done, and what they wrote can be read."""
     if progress[len(progress) - 1 - thread, 0]:
         return -1
-    address = progress.ctypes.data + 8 * _LINES * phase
+    address = progress.ctypes.data + 8 * _ROW * phase
     task = _add_at(address, 1)
     if task < tasks:
         return task
@@ -190,7 +191,8 @@ def next_task(progress, phase, tasks, thread):
         if turns < _PATIENCE:
             _pause()
         else:
-            _add_at(address + 8 * _AWAITED, 1)
+            if turns > _PATIENCE:
+                _add_at(address + 8 * _AWAITED, 1)
             _sleep(20)
     return -1
 
@@ -198,7 +200,7 @@ def next_task(progress, phase, tasks, thread):
 @register_jitable
 def finish(progress, phase, thread):
     """Say that a task is done. A thread that has taken one must come here: the others wait for it."""
-    address = progress.ctypes.data + 8 * _LINES * phase
+    address = progress.ctypes.data + 8 * _ROW * phase
     _add_at(address + 8 * _DONE, 1)
     if _read_at(address + 8 * _AWAITED):
         progress[len(progress) - 1 - thread, 0] = 1
