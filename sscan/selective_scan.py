@@ -108,7 +108,9 @@ def selective_scan(
     -----
     Arithmetic is in the accumulation dtype throughout; results are rounded once. They are the same bit for bit in every
     run and for every number of threads; a row alone may round otherwise than in a batch. Memory beyond the results: a
-    few kilobytes for each thread. Inputs may have any strides; one with a strided last axis is copied. No input is
+    few kilobytes for each thread. Inputs may have any strides; one with a strided last axis is copied. On a GPU none is
+    that was transposed from (batch, length, dim): if u was, so are y and the gradients of u, delta and z, and whatever
+    of delta, z and dy was not is copied; B and C may have been transposed from (batch, length, state). No input is
     written.
     """
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
@@ -298,8 +300,13 @@ class _Problem(NamedTuple):
     segments: Any
     sequences: int
 
-    def _empty_like(self, array: Any) -> Any:
-        return None if array is None else self.caller.empty(array.shape, array.dtype)
+    def _empty_wave(self) -> Any:
+        """Memory for an array along time like u, with the same neighbours."""
+        u = self.inputs.u
+        if _checks.time_copy(u) is None:
+            return self.caller.empty(u.shape, u.dtype)
+        batch, dim, length = u.shape
+        return self.caller.empty((batch, length, dim), u.dtype).transpose(0, 2, 1)
 
     def _checkpoints_shape(self) -> Any:
         a, (dim, state) = self.arguments, self.inputs.A.shape
@@ -338,7 +345,7 @@ class _Problem(NamedTuple):
 
     def run(self, checkpoints: Any, last_state: Any, parts: Any = None) -> tuple[Any, Any]:
         """y and the last state in the caller's library; the last state is left out if there is no memory for it."""
-        y = self._empty_like(self.inputs.u)
+        y = self._empty_wave()
         self.backend.selective_scan_forward(
             self.segments, self.groups, self.inputs, self.arguments.initial_state, y, last_state, checkpoints, parts
         )
@@ -369,9 +376,11 @@ class _Problem(NamedTuple):
 
     def run_backward(self, checkpoints: Any, parts: Any) -> SelectiveScanGradients:
         empty, leave, arguments = self.caller.empty, self.caller.leave, self.arguments
-        made = SelectiveScanGradients(
-            *[None if x is None else empty(x.shape, x.dtype) for x in arguments[: len(SelectiveScanGradients._fields)]]
-        )
+        given = arguments[: len(SelectiveScanGradients._fields)]
+        made = SelectiveScanGradients(*[None if x is None else empty(x.shape, x.dtype) for x in given])
+        if _checks.time_copy(arguments.u) is not None:  # u lies in columns, and so does what lies along it
+            wave = self._empty_wave
+            made = made._replace(du=wave(), ddelta=wave(), dz=None if arguments.z is None else wave())
         self.backend.selective_scan_backward(
             self.segments, self.groups, self.inputs, checkpoints, arguments.dy, arguments.dlast_state, made, parts
         )
@@ -384,13 +393,21 @@ def _is_zoh(op: str, discretization: str) -> bool:
     return discretization == "zoh"
 
 
+def _needed_copies(backend: ModuleType, a: _Arguments, copies: dict[str, np.dtype[Any]]) -> dict[str, np.dtype[Any]]:
+    """The copies without those of arrays along time that the backend takes with neighbouring channels or states."""
+    kept = ["u", "delta", "z", "dy"] if "u" in copies and backend.in_columns(a.u) else []
+    if a.A.dtype.kind != "c":
+        kept += [name for name, x in (("B", a.B), ("C", a.C)) if x.ndim > 2 and backend.in_columns(x)]
+    return {name: dtype for name, dtype in copies.items() if name not in kept}
+
+
 def _prepare(op: str, given: _Arguments, delta_softplus: bool, discretization: str) -> _Problem:
     zoh = _is_zoh(op, discretization)
     softplus = _checks.boolean(op, "delta_softplus", delta_softplus)
     caller, a, plan = _checked(op, given, softplus, zoh)
     backend = _backends.for_device(op, caller.device)
     if plan.copies:
-        a = _checks.copied(a, plan.copies)
+        a = _checks.copied(a, _needed_copies(backend, a, plan.copies))
     segments = backend.segments(op, plan.batch, plan.length, a.seq_idx, a.cu_seqlens)
     inputs = _Inputs(a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, softplus, zoh, plan.signature)
     return _Problem(caller, backend, a, inputs, plan.groups, segments, plan.sequences)

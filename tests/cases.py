@@ -206,6 +206,10 @@ def with_layout(x: Array, layout: str) -> Array:
         return padded[1:].reshape(x.shape)
     if layout == "broadcast":  # stride 0 along the first axis
         return np.broadcast_to(x[:1], x.shape)
+    if layout == "shared":  # stride 0 along the second axis of three
+        return np.broadcast_to(x[:, :1], x.shape) if x.ndim == 3 else x
+    if layout == "channels first":
+        return np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1) if x.ndim > 1 else x
     raise ValueError(layout)
 
 
@@ -273,8 +277,9 @@ def scan_problem(
     cu_seqlens: tuple[int, ...] | None = None,
     discretization: str = "mamba",
     layout: str | None = None,
+    but: tuple[str, ...] = (),
 ) -> Arguments:
-    """Keyword arguments of selective_scan."""
+    """Keyword arguments of selective_scan; those named in ``but`` do not have the layout."""
     storage = DTYPES[dtype]
     real, of_A = accumulation_of(storage), accumulation_of(storage, is_complex)
     sizes, shape = (batch, dim, length, state), (batch, dim, length)
@@ -298,7 +303,8 @@ def scan_problem(
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         arguments["initial_state"] = normal(rng, (sequences, dim, state), of_A)
     if layout:
-        arguments = {k: with_layout(x, layout) if isinstance(x, np.ndarray) else x for k, x in arguments.items()}
+        arrays = {k: x for k, x in arguments.items() if isinstance(x, np.ndarray) and k not in but}
+        arguments |= {k: with_layout(x, layout) for k, x in arrays.items()}
     if seq_idx:
         arguments["seq_idx"] = sequence_numbers(batch, length, seq_idx)
     if cu_seqlens:
@@ -404,8 +410,24 @@ SCANS: dict[str, dict[str, Any]] = {
     # memory layouts
     **{
         f"{layout} memory": {"layout": layout}
-        for layout in ("strided", "reversed", "transposed", "offset", "broadcast")
+        for layout in ("strided", "reversed", "transposed", "offset", "broadcast", "shared", "channels first")
     },
+    # On a GPU transposed memory is read as it lies: by fours or one by one, in blocks of 8, 16 or 32 channels.
+    "transposed memory bfloat16": {"layout": "transposed", "dtype": "bfloat16", "initial_state": True},
+    "transposed memory float64": {"layout": "transposed", "dtype": "float64", "length": 33, "state": 4},
+    "transposed memory 21 channels": {"layout": "transposed", "dim": 21, "dtype": "float16", "state": 3},
+    "transposed memory 40 channels": {"layout": "transposed", "dim": 40, "seq_idx": "int32"},
+    "transposed memory 40 states": {"layout": "transposed", "state": 40, "dim": 34, "length": 33, "A_scale": 0.4},
+    "transposed memory groups": {"layout": "transposed", "B": "5", "C": "5", "dtype": "bfloat16"},
+    "transposed memory groups of 12": {"layout": "transposed", "B": "2", "C": "2", "dim": 24},
+    "transposed memory but B": {"layout": "transposed", "but": ("B",)},
+    "transposed memory but delta and C": {"layout": "transposed", "but": ("delta", "C"), "initial_state": True},
+    "transposed memory but u": {"layout": "transposed", "but": ("u",)},
+    "transposed memory cu_seqlens": {**_PACKED, "layout": "transposed", "cu_seqlens": (0, 13, 13, 45, 70)},
+    "shared memory bfloat16": {"layout": "shared", "dtype": "bfloat16", "length": 64, "but": ("u", "B", "C")},
+    "groups of 8": {"B": "4", "C": "4", "dim": 32, "length": 64, "state": 16, "initial_state": True},
+    "groups of 16": {"B": "2", "C": "2", "dim": 32, "length": 64, "dtype": "bfloat16", "seq_idx": "int32"},
+    "groups of 3": {"B": "7", "C": "shared", "dim": 21, "state": 17, "length": 33},
     "strided memory bfloat16": {"layout": "strided", "dtype": "bfloat16", "initial_state": True},
     "transposed memory complex": {"layout": "transposed", "is_complex": True, "B": "shared complex", "C": "2"},
     "strided memory constant B and C": {"layout": "strided", "B": "constant", "C": "constant"},

@@ -288,6 +288,40 @@ class Emulator:
 
         return read
 
+    def shifted_reader(self, storage: Any, count: int) -> Any:
+        """Halves by twos in words, as on a GPU."""
+
+        def read(into: Local, start: int, address: int, index: Any, valid: Any, before: Any) -> None:
+            valid, before, index = (np.broadcast_to(np.asarray(x), (self.threads,)) for x in (valid, before, index))
+            whole, odd = (valid > count) & (before > 0), (address // 2 + index) % 2
+            for word in range(count // 2 + 1):
+                halves = []
+                for k in (2 * word, 2 * word + 1):
+                    one = (k >= odd) & (k - odd < valid) & (k - odd < count)
+                    data, offset = self._elements(address, index - odd + k, storage, whole | one, 2)
+                    known = np.where(whole | one, self._gather(data, offset, np.dtype(np.uint16)), 0)
+                    halves.append(known.astype(np.uint32))
+                into[start + word] = (halves[0] | halves[1] << 16).view(np.int32)
+
+        return read
+
+    def shifted_widener(self, storage: Any, number: Any, count: int) -> Any:
+        real = _primitives.real_of(number)
+
+        def widen(into: Local, held: Local, start: int, address: int, index: Any) -> None:
+            shift = (address + 2 * np.asarray(index)) % 4 * 8
+            for i in range(count // 2):
+                low, high = (np.asarray(held[start + k]).view(np.uint32).astype(np.uint64) for k in (i, i + 1))
+                word = (low | high << 32) >> np.asarray(shift, np.uint64)
+                for k in (0, 1):
+                    bits = (word >> np.uint64(16 * k)).astype(np.uint16)
+                    into[2 * i + k] = bits.view(storage).astype(real)
+
+        return widen
+
+    def shifted_writer(self, storage: Any, number: Any) -> Any:
+        return self.writer(storage, number, 4, False)
+
     def widener(self, storage: Any, number: Any, count: int) -> Any:
         real, reals = _primitives.real_of(number), _primitives.planes(number)
 

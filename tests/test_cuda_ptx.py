@@ -35,6 +35,7 @@ class Known(NamedTuple):
     kernels: tuple[Kernel, ...]
 
 
+TOGETHER = ("rows", True, "rows", True)  # orders, and whether elements are read by fours
 BACKWARD = partial(Kernel, "selective_scan_backward", "backward")
 # Exact: a kernel that is not here keeps everything in registers and gets its blocks, and one that no longer spills has
 # to be taken out.
@@ -42,14 +43,14 @@ KNOWN_SPILLS = (
     # What a state needs for zoh and its exponentials in float64, with all options, is more than the 255 registers that
     # a thread can have. To do: one state a lane.
     Known("sm_80 sm_90 sm_100", "", (
-        BACKWARD((1, 2, 4, "float64", "float64", "float64", "float64", True, True, True, 2, True, True)),
+        BACKWARD((1, 2, 4, *4 * ("float64",), True, True, *TOGETHER, 2, True, True)),
     )),
     # Tuned on sm_90, which needs 80 registers.
     Known("", "sm_80", (Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, True, "")),)),
     # zoh in float32 has room if a multiprocessor has two blocks, not three.
     Known("", "sm_80 sm_90 sm_100", (
-        BACKWARD((1, 4, 3, "float32", "float32", "float32", "float32", True, True, True, 4, False, False)),
-        BACKWARD((1, 4, 3, "bfloat16", "complex64", "bfloat16", "", True, True, True, 2, False, True)),
+        BACKWARD((1, 4, 3, *4 * ("float32",), True, True, *TOGETHER, 4, False, False)),
+        BACKWARD((1, 4, 3, "bfloat16", "complex64", "bfloat16", "", True, True, *TOGETHER, 2, False, True)),
     )),
 )  # fmt: skip
 KNOWN = {kernel: (known.spills, known.fewer) for known in KNOWN_SPILLS for kernel in known.kernels}
@@ -144,7 +145,10 @@ ptxas info    : Used 168 registers, used 1 barriers, 44272 bytes smem, 384 bytes
 
 
 def test_backward_shapes_are_those_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``shipped`` repeats what ``backward_shape`` decides: every variant, few blocks, time in parts, many blocks."""
+    """``shipped`` repeats what ``backward_shape`` decides: every variant, few blocks, time in parts, many blocks.
+
+    Blocks of fewer warps, for groups of few channels, stand for themselves in the usual variant alone.
+    """
     monkeypatch.setattr(_launch, "processors", lambda: 132)
     kernels = [kernel.key for kernel in selective_scan_backward.shipped() if kernel.factory == "backward"]
     compiled, decided = set(), set()
@@ -152,8 +156,10 @@ def test_backward_shapes_are_those_that_are_compiled(monkeypatch: pytest.MonkeyP
         v = Variant(*key[3:])
         A: Any = SimpleNamespace(dtype=np.dtype(v.number))
         compiled.add((key[:3], v.number, v.zoh, v.many))
-        for blocks, length in ((1, 100), (1, 10000), (10**6, 100)):
+        usual = v.number == "float32" and not v.zoh and not v.many
+        for blocks, length in ((1, 3), (1, 10000), (10**6, 100)):
             segments = Segments(1, 1, length, None, None)
-            shape = selective_scan.backward_shape(A, v.zoh, v.many, segments, lambda channels, n=blocks: n)
-            decided.add((shape, v.number, v.zoh, v.many))
+            for warps in (1, 2, 4) if usual else (4,):
+                shape = selective_scan.backward_shape(A, v.zoh, v.many, segments, warps, lambda channels, n=blocks: n)
+                decided.add((shape, v.number, v.zoh, v.many))
     assert compiled == decided

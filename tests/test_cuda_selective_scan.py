@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import emulator
 import numpy as np
@@ -12,10 +12,7 @@ from cases import Arguments, Case, Generator, cases_of, check_backward, check_fo
 from emulator import emulated
 
 import sscan
-from sscan.cuda import selective_scan
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from sscan.cuda.kernels import _segments
 
 CASES = cases_of("selective_scan")
 
@@ -67,16 +64,6 @@ SPLIT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def short_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Parts from 32 steps on."""
-    selective_scan._plans.clear()
-    monkeypatch.setattr(selective_scan, "SHORTEST", 32)
-    yield
-    selective_scan._plans.clear()
-
-
-@pytest.mark.usefixtures("short_parts")
 @pytest.mark.parametrize("number", ["float32", "complex64"])
 @pytest.mark.parametrize("start", [0.0, 1e-30])
 def test_a_state_that_grows_on_a_split_row(number: str, start: float) -> None:
@@ -99,7 +86,6 @@ def test_a_state_that_grows_on_a_split_row(number: str, start: float) -> None:
     assert gradients.ddelta.any() == bool(start)
 
 
-@pytest.mark.usefixtures("short_parts")
 @pytest.mark.parametrize("name", ["u", "delta"])
 def test_what_is_not_finite_stays_in_its_channel(name: str) -> None:
     problem = scan_problem(np.random.default_rng(0), **{**FEW, "A_scale": 30.0})
@@ -129,7 +115,6 @@ def test_an_infinite_step_under_zoh(state: int) -> None:
     assert np.isfinite(last_state).all()
 
 
-@pytest.mark.usefixtures("short_parts")
 @pytest.mark.parametrize("name", SPLIT)
 def test_few_channels_are_split_along_time(name: str, launches: list[tuple[str, int]]) -> None:
     case = Case(f"split, {name}", "selective_scan", partial(scan_problem, **{**FEW, **SPLIT[name]}))
@@ -138,14 +123,14 @@ def test_few_channels_are_split_along_time(name: str, launches: list[tuple[str, 
     assert {"ends", "forward", "starts", "backward"} <= {factory for factory, _ in launches}
 
 
-def test_parts_have_a_least_length(launches: list[tuple[str, int]]) -> None:
+def test_parts_are_tiles_and_not_too_many(launches: list[tuple[str, int]]) -> None:
     """The first part of a row is computed as the whole row would be; the parts after it agree to rounding."""
     arguments = scan_problem(np.random.default_rng(0), **{**FEW, "length": 1000})
     y = emulated.selective_scan(**arguments)
     (_, ends), (_, blocks) = launches
-    assert (ends, blocks) == (6, 7), "parts of at least 128 steps"
-    first = {k: x[..., :128] if k in ("u", "delta", "B", "C", "z") else x for k, x in arguments.items()}
-    np.testing.assert_array_equal(y[..., :128], emulated.selective_scan(**first))
+    assert (ends, blocks) == (10, 11), "11 parts of 96 steps, not 31 of 32: 15^2 < 1000 / 4"
+    first = {k: x[..., :32] if k in ("u", "delta", "B", "C", "z") else x for k, x in arguments.items()}
+    np.testing.assert_array_equal(y[..., :32], emulated.selective_scan(**first))
     assert len(launches) == 3, "what is short is not cut"
 
 
@@ -187,3 +172,68 @@ def test_the_same_whether_memory_is_aligned_or_not(dtype: str) -> None:
         emulated.selective_scan(**make(np.random.default_rng(0), **changes)) for make in (scan_problem, moved)
     )
     np.testing.assert_array_equal(y, y_moved)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16", "dim": 34}, {"B": "4", "C": "4"}], ids=str)
+def test_transposed_inputs_are_read_where_they_are(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same results, which lie as u does."""
+    arguments = {name: make(np.random.default_rng(0), **{"dim": 20, "length": 64, **changes}) for name, make in (
+        ("rows", scan_problem), ("columns", partial(scan_problem, layout="transposed")))}  # fmt: skip
+    read: list[Any] = []
+    run = emulator.launch
+
+    def launch(kernel: Any, blocks: int, *given: Any) -> None:
+        read.extend(x for x in given if isinstance(x, np.ndarray))
+        run(kernel, blocks, *given)
+
+    monkeypatch.setattr(emulator, "launch", launch)
+    results = {}
+    for name, problem in arguments.items():
+        y, _, checkpoints = emulated.selective_scan_forward(**problem)
+        gradients = emulated.selective_scan_backward(y, **problem, checkpoints=checkpoints)
+        results[name] = [y, gradients.du, gradients.ddelta, gradients.dz]
+    for rows, columns in zip(results["rows"], results["columns"], strict=True):
+        np.testing.assert_array_equal(rows, columns)
+        assert columns.swapaxes(1, 2).flags.c_contiguous
+    for name in ("u", "delta", "B", "C", "z"):
+        assert any(x.ctypes.data == arguments["columns"][name].ctypes.data for x in read), name
+
+
+def test_parts_of_packed_sequences_are_numbered_one_after_the_other() -> None:
+    """Every part of every sequence has one number, whatever their lengths, and numbers left over have no steps."""
+    rng, steps_of_part, length = np.random.default_rng(0), 32, 512
+    for count in (1, 2, 5, 16):
+        borders = np.sort(rng.choice(length + 1, count + 1))
+        borders[0], borders[-1] = 0, length
+        numbers, device = length // steps_of_part + count, emulator.Emulator(32, [borders])
+        part_of = device.rebound(_segments.part_of, {})
+        found = [
+            part_of(number, numbers, numbers, length, steps_of_part, count, borders.ctypes.data)
+            for number in range(numbers)
+        ]
+        lengths = np.diff(borders)
+        expected = [(i, k) for i, n in enumerate(lengths) for k in range(max(1, -(-n // steps_of_part)))]
+        assert [(which, part) for which, part, _, _ in found[: len(expected)]] == expected
+        assert [number for *_, number in found] == list(range(numbers))
+        for which, part, parts, _ in found[: len(expected)]:
+            assert parts == max(1, -(-lengths[which] // steps_of_part)) > part
+        assert all(
+            which == count - 1 and part * steps_of_part >= lengths[-1] for which, part, _, _ in found[len(expected) :]
+        )
+
+
+@pytest.mark.parametrize("borders", [(0, 200), (0, 3, 200), (0, 90, 90, 91, 200), (0, 50, 100, 150, 200)])
+def test_few_packed_sequences_are_cut(borders: tuple[int, ...], launches: list[tuple[str, int]]) -> None:
+    problem = partial(scan_problem, **{**FEW, "length": borders[-1], "cu_seqlens": borders})
+    check_forward(emulated, case := Case(f"cut, {borders}", "selective_scan", problem))
+    check_backward(emulated, case)
+    assert {"ends", "forward", "starts", "backward"} <= {factory for factory, _ in launches}
+
+
+def test_wrong_borders_touch_no_memory_of_others() -> None:
+    """Results are whatever they are; the emulator finds what lies outside of arrays."""
+    problem = scan_problem(np.random.default_rng(0), **{**FEW, "initial_state": False})
+    for borders in ((0, 200, 0, 200, 0, 200), (150, 20, -5, 900), (7, 7, 7)):
+        packed = {**problem, "cu_seqlens": np.array(borders, np.int64)}
+        y, _, checkpoints = emulated.selective_scan_forward(**packed)
+        emulated.selective_scan_backward(y, **packed, checkpoints=checkpoints)

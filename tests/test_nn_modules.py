@@ -513,6 +513,8 @@ def test_half_precision_models(dtype: Any) -> None:
 
 def test_float32_state_beats_a_half_precision_state() -> None:
     model, wide = MambaLM(SMALL, ml_dtypes.bfloat16), MambaLM(SMALL, np.float64)
+    for layer in model.backbone.layers:  # where B and C are small, so is what the states have in the result
+        layer.mixer.x_proj.weight.data *= 16
     wide.load_state_dict(model.state_dict())
     x = ids(1, 200)
     exact, errors = wide(x).data, {}
@@ -525,7 +527,7 @@ def test_float32_state_beats_a_half_precision_state() -> None:
             logits = model.step(x[:, t], states).astype(np.float64)
             worst.append(np.abs(logits - exact[:, t]).mean())
         errors[name] = np.mean(worst)
-    assert errors["float32"] < errors["bfloat16"]
+    assert 1.5 * errors["float32"] < errors["bfloat16"]
 
 
 def test_config_reads_released_files_and_refuses_others() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import sscan.nn
-from sscan.cpu import _parallel
+from sscan.cpu import _parallel, half_precision
 from sscan.nn import MambaConfig, MambaLM, products
 from sscan.nn.products import one_blas_thread
 
@@ -57,6 +57,42 @@ def test_products(a: tuple[int, ...], b: tuple[int, ...], dtype: Any) -> None:
     assert (np.abs(got.astype(np.float64) - exact) <= bound).all()
     transposed = products.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2))
     assert (np.abs(transposed.swapaxes(-1, -2).astype(np.float64) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("vectors", [np.float32, None])
+def test_few_rows_with_weights_in_half_precision(half: Any, vectors: Any) -> None:
+    weight, x = operand(5001, 901, dtype=half), operand(7, 901, dtype=vectors or half)
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    got = products.matmul(x, weight.T)
+    assert got.dtype == x.dtype
+    bound = 901 * np.finfo(np.float32).eps * (np.abs(x).astype(np.float64) @ np.abs(weight.T).astype(np.float64))
+    assert (np.abs(got - exact) <= bound + float(ml_dtypes.finfo(x.dtype).eps) * np.abs(exact)).all()
+    np.testing.assert_array_equal(got[2:3], products.matmul(x[2:3], weight.T))
+
+
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
+def test_conversions_are_those_of_numpy(half: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    convert = half_precision.convert
+    monkeypatch.setattr(half_precision, "convert", lambda *given: calls.append(given) or convert(*given))
+    every = np.arange(1 << 16, dtype=np.uint16).view(half)  # all bits that there are
+    assert every.size >= products.LEAST_COPY
+    wide = products.cast(every, np.float32)
+    np.testing.assert_array_equal(wide, every.astype(np.float32))
+    around = wide.view(np.int32)[:, None] + np.array([-1, 0, 1, 0x0FFF, 0x1000, 0x7FFF, 0x8000, 0x8001], np.int32)
+    around = around.astype(np.int32).view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = around.astype(half)
+    got = products.cast(around, half)
+    np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
+    for layout in (around.T, around[::2], around.reshape(256, 256, 8).swapaxes(1, 2), around[:0]):
+        got = products.cast(layout, half)
+        assert got.shape == layout.shape
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.testing.assert_array_equal(got.astype(np.float32), layout.astype(half).astype(np.float32))
+    assert len(calls) == 5
+    assert products.cast(wide, np.float32) is wide
 
 
 @pytest.mark.parametrize(("a", "b"), SHAPES, ids=str)

@@ -21,14 +21,16 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from sscan import _cache
+from sscan.cpu._vector import _X86
 
 # --- compilation -----------------------------------------------------------------------------------------------------
 
@@ -116,6 +118,15 @@ def add(address, number):
     return _add_at(address, number)
 
 
+@intrinsic
+def _read_at(typingctx, address):
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
 ALL_TAKEN = CLOSED = 1 << 62
 _sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 
@@ -134,6 +145,65 @@ def close(counter, inside):
         if turns > 500:  # some microseconds
             _sleep(pause)
             pause = min(pause + pause // 4, 1000)
+
+
+# --- phases ----------------------------------------------------------------------------------------------------------
+# A kernel of several phases, each of which reads what the one before has written, is still one call. Nobody is waited
+# for who has not begun: a phase is over when its tasks are done, and who comes late finds it so and goes on. Who has
+# kept others waiting for long, because it lost its core, does no more of the call: it may lose it again.
+
+# A phase has a row of two cache lines, since everybody takes tasks while some look for the last one: in the first how
+# many are taken; in the second how many are done, and whether one of them is awaited.
+_ROW, _DONE, _AWAITED = 16, 8, 9
+_PATIENCE = 2000 if _X86 else 20000  # turns, some ten microseconds; the first sleep is about as long again
+
+
+def phases(count: int, threads: int) -> Any:
+    """What the threads of one call share: a row for each phase, and one for each thread, whether it shall stop."""
+    return np.zeros((count + threads, _ROW), np.int64)
+
+
+@intrinsic
+def _pause(typingctx):
+    """Leave the core's other thread the core for a moment; x86 only, else nothing."""
+
+    def codegen(context, builder, sig, args):
+        if _X86:
+            function = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@register_jitable
+def next_task(progress, phase, tasks, thread):
+    """A task of the phase that nobody has taken; -1 when all are done, and what they wrote can be read."""
+    if progress[len(progress) - 1 - thread, 0]:
+        return -1
+    address = progress.ctypes.data + 8 * _ROW * phase
+    task = _add_at(address, 1)
+    if task < tasks:
+        return task
+    turns = 0
+    while _read_at(address + 8 * _DONE) < tasks:
+        turns += 1
+        if turns < _PATIENCE:
+            _pause()
+        else:
+            if turns > _PATIENCE:
+                _add_at(address + 8 * _AWAITED, 1)
+            _sleep(20)
+    return -1
+
+
+@register_jitable
+def finish(progress, phase, thread):
+    """Say that a task is done. A thread that has taken one must come here: the others wait for it."""
+    address = progress.ctypes.data + 8 * _ROW * phase
+    _add_at(address + 8 * _DONE, 1)
+    if _read_at(address + 8 * _AWAITED):
+        progress[len(progress) - 1 - thread, 0] = 1
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,12 @@ from sscan.cpu._vector import STORAGE, read, splat, store, write
 TILE = 16
 
 
+@register_jitable
+def padded(count: int) -> int:
+    """A number of numbers in whole vectors."""
+    return (count + TILE - 1) // TILE * TILE
+
+
 class View(NamedTuple):
     """A (batch, groups, rows, length) array, contiguous along time: address and byte strides; address 0: absent."""
 

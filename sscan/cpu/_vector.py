@@ -415,6 +415,38 @@ def store_wide(typingctx, array, offset, x):
 
 
 @intrinsic
+def load_column(typingctx, array, offset, stride):
+    """16 values of a flat real array, ``stride`` apart."""
+    result = Vector(array.dtype, WIDTH)
+
+    def codegen(context, builder, sig, args):
+        value = ir.Constant(_llvm_vector(array.dtype, WIDTH), ir.Undefined)
+        for k, pointer in enumerate(_column_pointers(context, builder, array, *args)):
+            value = builder.insert_element(value, builder.load(pointer), ir.Constant(_I32, k))
+        return value
+
+    return result(array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_column(typingctx, array, offset, stride, x):
+    """The inverse of ``load_column``."""
+
+    def codegen(context, builder, sig, args):
+        for k, pointer in enumerate(_column_pointers(context, builder, array, *args[:3])):
+            builder.store(builder.extract_element(args[3], ir.Constant(_I32, k)), pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, x), codegen
+
+
+def _column_pointers(context, builder, array_type, array, offset, stride):
+    for k in range(WIDTH):
+        index = builder.add(offset, builder.mul(stride, ir.Constant(_I64, k)))
+        yield _element_pointer(context, builder, array_type, array, index)
+
+
+@intrinsic
 def spread(typingctx, array, offset, stride):
     """The scalars at ``offset, offset + stride, ...`` of a flat array, each in the 16 lanes of one state."""
     result = _wide(array.dtype)
@@ -531,6 +563,21 @@ def scratch(count, dtype):
     return raw[start : start + count]
 
 
+@intrinsic
+def borrowed(typingctx, array):
+    """The same array, whose references nobody counts: threads that share it would wait for each other to do so.
+
+    The one that it is made from has to outlive it.
+    """
+
+    def codegen(context, builder, sig, args):
+        view = context.make_array(array)(context, builder, args[0])
+        view.meminfo = ir.Constant(view.meminfo.type, None)
+        return view._getvalue()
+
+    return array(array), codegen
+
+
 # --- arrays of the caller --------------------------------------------------------------------------------------------
 # Kernels see a caller's array as an address, byte strides and a storage code (``View`` in _tiles.py).
 
@@ -543,36 +590,33 @@ def _constant(ty, number):
     return ir.Constant(ty, [number] * ty.count)
 
 
-def _stored(builder, pointer, code, element):
-    """16 stored values in the accumulation type: an LLVM switch over the storage codes."""
+def _stored_as(builder, pointer, code, element):
+    """16 values that are stored in the dtype of ``code``, a Python number, in the accumulation type."""
     target = _llvm_vector(element, WIDTH)
 
     def fetch(ty):
         ty = ir.VectorType(ty, WIDTH)
         return builder.load(builder.bitcast(pointer, ty.as_pointer()), align=2)
 
-    def bfloat16():
+    if code == BFLOAT16:
         integers = ir.VectorType(_I32, WIDTH)
         bits = builder.zext(fetch(_I16), integers)
         return builder.bitcast(builder.shl(bits, _constant(integers, 16)), target)
+    if code == FLOAT16:
+        return builder.fpext(fetch(_HALF), target) if _HALF_INSTRUCTIONS else _from_half(builder, fetch(_I16))
+    return fetch(_DOUBLE if code == FLOAT64 else _FLOAT)
 
-    def float16():
-        if _HALF_INSTRUCTIONS:
-            return builder.fpext(fetch(_HALF), target)
-        return _from_half(builder, fetch(_I16))
 
+def _stored(builder, pointer, code, element):
+    """16 stored values in the accumulation type: an LLVM switch over the storage codes."""
     if element.bitwidth == 64:
-        return fetch(_DOUBLE)
-    result = cgutils.alloca_once(builder, target)
-    _switch(
-        builder,
-        code,
-        {
-            FLOAT32: lambda: builder.store(fetch(_FLOAT), result),
-            FLOAT16: lambda: builder.store(float16(), result),
-            BFLOAT16: lambda: builder.store(bfloat16(), result),
-        },
-    )
+        return _stored_as(builder, pointer, FLOAT64, element)
+    result = cgutils.alloca_once(builder, _llvm_vector(element, WIDTH))
+
+    def fetch(code):
+        return lambda: builder.store(_stored_as(builder, pointer, code, element), result)
+
+    _switch(builder, code, {code: fetch(code) for code in (FLOAT32, FLOAT16, BFLOAT16)})
     return builder.load(result)
 
 
@@ -671,7 +715,9 @@ def _switch(builder, code, cases):
 
 def _bounce(builder):
     """Stack memory for 16 elements of any storage dtype, through which fewer than 16 are read and written."""
-    return builder.bitcast(cgutils.alloca_once(builder, _I64, size=WIDTH), ir.IntType(8).as_pointer())
+    memory = cgutils.alloca_once(builder, _I64, size=WIDTH)
+    memory.align = 8 * WIDTH  # LLVM was seen to put a vector there too, which it expects on a border of its own size
+    return builder.bitcast(memory, ir.IntType(8).as_pointer())
 
 
 @intrinsic

@@ -27,6 +27,11 @@ def blocks_of(A: np.ndarray, groups: int) -> int:
     return -(-(A.shape[0] // groups) // TILE)
 
 
+def in_columns(array):
+    """Whether an array along time is taken as it is because channels are neighbours in memory: never, it is copied."""
+    return False
+
+
 def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequences, segments=None):
     """The shape of checkpoints, the states at the start of every 32nd step of every segment.
 

@@ -7,6 +7,7 @@ from sscan.cuda.linear_scan import linear_scan_backward, linear_scan_forward
 from sscan.cuda.rms_norm import rms_norm_backward, rms_norm_forward
 from sscan.cuda.selective_scan import (
     checkpoints_shape,
+    in_columns,
     selective_scan_backward,
     selective_scan_backward_summary,
     selective_scan_forward,
@@ -24,6 +25,7 @@ __all__ = [
     "checkpoints_shape",
     "discretize_backward",
     "discretize_forward",
+    "in_columns",
     "linear_scan_backward",
     "linear_scan_forward",
     "rms_norm_backward",

@@ -24,6 +24,7 @@ PRIMITIVES: dict[Any, tuple] = {}  # intrinsic -> (name, parameters), for the em
 _I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _REALS = {np.dtype(np.float32): (types.float32, _F32), np.dtype(np.float64): (types.float64, _F64)}
+_INTEGERS = {np.dtype(np.int32): types.int32}
 _COMPLEX = {np.dtype(np.complex64): types.complex64, np.dtype(np.complex128): types.complex128}
 
 
@@ -55,6 +56,8 @@ def real_of(number):
 
 def _number_type(number):
     number = np.dtype(number)
+    if number in _INTEGERS:
+        return _INTEGERS[number]
     return _COMPLEX[number] if number.kind == "c" else _REALS[number][0]
 
 
@@ -602,6 +605,118 @@ def stored_reader(storage, count, together=False, keep=False, constant=True):
         return types.void(into, types.int64, types.int64, types.int64, types.int64), codegen
 
     return read
+
+
+def _half_shift(builder, address):
+    """Bits from the start of the word that an address of a half lies in to the half."""
+    return builder.shl(builder.and_(address, ir.Constant(_I32, 2)), ir.Constant(_I32, 3))
+
+
+def shifted_reader(storage, count):
+    """``read(into, start, address, index, valid, before)``: 2 or 4 halves that lie anywhere, as the words around them.
+
+    Into ``count // 2 + 1`` words of ``into``, a ``local_array`` of int32, from ``start`` on; ``shifted_widener`` cuts
+    the halves out of them, as late as it can, since then they are waited for. What is not valid is 0. Words are read
+    where ``before`` says that a half precedes them, and ``valid`` that one follows; elsewhere halves one by one.
+    """
+    storage = np.dtype(storage)
+    assert storage.itemsize == 2
+    words = count // 2
+
+    @primitive("shifted_reader", storage, count)
+    def read(typingctx, into, first, address, index, valid, before):
+        def codegen(context, builder, sig, args):
+            out = builder.gep(context.make_array(into)(context, builder, args[0]).data, [args[1]])
+            start, zero = _element_pointer(builder, args[2], args[3], _I16), ir.Constant(_I32, 0)
+            for i in range(words + 1):
+                builder.store(zero, _slot(builder, out, i))
+            whole = builder.and_(_more_than(builder, args[4], count), _more_than(builder, args[5], 0))
+            at = builder.ptrtoint(start, _I64)
+            with builder.if_else(whole) as (wide, single):
+                with wide:
+                    word = builder.inttoptr(builder.and_(at, ir.Constant(_I64, -4)), _I32.as_pointer(1))
+                    for i in range(words + 1):
+                        loaded = _marked(builder, builder.load(_slot(builder, word, i), align=4), True)
+                        builder.store(loaded, _slot(builder, out, i))
+                with single:
+                    for k in range(count):
+                        with builder.if_then(_more_than(builder, args[4], k)):
+                            value = _marked(builder, builder.load(_slot(builder, start, k), align=2), True)
+                            value = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16 * (k % 2)))
+                            slot = _slot(builder, out, k // 2)
+                            builder.store(builder.or_(builder.load(slot), value), slot)
+                    halves = [zero, *(builder.load(_slot(builder, out, i)) for i in range(words)), zero]
+                    for i in range(words + 1):  # up by a half, if they begin with the upper half of a word
+                        pair = [halves[i], halves[i + 1], _half_shift(builder, builder.trunc(at, _I32))]
+                        word = _assembly(builder, "shf.l.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", _I32, pair)
+                        builder.store(word, _slot(builder, out, i))
+            return context.get_dummy_value()
+
+        return types.void(into, *[types.int64] * 5), codegen
+
+    return read
+
+
+def shifted_widener(storage, number, count):
+    """``widen(into, held, start, address, index)``: the numbers that ``shifted_reader`` read from there."""
+    storage, real = np.dtype(storage), real_of(number)
+    assert count in (2, 4)
+
+    @primitive("shifted_widener", storage, np.dtype(number), count)
+    def widen(typingctx, into, held, start, address, index):
+        def codegen(context, builder, sig, args):
+            out = _local_reals(context, builder, into, args[0], _REALS[real][1])
+            source = builder.gep(context.make_array(held)(context, builder, args[1]).data, [args[2]])
+            offset = builder.shl(builder.trunc(args[4], _I32), ir.Constant(_I32, 1))
+            shift = _half_shift(builder, builder.add(builder.trunc(args[3], _I32), offset))
+            for i in range(count // 2):
+                pair = [builder.load(_slot(builder, source, k)) for k in (i, i + 1)]
+                word = _assembly(builder, "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", _I32, [*pair, shift])
+                for k in (0, 1):
+                    value = _widen_single(builder, real, _half_of(builder, storage, word, k))
+                    builder.store(value, _slot(builder, out, 2 * i + k))
+            return context.get_dummy_value()
+
+        return types.void(into, held, types.int64, types.int64, types.int64), codegen
+
+    return widen
+
+
+def shifted_writer(storage, number):
+    """``write(address, index, values, valid)``: a ``writer`` of four halves that lie anywhere, as words if all are."""
+    storage, number = np.dtype(storage), np.dtype(number)
+    assert storage.itemsize == 2
+
+    @primitive("shifted_writer", storage, number)
+    def write(typingctx, address, index, values, valid):
+        def codegen(context, builder, sig, args):
+            source = _local_reals(context, builder, values, args[2], _REALS[number][1])
+            pointer = _element_pointer(builder, args[0], args[1], _I16)
+            given = [builder.load(_slot(builder, source, i)) for i in range(4)]
+            odd = builder.trunc(builder.lshr(builder.ptrtoint(pointer, _I64), ir.Constant(_I64, 1)), _I1)
+
+            def store(value, k, align):
+                start = builder.bitcast(_slot(builder, pointer, k), value.type.as_pointer(1))
+                builder.store(value, start, align=align)
+
+            with builder.if_else(_more_than(builder, args[3], 3)) as (all_four, some):
+                with all_four, builder.if_else(odd) as (around, even):
+                    with around:
+                        store(_narrow(builder, storage, given[0]), 0, 2)
+                        store(_narrow_two(builder, storage, given[1], given[2]), 1, 4)
+                        store(_narrow(builder, storage, given[3]), 3, 2)
+                    with even:
+                        for k in (0, 2):
+                            store(_narrow_two(builder, storage, given[k], given[k + 1]), k, 4)
+                with some:
+                    for k in range(3):
+                        with builder.if_then(_more_than(builder, args[3], k)):
+                            store(_narrow(builder, storage, given[k]), k, 2)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, values, types.int64), codegen
+
+    return write
 
 
 def widener(storage, number, count):

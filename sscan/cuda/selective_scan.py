@@ -1,5 +1,6 @@
 """The selective scan on the GPU: which kernels, how many blocks, and the split along time if channels are few."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,15 +8,17 @@ import numpy as np
 from sscan.cuda import _launch, _sums, _through, _workspace
 from sscan.cuda._launch import Kernel
 
-CHANNELS, LANES, CHECKPOINT, TILE = 32, 4, 16, 32  # as in kernels/selective_scan.py
-RESIDENT, RESIDENT_BACKWARD = 5, 4  # blocks that a multiprocessor runs at once, of float32
-SHORTEST = 128  # steps in a part
+LANES, CHECKPOINT, TILE = 4, 16, 32  # as in kernels/selective_scan.py
+RESIDENT, RESIDENT_BACKWARD = 20, 16  # warps that a multiprocessor runs at once, of float32
+# Steps of a scan that take as long as to walk past a part, for the state that a later one starts from.
+WALKED, WALKED_BACKWARD = 4, 1
+FEW = 16  # packed sequences, so few that they may leave a GPU half empty
 WARP_CHANNELS = 8
 ROWS = 2  # channels of a lane in the backward kernel, of float32, if that leaves enough blocks
 
 
 class Geometry(NamedTuple):
-    """How a problem is laid out in blocks."""
+    """How a problem is laid out in blocks of so many warps."""
 
     dim: int
     state: int
@@ -27,6 +30,7 @@ class Geometry(NamedTuple):
     state_blocks: int
     parts: int
     part_length: int
+    warps: int
 
     @property
     def dims(self):
@@ -43,28 +47,54 @@ def geometry(segments, groups, A):
     """The layout of the forward kernels."""
     dim, state = A.shape
     channels_of_group = dim // groups
-    blocks_of_group = -(-channels_of_group // CHANNELS)
+    warps = warps_of(channels_of_group)
+    blocks_of_group = -(-channels_of_group // (warps * WARP_CHANNELS))
     states, block_states = states_of_lane(state, A.dtype)
-    parts, part_length = parts_of(segments, groups * blocks_of_group, RESIDENT)
+    parts, part_length = parts_of(segments, groups * blocks_of_group, RESIDENT // warps, WALKED)
     return Geometry(
         dim, state, segments.length, groups * blocks_of_group, blocks_of_group, channels_of_group, states,
-        -(-state // block_states), parts, part_length,
+        -(-state // block_states), parts, part_length, warps,
     )  # fmt: skip
 
 
-def parts_of(segments, channel_blocks, resident):
+def warps_of(channels_of_group):
+    """Warps of a block, which has channels of one group only."""
+    return 1 if channels_of_group <= WARP_CHANNELS else 2 if channels_of_group <= 2 * WARP_CHANNELS else 4
+
+
+def parts_of(segments, channel_blocks, resident, walked):
     """Into how many parts segments are cut along time, and the steps of a part.
 
     Cutting costs every exponential of the recurrence once more, so a GPU that is half full is left alone. Otherwise as
-    many parts of at least ``SHORTEST`` steps are made as blocks are ``resident`` on all multiprocessors at once.
+    many parts are made as blocks are ``resident`` on all multiprocessors at once, but no more than what the last one
+    has to walk past is worth.
+
+    A few packed sequences are cut as one row would be, since any of them may be nearly all of it; if they are enough to
+    fill the GPU, only where they are longer than the average. Parts are then numbered through all sequences, see
+    ``kernels._segments.part_of``, and this is how many numbers there may be.
     """
-    blocks, fill = segments.count * channel_blocks, resident * _launch.processors()
-    parts = 1
+    packed, length, fill = segments.cu_seqlens is not None, segments.length, resident * _launch.processors()
+    blocks, parts = (1 if packed else segments.count) * channel_blocks, 1
     if 0 < 2 * blocks <= fill:
-        average = segments.length // (segments.count if segments.cu_seqlens is not None else 1)
-        parts = max(1, min(fill // blocks, average // SHORTEST))
-    part_length = -(-segments.length // (parts * TILE)) * TILE
-    return max(1, -(-segments.length // max(1, part_length))), part_length
+        parts = max(1, min(fill // blocks, length // TILE, math.isqrt(length // walked)))
+    part_length = rounded_up(length, parts)
+    if not packed:
+        return max(1, -(-length // max(1, part_length))), part_length
+    if 2 * segments.count * channel_blocks > fill:
+        if segments.count > FEW:
+            return 1, part_length
+        part_length = max(part_length, rounded_up(5 * length, 4 * segments.count))
+    return (1 if part_length >= length else length // part_length + segments.count), part_length
+
+
+def rounded_up(length, parts):
+    """Steps of a part, in whole tiles."""
+    return -(-length // (parts * TILE)) * TILE
+
+
+def launched(segments, parts):
+    """What is launched for each of the ``parts``: all segments, unless parts are numbered through all of them."""
+    return 1 if segments.cu_seqlens is not None and parts > 1 else segments.count
 
 
 def states_of_lane(state, number):
@@ -87,11 +117,17 @@ def checkpoints_shape(batch, dim, length, state, groups, number, seq_idx, sequen
     return chunks, dim, -(-state // block_states) * block_states
 
 
-def in_rows(wave):
-    """An array along time whose channels lie ``length`` apart, as the kernels want it: itself or a copy."""
-    if wave is None or wave.shape[1] < 2 or wave.strides[1] == wave.shape[2] * wave.itemsize:
-        return wave
-    return wave.copy()
+def in_columns(array):
+    """Whether an array along time is taken as it is because channels (of B and C: states) are neighbours in memory."""
+    return array.strides[-2] == array.itemsize != array.strides[-1] and min(array.shape[-2:]) > 1
+
+
+def in_order(array, columns):
+    """An array along time in rows or columns: itself, if it is, or a copy."""
+    size = 0 if array is None or array.ndim == 2 else array.itemsize
+    if not size or array.strides[-2 if columns else -1] == size or array.shape[-2 if columns else -1] < 2:
+        return array
+    return array.swapaxes(-1, -2).copy().swapaxes(-1, -2) if columns else array.copy()
 
 
 def as_reals(matrix, of_A):
@@ -105,42 +141,72 @@ def as_reals(matrix, of_A):
     return matrix.copy() if odd else matrix
 
 
-def matrix_strides(matrix, groups):
-    """Strides of batch row, group and state, in stored reals."""
+def matrix_strides(matrix, groups, columns):
+    """Strides of batch row, group and state (in columns: step), in stored reals."""
     if matrix.ndim == 2:
         return 0, 0, 0
-    batch, group, state = (step // matrix.itemsize for step in matrix.strides[:3])
-    return batch, group if matrix.shape[1] == groups else 0, state
+    batch, group, state, time = (step // matrix.itemsize for step in matrix.strides)
+    return batch, group if matrix.shape[1] == groups else 0, time if columns else state
 
 
 class Plan(NamedTuple):
     """What the metadata of a call decide."""
 
     layout: Geometry
-    copies: bool  # whether an array must be copied first
+    orders: tuple[bool, bool] | None  # whether waves and matrices lie in columns; None: all is as the kernels take it
     variant: tuple
     strides: tuple[int, ...]  # of B and C
+    batches: tuple[int, ...]  # reals from one batch row to the next, of the arrays along time
+    apart: tuple[int, ...]  # reals from one channel, in columns step, to the next
 
 
 def planned(segments, groups, inputs, along):
     """The plan, made from shapes, strides, dtypes and addresses."""
-    A, B, C = inputs.A, as_reals(inputs.B, inputs.A.dtype), as_reals(inputs.C, inputs.A.dtype)
-    copied = any(in_rows(x) is not x for x in along) or (B.dtype, C.dtype) != (inputs.B.dtype, inputs.C.dtype)
-    along = [in_rows(x) for x in along]
+    A, B, C = inputs.A, inputs.B, inputs.C
+    varying = [x for x in (B, C) if x.ndim == 4]
+    orders = in_columns(inputs.u), A.dtype.kind != "c" and any(map(in_columns, varying))
+    given = [*along, B, C]
+    *along, B, C = laid_out(orders, A, along, (B, C))
     layout = geometry(segments, groups, A)
-    quad = 4 * (2 if A.dtype.kind == "c" else 1)
-    together = (
-        segments.cu_seqlens is None
-        and _launch.aligned(4, *along)
-        and all(x.ndim == 2 or _launch.aligned(quad, x) for x in (B, C))
-    )
+    columns, matrix_columns = orders
+    axis = 2 if columns else 1
+    batches, apart = (tuple(0 if x is None else x.strides[i] // x.itemsize for x in along) for i in (0, axis))
+    order = "columns" if columns else "rows"
+    waves = [(x, stride) for x, stride in zip(along, apart, strict=True) if x is not None]
+    if not columns and any(x.shape[1] > 1 and stride != x.shape[2] for x, stride in waves):
+        order = "spread"
     variant = (
         inputs.u.dtype.name, A.dtype.name, B.dtype.name if B.ndim == 4 else "", C.dtype.name if C.ndim == 4 else "",
-        inputs.zoh, inputs.z is not None, together, layout.states, layout.state_blocks > 1,
-        segments.seq_idx is not None,
+        inputs.zoh, inputs.z is not None, order, *vectors(segments, orders, layout, A, along, (B, C)), layout.states,
+        layout.state_blocks > 1, segments.seq_idx is not None,
     )  # fmt: skip
-    copies = copied or B is not inputs.B or C is not inputs.C
-    return Plan(layout, copies, variant, (*matrix_strides(B, groups), *matrix_strides(C, groups)))
+    copies = any(x is not y for x, y in zip(given, (*along, B, C), strict=True))
+    strides = (*matrix_strides(B, groups, matrix_columns), *matrix_strides(C, groups, matrix_columns))
+    return Plan(layout, orders if copies else None, variant, strides, batches, apart)
+
+
+def laid_out(orders, A, waves, matrices):
+    """The arrays as the kernels take them: themselves or copies."""
+    columns, matrix_columns = orders
+    yield from (in_order(x, columns) for x in waves)
+    yield from (in_order(as_reals(x, A.dtype), matrix_columns) for x in matrices)
+
+
+def vectors(segments, orders, layout, A, waves, matrices):
+    """Whether four neighbours of a wave can be read by one instruction, and the order and the same of B and C."""
+    columns, matrix_columns = orders
+    rows_together = segments.cu_seqlens is None  # which may begin anywhere
+    of_waves = layout.channels_of_group % 4 == 0 if columns else rows_together
+    of_matrices = layout.state % 4 == 0 if matrix_columns else rows_together
+    return (
+        of_waves and together(columns, 4, waves), "columns" if matrix_columns else "rows",
+        of_matrices and together(matrix_columns, 8 if A.dtype.kind == "c" else 4, [x for x in matrices if x.ndim == 4]),
+    )  # fmt: skip
+
+
+def together(columns, count, arrays):
+    """Whether groups of ``count`` neighbours start at whole groups."""
+    return _launch.aligned(count, *(x.swapaxes(-1, -2) if columns and x is not None else x for x in arrays))
 
 
 _plans: dict[Any, Any] = {}
@@ -161,15 +227,10 @@ def plan_of(segments, groups, inputs, along, make=planned):
     return plan
 
 
-def batch_stride(wave):
-    """Reals from one batch row to the next."""
-    return 0 if wave is None else wave.strides[0] // wave.itemsize
-
-
 class ForwardPlan(NamedTuple):
     """How a forward call is launched."""
 
-    copies: bool  # as in Plan
+    orders: tuple[bool, bool] | None  # as in Plan
     parts: int
     ends: Kernel
     forward: Kernel
@@ -183,14 +244,15 @@ def planned_forward(segments, groups, inputs, along):
     """The plan of a forward call, with u, delta, z and y along time."""
     plan = planned(segments, groups, inputs.by_group(), along)
     layout = plan.layout
-    strides = (*(batch_stride(in_rows(x)) for x in along), *plan.strides)
-    channels, A = segments.count * layout.parts * layout.dim, inputs.A
+    strides, kernel = (*plan.batches, *plan.apart, *plan.strides), (layout.warps, *plan.variant)
+    count, A = launched(segments, layout.parts), inputs.A
+    channels = count * layout.parts * layout.dim
     states, split, carried = channels * layout.padded * A.itemsize, layout.parts > 1, layout.state_blocks > 1
     workspaces = _workspace.layout(carried * states, split * states, split * channels * A.real.itemsize)
     return ForwardPlan(
-        plan.copies, layout.parts, Kernel("selective_scan", "ends", plan.variant),
-        Kernel("selective_scan", "forward", plan.variant), segments.count * layout.channel_blocks,
-        workspaces, (*layout.dims, layout.parts), (layout.part_length, layout.state_blocks, *strides),
+        plan.orders, layout.parts, Kernel("selective_scan", "ends", kernel),
+        Kernel("selective_scan", "forward", kernel), count * layout.channel_blocks,
+        workspaces, (*layout.dims, layout.parts), (layout.part_length, segments.count, layout.state_blocks, *strides),
     )  # fmt: skip
 
 
@@ -203,8 +265,8 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
     plan = plan_of(segments, groups, inputs, (u, delta, z, y), planned_forward)
-    if plan.copies:
-        u, delta, z, B, C = in_rows(u), in_rows(delta), in_rows(z), as_reals(B, A.dtype), as_reals(C, A.dtype)
+    if plan.orders is not None:
+        u, delta, z, B, C = laid_out(plan.orders, A, (u, delta, z), (B, C))
     parts = plan.parts
     memory, (carry, ends, sums) = _workspace.take(plan.workspaces)
     if known_parts is not None:
@@ -262,8 +324,8 @@ def selective_scan_summary(segments, groups, inputs, initial_state, passage):
     u, delta, A, B, C, _, z, delta_bias, delta_softplus, _, _ = inputs
     summary = plan_of(segments, groups, inputs, (u, delta, z), planned_summary)
     plan = summary.call
-    if plan.copies:
-        u, delta, z, B, C = in_rows(u), in_rows(delta), in_rows(z), as_reals(B, A.dtype), as_reals(C, A.dtype)
+    if plan.orders is not None:
+        u, delta, z, B, C = laid_out(plan.orders, A, (u, delta, z), (B, C))
     memory, (carry,) = _workspace.take(summary.carry)
     ends = _launch.empty(summary.size, summary.dtype)
     _launch.launch(
@@ -275,26 +337,30 @@ def selective_scan_summary(segments, groups, inputs, initial_state, passage):
     return finished_summary(summary, A, ends, initial_state, passage)
 
 
-def backward_shape(A, zoh, many, segments, channel_blocks):
+def backward_shape(A, zoh, many, segments, warps, channel_blocks):
     """(rows, warps, blocks on a multiprocessor) for the backward kernel: registers and shared memory decide.
 
-    ``channel_blocks`` says how many blocks of so many channels there are.
+    ``channel_blocks`` says how many blocks of so many channels there are, ``warps`` how many the channels of a group
+    need.
     """
     real = A.dtype.itemsize // (2 if A.dtype.kind == "c" else 1)
     if real == 8:
-        return (1, 2, 4 if A.dtype.kind != "c" else 3)
+        return (1, min(warps, 2), (4 if A.dtype.kind != "c" else 3) * 2 // min(warps, 2))
     if A.dtype.kind == "c" or many or zoh:
-        return (1, 4, 3)
+        return (1, warps, 12 // warps)
+    if warps < 4:
+        return (1, warps, 16 // warps)
     if segments.count * channel_blocks(ROWS * 4 * WARP_CHANNELS) >= 2 * _launch.processors():
         return (ROWS, 4, 3)
-    split = parts_of(segments, channel_blocks(4 * WARP_CHANNELS), RESIDENT_BACKWARD)[0] > 1
+    blocks = channel_blocks(4 * WARP_CHANNELS)
+    split = parts_of(segments, blocks, RESIDENT_BACKWARD // 4, WALKED_BACKWARD)[0] > 1
     return (ROWS, 2, 6) if split else (1, 4, 4)
 
 
 class BackwardPlan(NamedTuple):
     """How a backward call is launched."""
 
-    copies: bool  # as in Plan
+    orders: tuple[bool, bool] | None  # as in Plan
     parts: int
     workspaces: _workspace.Layout
     starts: Kernel
@@ -313,7 +379,7 @@ def planned_backward(segments, groups, inputs, along):
     """The plan of a backward call, with u, delta, z, dy, du, ddelta and dz along time."""
     inputs = inputs.by_group()
     plan = planned(segments, groups, inputs, along)
-    layout, count, A = plan.layout, segments.count, inputs.A
+    layout, A = plan.layout, inputs.A
     dim, state, length, padded = layout.dim, layout.state, layout.length, layout.padded
     varying_B, varying_C = inputs.B.ndim == 4, inputs.C.ndim == 4
 
@@ -321,13 +387,14 @@ def planned_backward(segments, groups, inputs, along):
         return -(-layout.channels_of_group // channels)
 
     rows, warps, resident = backward_shape(
-        A, inputs.zoh, layout.state_blocks > 1, segments, lambda channels: groups * blocks_in_group(channels)
-    )
+        A, inputs.zoh, layout.state_blocks > 1, segments, layout.warps,
+        lambda channels: groups * blocks_in_group(channels),
+    )  # fmt: skip
     starts_blocks, blocks = blocks_in_group(warps * WARP_CHANNELS), blocks_in_group(rows * warps * WARP_CHANNELS)
-    parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD)
-    u, delta, z, dy = (batch_stride(in_rows(x)) for x in along[:4])
+    parts, part_length = parts_of(segments, groups * blocks, RESIDENT_BACKWARD // 4, WALKED_BACKWARD)
+    (u, delta, z, dy), (u_apart, delta_apart, z_apart, dy_apart) = plan.batches[:4], plan.apart[:4]
     of_parts = layout.channels_of_group, parts
-    sizes = part_length, layout.state_blocks
+    sizes, count = (part_length, segments.count, layout.state_blocks), launched(segments, parts)
 
     all_parts, number, real = count * parts, A.itemsize, A.real.itemsize
     stride = (varying_B + varying_C) * padded
@@ -343,14 +410,17 @@ def planned_backward(segments, groups, inputs, along):
     )  # fmt: skip
     reals = number // real
     return BackwardPlan(
-        plan.copies, parts, workspaces,
+        plan.orders, parts, workspaces,
         Kernel("selective_scan_backward", "starts", (warps, *plan.variant)),
         count * groups * starts_blocks,
         (dim, state, length, groups * starts_blocks, starts_blocks, *of_parts),
-        (*sizes, dy, delta, z, *plan.strides[3:]),
+        (*sizes, dy, delta, z, dy_apart, delta_apart, z_apart, *plan.strides[3:]),
         Kernel("selective_scan_backward", "backward", (rows, warps, resident, *plan.variant)),
         all_parts * groups * blocks,
-        (dim, state, length, groups * blocks, blocks, *of_parts, *sizes, dy, u, delta, z, *plan.strides),
+        (
+            dim, state, length, groups * blocks, blocks, *of_parts, *sizes, dy, u, delta, z, dy_apart, u_apart,
+            delta_apart, z_apart, plan.apart[4], *plan.strides,
+        ),
         _sums.planned(
             all_parts, A.dtype, A.dtype, reals * dim * state, of_D, of_bias, reals * constant_B, reals * constant_C
         ),
@@ -390,9 +460,8 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, _, _ = inputs
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = gradients
     plan = plan_of(segments, groups, inputs, (u, delta, z, dy, du, ddelta, dz), planned_backward)
-    if plan.copies:
-        u, delta, z, dy = (in_rows(x) for x in (u, delta, z, dy))
-        B, C = as_reals(B, A.dtype), as_reals(C, A.dtype)
+    if plan.orders is not None:
+        u, delta, z, dy, B, C = laid_out(plan.orders, A, (u, delta, z, dy), (B, C))
     softplus, (_, _, _, seq_idx, cu_seqlens) = int(delta_softplus), segments
     memory, addresses = _workspace.take(plan.workspaces)
     starts, sums, carry, matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums = addresses
@@ -430,8 +499,8 @@ def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, p
     u, delta, A, _, C, _, z, delta_bias, delta_softplus, _, _ = inputs
     summary = plan_of(segments, groups, inputs, (u, delta, z, dy), planned_backward_summary)
     plan = summary.call
-    if plan.copies:
-        delta, z, dy, C = in_rows(delta), in_rows(z), in_rows(dy), as_reals(C, A.dtype)
+    if plan.orders is not None:
+        delta, z, dy, C = laid_out(plan.orders, A, (delta, z, dy), (C,))
     starts = _launch.empty(summary.size, summary.dtype)
     _launch.launch(
         plan.starts, plan.parts * plan.starts_blocks, dy, delta, A, C, z, delta_bias, int(delta_softplus), starts,

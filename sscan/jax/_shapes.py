@@ -105,6 +105,9 @@ def channels_last(*arrays: Any) -> bool:
     return False
 
 
+in_columns = channels_last
+
+
 def __getattr__(name: str) -> Any:
     if name.endswith(("_forward", "_backward", "_update")):
         return _nothing

@@ -12,6 +12,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
@@ -24,20 +25,47 @@ if TYPE_CHECKING:
 # Parts follow from sizes alone, so no result depends on the number of threads.
 LEAST_WORK = 1 << 22  # multiplications: 0.1 ms, or 1.5 ms if each reads a weight of its own; waking a thread takes 0.05
 LEAST_WIDTH = 256  # rows or columns: BLAS rearranges the whole other operand for every part
+HALVES = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
+FEW = 8  # rows that are not worth a copy of the other operand in float32
+LEAST_COPY = 1 << 15  # numbers in half precision that NumPy does not convert as fast
 
 
 def matmul(a: Array, b: Array) -> Array:
     """a @ b over the last two axes; the axes before them broadcast. Half precision is multiplied in float32."""
     xp, dtype = array_module(a), np.result_type(a.dtype, b.dtype)
     if xp is np:
-        if dtype.itemsize > 2:
+        if a.dtype.itemsize > 2 and b.dtype.itemsize > 2:
             return _matmul_in_parts(a, b, dtype)
-        return _matmul_in_parts(a.astype(np.float32), b.astype(np.float32), np.dtype(np.float32)).astype(dtype)
+        wide = np.result_type(dtype, np.float32)
+        few = wide == np.float32 and a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and len(a) <= FEW
+        if few and b.dtype.itemsize == 2 and b.flags.f_contiguous and b.size >= LEAST_COPY:
+            return _times_rows(a, b.T, dtype)
+        return cast(_matmul_in_parts(cast(a, wide), cast(b, wide), wide), dtype)
     if not on_gpu(a):
         return xp.matmul(a, b).astype(dtype, copy=False)
     from sscan.cuda import _products
 
     return _products.matmul(a.astype(dtype, copy=False), b.astype(dtype, copy=False))  # type: ignore[no-untyped-call]
+
+
+def cast(array: Array, dtype: Any) -> Array:
+    """The array in another dtype, itself if it is in that already."""
+    dtypes = {array.dtype, np.dtype(dtype)}
+    converts = len(dtypes) == 2 and dtypes - HALVES == {np.dtype(np.float32)}
+    if not converts or array.size < LEAST_COPY or array_module(array) is not np:
+        return array.astype(dtype, copy=False)
+    from sscan.cpu.half_precision import convert
+
+    return convert(array if array.flags.forc else np.ascontiguousarray(array), dtype)
+
+
+def _times_rows(a: Array, matrix: Array, dtype: np.dtype[Any]) -> Array:
+    """a @ matrix^T of few rows, in a dtype of its own; the matrix, in half precision, is read as it lies."""
+    from sscan.cpu.half_precision import matrix_times_vectors
+
+    result = np.empty((len(a), len(matrix)), dtype)
+    matrix_times_vectors(matrix, a, result)
+    return result
 
 
 def broadcast_stacks(a: Array, b: Array) -> tuple[tuple[int, ...], Array, Array]:

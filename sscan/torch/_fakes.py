@@ -96,7 +96,22 @@ def selective_scan(
         shape = checkpoints_shape(u, A, a.B, a.C, a.seq_idx, a.cu_seqlens)
         if shape is not None:
             checkpoints = A.new_empty(shape, dtype=number)
-    return u.new_empty(u.shape), last_state, checkpoints
+    return _wave(u), last_state, checkpoints
+
+
+def _wave(u: Any) -> Any:
+    """An array along time as the core makes it for u: with neighbouring channels where those of u may stay."""
+    kernels = _backends.for_device("selective_scan", "cpu" if u.is_meta else u.device.type)
+    if not kernels.in_columns(_layout_of(u)):
+        return u.new_empty(u.shape)
+    batch, dim, length = u.shape
+    return u.new_empty((batch, length, dim)).transpose(1, 2)
+
+
+def _layout_of(x: Any) -> SimpleNamespace:
+    """Of a tensor, what backends look at to decide whether they take it as it lies."""
+    strides = [step * x.itemsize for step in x.stride()]
+    return SimpleNamespace(shape=x.shape, strides=strides, itemsize=x.itemsize)
 
 
 def checked_scan(*tensors: Any) -> Any:
@@ -120,7 +135,9 @@ def checkpoints_shape(u: Any, A: Any, B: Any, C: Any, seq_idx: Any, cu_seqlens: 
 
 
 def selective_scan_backward(dy: Any, dlast_state: Any, *arguments: Any) -> list[Any]:
-    return gradients(*arguments[:9])
+    u, _, A, B, C, D, z, *others = arguments[:9]
+    made = [_wave(u), _wave(u), *gradients(A, B, C, D)]
+    return made + ([] if z is None else [_wave(u)]) + gradients(*others)
 
 
 def selective_state_update(*arguments: Any) -> Any:
@@ -147,8 +164,7 @@ def causal_conv1d(
 def _convolved(x: Any, width: int) -> Any:
     """What the convolution makes of x, or the gradient of x: with neighbouring channels where those of x may stay."""
     kernels = _backends.for_device("causal_conv1d", "cpu" if x.is_meta else x.device.type)
-    strides = [step * x.itemsize for step in x.stride()]
-    if not kernels.channels_last(SimpleNamespace(shape=x.shape, strides=strides, itemsize=x.itemsize), width):
+    if not kernels.channels_last(_layout_of(x), width):
         return x.new_empty(x.shape)
     batch, dim, length = x.shape
     return x.new_empty((batch, length, dim)).transpose(1, 2)

@@ -34,6 +34,22 @@ if TYPE_CHECKING:
     from cases import Case
 
 
+def test_fakes_lie_in_memory_as_results_do() -> None:
+    """Of inputs with neighbouring channels, which the scan takes as they are."""
+    u, delta, z, dy = (torch.randn(2, 40, 24, device="cuda").mT for _ in range(4))
+    B, C = (torch.randn(2, 40, 16, device="cuda").mT for _ in range(2))
+    A, D, bias = (-torch.rand(24, 16, device="cuda"), *torch.randn(2, 24, device="cuda"))
+    scanned = (u, delta, A, B, C, D, z, bias, None, None, None)
+    ops = torch.ops.sscan
+    y, _, checkpoints = ops.selective_scan(*scanned, True, "mamba", False, True)
+    assert y.stride() == u.stride()
+    for op, arguments in (
+        (ops.selective_scan, (*scanned, True, "mamba", False, True)),
+        (ops.selective_scan_backward, (dy, None, *scanned, checkpoints, True, "mamba")),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: f"{c.op}: {c}")
 def test_is_the_core(case: Case) -> None:
     check = check_updates_like_the_core if case.op in UPDATED else check_is_the_core

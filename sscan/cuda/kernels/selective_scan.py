@@ -28,6 +28,8 @@ from sscan.cuda._primitives import (
     shared_reader,
     shared_set,
     shared_writer,
+    shifted_reader,
+    shifted_widener,
     shuffle_xor,
     stored_array,
     stored_reader,
@@ -38,21 +40,20 @@ from sscan.cuda._primitives import (
 )
 from sscan.cuda._target import device
 from sscan.cuda._unroll import unroll
-from sscan.cuda.kernels._segments import read_integer, segment
+from sscan.cuda.kernels._segments import part_of, read_integer, segment
+from sscan.cuda.kernels._waves import QUAD, wave_tile
 from sscan.cuda.kernels.selective_scan_through import behind
 
-THREADS, CHANNELS = 128, 32  # of a block
 LANES = 4  # of a channel
+WARP_CHANNELS = 32 // LANES
 BLOCK = 16  # states that B and C are staged for at a time
-TILE, QUAD = 32, 4  # steps between barriers, steps between sums over states
+TILE = 32  # steps between barriers; between sums over states there are QUAD
 QUADS = TILE // QUAD
-ROWS = CHANNELS * QUADS // THREADS  # rows of a tile of which a thread has quads, that lie APART
-APART = CHANNELS // ROWS
 ROW = TILE + 4  # reals from one channel to the next in shared memory: 4 more, against bank conflicts
 AHEAD = 32  # bytes of the ends of parts that a lane reads at once, for each of its states
 QUAD_SIZE = QUAD * BLOCK + 4  # numbers from one quad of B to the next
 CHECKPOINT = 16  # steps between checkpoints; x >> 4 is x // CHECKPOINT
-BLOCKS = {"float32": 5, "float64": 3, "complex64": 3, "complex128": 2}  # at once on a multiprocessor
+BLOCKS = {"float32": 5, "float64": 3, "complex64": 3, "complex128": 2}  # of 4 warps, at once on a multiprocessor
 
 
 class Variant(NamedTuple):
@@ -64,20 +65,23 @@ class Variant(NamedTuple):
     C: str
     zoh: bool
     gated: bool  # whether there is a z
-    together: bool  # whether four steps can be read by one instruction
+    order: str  # of the arrays along time: "rows" whose channels lie ``length`` apart, "spread" rows, or "columns"
+    together: bool  # whether four steps, in columns four channels, can be read by one instruction
+    matrix_order: str  # of varying B and C: "rows", or "columns" whose states are neighbours
+    matrices_together: bool
     states: int  # of a lane: 1, 2 or 4
     many: bool  # whether there is more than one block of states
     resets: bool  # whether there is a seq_idx
 
 
 @device
-def place(index, parts, channel_blocks, blocks_of_group, channels_of_group, channels):
-    """(segment, part, group, number among the blocks of channels, first channel, channel after the last) of a block."""
-    rest = quotient(index, channel_blocks)
-    block, which = index - rest * channel_blocks, quotient(rest, parts)
+def place(index, channel_blocks, blocks_of_group, channels_of_group, channels):
+    """(part, group, number among the blocks of channels, first channel, channel after the last) of a block."""
+    part = quotient(index, channel_blocks)
+    block = index - part * channel_blocks
     group = quotient(block, blocks_of_group)
     first = group * channels_of_group + (block - group * blocks_of_group) * channels
-    return which, rest - which * parts, group, block, first, (group + 1) * channels_of_group
+    return part, group, block, first, (group + 1) * channels_of_group
 
 
 @device
@@ -202,60 +206,93 @@ def past_parts(number, states, back):
     return walk
 
 
-def forward(*key):
+def forward(warps, *key):
     """y, the last state and, if there is memory for them, checkpoints."""
-    return scan(Variant(*key), False)
+    return scan(warps, Variant(*key), False)
 
 
-def ends(*key):
+def ends(warps, *key):
     """The state that each part but the last ends in when it starts from zero, and the sum of its step sizes."""
-    return scan(Variant(*key), True)
+    return scan(warps, Variant(*key), True)
 
 
-def matrix_tile(storage, number, together, conjugated, keep, tile, threads, step_size, quad_size, turned=0):
-    """B or C on its way to shared memory: of each state, every thread has a few consecutive steps of a tile.
+def matrix_tile(v, storage, conjugated, keep, tile, threads, step_size, quad_size, turned=0):
+    """B or C on its way to shared memory: every thread has a few consecutive steps of one or more states of a tile.
 
-    ``make()`` is where ``read`` puts them, from ``start``, and ``stage`` takes them from there to
-    [quad][step][state]. C is staged as 2 conj(C) if it is complex, of which both y and the gradient of the state are
-    made. If ``turned``, a second copy follows the tile, in which states n and n ^ turned have changed places.
+    In columns it has a few consecutive states of one or more steps. ``make()`` is where ``read`` puts them, from
+    ``start``, and ``stage`` takes them from there to [quad][step][state]. C is staged as 2 conj(C) if it is complex, of
+    which both y and the gradient of the state are made. If ``turned``, a second copy follows the tile, in which states
+    n and n ^ turned have changed places. ``stride`` is that from state to state, in columns from step to step.
     """
-    count = tile * BLOCK // threads
-    shift, mask = (tile // count).bit_length() - 1, tile // count - 1
+    number, columns = dtype_of(v.number), v.matrix_order == "columns"
+    count = min(QUAD, tile * BLOCK // threads)  # of neighbours
+    groups = (BLOCK if columns else tile) // count
+    shift, mask, apart = groups.bit_length() - 1, groups - 1, threads // groups
+    pieces = tile * BLOCK // threads // count  # ``apart`` states, in columns steps
     f, per_number, size = number_functions(number), planes(number), storage.itemsize
     reals = count * per_number
-    make, read_stored = stored_array(reals, storage), stored_reader(storage, reals, together, keep)
-    widen, numbers = widener(storage, number, count), local_array(count, number)
+    shifted = storage.itemsize == 2 and per_number == 1 and not v.matrices_together and not columns
+    held = reals // 2 + 1 if shifted else reals  # of a piece in registers
+    make = local_array(pieces * held, np.int32) if shifted else stored_array(pieces * held, storage)
+    read_stored = None if shifted else stored_reader(storage, reals, v.matrices_together, keep)
+    read_shifted = shifted_reader(storage, reals) if shifted else None
+    widen_stored = None if shifted else widener(storage, number, count)
+    widen_shifted, numbers = shifted_widener(storage, number, reals) if shifted else None, local_array(count, number)
+    store = shared_writer(number, count)
     conj, times, shares, copy = f.conj, f.times, f.shares, tile // QUAD * quad_size
 
     @device
-    def start(address, at, state_stride, begin, thread):
-        """Address of the thread's steps in the first tile and block of states."""
-        return address + size * (at + (thread >> shift) * state_stride + per_number * (begin + (thread & mask) * count))
+    def start(address, at, stride, begin, thread):
+        """Address of the thread's part in the first tile and block of states."""
+        if columns:
+            return address + size * (at + (thread & mask) * count + (begin + (thread >> shift)) * stride)
+        return address + size * (at + (thread >> shift) * stride + per_number * (begin + (thread & mask) * count))
 
     @device
-    def read(into, address, n0, state_stride, state, t, steps, thread):
+    def read(into, address, n0, stride, state, t, steps, thread):
         """``steps`` from t on are there to be read."""
-        known = select(n0 + (thread >> shift) < state, per_number * (steps - (thread & mask) * count), 0 * thread)
-        read_stored(into, 0, address, n0 * state_stride + per_number * t, known)
+        for k in unroll(pieces):
+            if columns:
+                known = select(steps - k * apart > (thread >> shift), state - n0 - (thread & mask) * count, 0 * thread)
+                read_stored(into, k * held, address, n0 + (t + k * apart) * stride, known)
+            else:
+                steps_known = per_number * (steps - (thread & mask) * count)
+                known = select(n0 + k * apart + (thread >> shift) < state, steps_known, 0 * thread)
+                at = (n0 + k * apart) * stride + per_number * t
+                if shifted:
+                    read_shifted(into, k * held, address, at, known, per_number * (t + (thread & mask) * count))
+                else:
+                    read_stored(into, k * held, address, at, known)
 
     @device
-    def stage(tile, held, thread):
+    def stage(tile, held_pieces, address, n0, stride, thread):
         values = numbers()
-        widen(values, held, 0)
-        t = (thread & mask) * count
-        at = (t >> 2) * quad_size + (t & 3) * step_size + (thread >> shift)
-        for i in unroll(count):
-            value = values[i]
-            if conjugated:
-                value = times(conj(value), shares)
-            shared_set(tile, at + i * step_size, value)
-            if turned:
-                shared_set(tile, copy + (at ^ turned) + i * step_size, value)
+        for k in unroll(pieces):
+            if shifted:
+                widen_shifted(values, held_pieces, k * held, address, (n0 + k * apart) * stride)
+            else:
+                widen_stored(values, held_pieces, k * held)
+            if columns:
+                t = k * apart + (thread >> shift)
+                at = (t >> 2) * quad_size + (t & 3) * step_size + (thread & mask) * count
+                store(tile, at, values)
+                for i in unroll(count if turned else 0):
+                    shared_set(tile, copy + ((at + i) ^ turned), values[i])
+            else:
+                t = (thread & mask) * count
+                at = (t >> 2) * quad_size + (t & 3) * step_size + k * apart + (thread >> shift)
+                for i in unroll(count):
+                    value = values[i]
+                    if conjugated:
+                        value = times(conj(value), shares)
+                    shared_set(tile, at + i * step_size, value)
+                    if turned:
+                        shared_set(tile, copy + (at ^ turned) + i * step_size, value)
 
     return make, start, read, stage
 
 
-def scan(v, ends_only):
+def scan(warps, v, ends_only):
     """Kernel of one block of channels in one part of a segment, from its first tile to its last.
 
     The state that a part starts from is made of the ends of the parts before it: exp(A sum(delta)) is what is left of a
@@ -264,7 +301,8 @@ def scan(v, ends_only):
     """
     storage, number = dtype_of(v.storage), dtype_of(v.number)
     f, real, NS = number_functions(number), real_of(number), v.states
-    zoh, together, resets, many = v.zoh, v.together, v.resets, v.many
+    zoh, resets, many, spread = v.zoh, v.resets, v.many, v.order != "rows"
+    threads, channels = 32 * warps, WARP_CHANNELS * warps
     # exponentials that are polynomials: NVVM would leave even short loops as they are
     heavy = zoh or number != np.float32
     outputs, gated = not ends_only, v.gated and not ends_only
@@ -275,27 +313,32 @@ def scan(v, ends_only):
     zero, one, shares, infinite = f.zero, f.one, f.shares, real.type(np.inf)
     none = number.type(0)
 
-    stored, read_stored = stored_array(ROWS * QUAD, storage), stored_reader(storage, QUAD, together, True)
-    widen, write_quad = widener(storage, real, QUAD), writer(storage, real, QUAD, together)
+    waves = wave_tile(v, storage, real, threads, channels, TILE, ROW, keep=True)
+    own, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
+    parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
+    slot, put, get, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
+    known_next, past, stored, read, widen, write = (
+        waves.known_next,
+        waves.past,
+        waves.stored,
+        waves.read,
+        waves.widen,
+        waves.write,
+    )
     size_of, number_size = storage.itemsize, number.itemsize
-    of_rows, of_steps, numbers = local_array(ROWS, real), local_array(QUAD, real), local_array(NS, number)
+    of_channels, of_quad, numbers = local_array(parameters, real), local_array(QUAD, real), local_array(NS, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
     read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
-    load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
-    load_numbers = shared_reader(number, NS)
+    load_quad, load_numbers = shared_reader(real, QUAD), shared_reader(number, NS)
     memory = SharedMemory()
-    steps_array, inputs_array, y_array = (memory.array(CHANNELS * ROW, real) for _ in range(3))
+    steps_array, inputs_array, y_array = (memory.array(channels * ROW, real) for _ in range(3))
     beside = number != np.complex128  # for which shared memory is too small
-    skip_array = memory.array(CHANNELS * ROW if beside else 1, real)
+    skip_array = memory.array(channels * ROW if beside else 1, real)
     B_array, C_array = (memory.array(QUADS * QUAD_SIZE, number) for _ in range(2))
     keep_array = memory.array(TILE, real)
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_quad, start_B, read_B, stage_B = matrix_tile(
-        stored_B, number, together, False, not many, TILE, THREADS, BLOCK, QUAD_SIZE
-    )
-    C_quad, start_C, read_C, stage_C = matrix_tile(
-        stored_C, number, together, True, not many, TILE, THREADS, BLOCK, QUAD_SIZE
-    )
+    B_quad, start_B, read_B, stage_B = matrix_tile(v, stored_B, False, not many, TILE, threads, BLOCK, QUAD_SIZE)
+    C_quad, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, not many, TILE, threads, BLOCK, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     walk = past_parts(number, NS, False)
     states_apart = LANES * NS
@@ -312,44 +355,54 @@ def scan(v, ends_only):
     def kernel(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, y, last_state, checkpoints, carry,
         part_ends, part_sums, seq_idx, cu_seqlens, dim, state, length, channel_blocks, blocks_of_group,
-        channels_of_group, parts, launched_parts, part_length, state_blocks, u_batch, delta_batch, z_batch,
-        y_batch, B_batch, B_group, B_state, C_batch, C_group, C_state,
+        channels_of_group, parts, launched_parts, part_length, sequences, state_blocks, u_batch, delta_batch, z_batch,
+        y_batch, u_stride, delta_stride, z_stride, y_stride, B_batch, B_group, B_stride, C_batch, C_group, C_stride,
     ):  # fmt: skip
-        which, part, group, _, channel0, channel_end = place(
-            block_index(), launched_parts, channel_blocks, blocks_of_group, channels_of_group, CHANNELS
+        if not spread:
+            u_stride, delta_stride, z_stride, y_stride = length, length, length, length
+        number_of_part, group, _, channel0, channel_end = place(
+            block_index(), channel_blocks, blocks_of_group, channels_of_group, channels
+        )
+        which, part, parts_here, number_of_part = part_of(
+            number_of_part, parts, launched_parts, length, part_length, sequences, cu_seqlens
         )
         row, begin, steps = segment(which, length, cu_seqlens)
+        if ends_only and cu_seqlens != 0 and part >= parts_here - 1:
+            steps = 0  # nobody asks what the last part of a sequence ends in
         first = min(part * part_length, steps)
         chunk = chunk_of(which, begin, length, cu_seqlens) + (first >> 4)
         begin, steps = begin + first, min(part_length, steps - first)
         padded = states_apart * state_blocks if many else states_apart
 
-        # a lane has states of one channel, and a thread, along time, quads of several channels
+        # a lane has states of one channel, and a thread, along time, a few quads
         thread = thread_index()
         lane, own_row = lane_of(thread), row_of(thread)
-        channel, at_channel = channel0 + own_row, own_row * ROW
+        own_channel, at_channel = channel_of(own_row), own_row * ROW
+        channel = channel0 + own_channel
         upper, odd = (lane & 2) != 0, (lane & 1) != 0
         alive = select(channel < channel_end, NS, 0 * thread)  # states that can be read and written at once
-        quad, time_row = thread & (QUADS - 1), thread >> 3
-        time_channel, at_quad = channel0 + time_row, time_row * ROW + quad * QUAD
-        own = (which * parts + part) * dim + channel
+        time_channel, step = own(thread)
+        at_quad = slot(time_channel, step)
+        time_channel += channel0
+        own_part = number_of_part * dim + channel
         own_checkpoints = checkpoints + number_size * (chunk * dim + channel) * padded
-        u, delta = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
-        z, y = z + size_of * (row * z_batch + begin), y + size_of * (row * y_batch + begin)
-        along, rows_apart = time_channel * length + quad * QUAD, APART * length
+        u += size_of * (row * u_batch + at_wave(0, 0, begin, u_stride))
+        delta += size_of * (row * delta_batch + at_wave(0, 0, begin, delta_stride))
+        z += size_of * (row * z_batch + at_wave(0, 0, begin, z_stride))
+        y += size_of * (row * y_batch + at_wave(0, 0, begin, y_stride))
         if varying_B:
-            B = start_B(B, row * B_batch + group * B_group, B_state, begin, thread)
+            B = start_B(B, row * B_batch + group * B_group, B_stride, begin, thread)
         if varying_C:
-            C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
+            C = start_C(C, row * C_batch + group * C_group, C_stride, begin, thread)
 
         steps_tile, inputs_tile, y_tile, skip_tile = steps_array(), inputs_array(), y_array(), skip_array()
         keep = keep_array()
         B_tile, C_tile = B_array(), C_array()
         h, rate, per_A, b, c = numbers(), numbers(), numbers(), numbers(), numbers()
-        bias, skip = of_rows(), of_rows()
-        for p in unroll(ROWS):
-            bias[p] = parameter(delta_bias, time_channel + p * APART, channel_end)
-            skip[p] = parameter(D, time_channel + p * APART, channel_end)
+        bias, skip = of_channels(), of_channels()
+        for k in unroll(parameters):
+            bias[k] = parameter(delta_bias, parameter_channel(k, time_channel), channel_end)
+            skip[k] = parameter(D, parameter_channel(k, time_channel), channel_end)
 
         # the state that this part starts from
         for block in range(state_blocks if many else 1):
@@ -361,9 +414,9 @@ def scan(v, ends_only):
             if outputs:
                 if initial_state != 0:
                     read_numbers(h, initial_state, (which * dim + channel) * state + n, valid)
-                walk(h, rate, part_ends, part_sums, which * parts * dim + channel, dim, part, padded, n, alive)
+                walk(h, rate, part_ends, part_sums, own_part - part * dim, dim, part, padded, n, alive)
             if many:
-                write_own(carry, own * padded + n, h, alive)
+                write_own(carry, own_part * padded + n, h, alive)
             else:
                 if constant_B:
                     read_numbers(b, B, channel * state + n, valid)
@@ -372,69 +425,74 @@ def scan(v, ends_only):
 
         delta_next, u_next, z_used = stored(), stored(), stored()
         B_next, C_next = B_quad(), C_quad()
-        d, x, keeps, ys, pending = of_steps(), of_steps(), of_steps(), of_steps(), of_steps()
-        ahead = steps - quad * QUAD  # steps from this thread's quad on
-        for p in unroll(ROWS):
-            valid = select(time_channel + p * APART < channel_end, ahead, 0 * thread)
-            read_stored(delta_next, p * QUAD, delta, along + p * rows_apart, valid)
-            read_stored(u_next, p * QUAD, u, along + p * rows_apart, valid)
+        d, x, keeps, ys, pending = of_quad(), of_quad(), of_quad(), of_quad(), of_quad()
+        ahead = steps - step  # steps from this thread's first quad on
+        at_delta, at_u = start(time_channel, step, delta_stride), start(time_channel, step, u_stride)
+        for p in unroll(count):
+            valid, before = known(p, time_channel, channel_end, ahead), past(step, time_channel, begin)
+            read(delta_next, p, delta, at_wave(at_delta, p, 0, delta_stride), valid, before)
+            read(u_next, p, u, at_wave(at_u, p, 0, u_stride), valid, before)
         if varying_B and not many:
-            read_B(B_next, B, 0, B_state, state, 0, steps, thread)
+            read_B(B_next, B, 0, B_stride, state, 0, steps, thread)
         if varying_C and not many:
-            read_C(C_next, C, 0, C_state, state, 0, steps, thread)
+            read_C(C_next, C, 0, C_stride, state, 0, steps, thread)
         kept_steps = steps if checkpoints != 0 else 0  # whose checkpoints are wanted
         passed = zero
         for t in range(0, steps, TILE):
             of_tile = zero  # of the step sizes: a sum of sums rounds less than one of all steps
             now = anew(thread)  # made of this, what a tile needs once does not take registers in between
-            along = (channel0 + (now >> 3)) * length + (now & (QUADS - 1)) * QUAD
+            first_channel, first_step = own(now)
+            first_channel += channel0
+            at_delta, at_u = start(first_channel, first_step, delta_stride), start(first_channel, first_step, u_stride)
+            at_z, at_y = start(first_channel, first_step, z_stride), start(first_channel, first_step, y_stride)
             # step sizes and inputs of the tile, and what goes past the states, to shared memory
-            for p in unroll(ROWS):
-                widen(d, delta_next, p * QUAD)
-                widen(x, u_next, p * QUAD)
+            for p in unroll(count):
+                widen(d, delta_next, p, delta, at_delta, delta_stride)
+                widen(x, u_next, p, u, at_u, u_stride)
                 if outputs:
                     for i in unroll(QUAD, heavy):
-                        ys[i] = skip[p] * x[i]
-                    store_quad(skip_tile if beside else y_tile, at_quad + p * APART * ROW, ys)
+                        ys[i] = skip[parameter_of(p, i)] * x[i]
+                    put(skip_tile if beside else y_tile, at_quad, p, ys)
                 for i in unroll(QUAD, heavy):
-                    size = d[i] + bias[p]
+                    size = d[i] + bias[parameter_of(p, i)]
                     if delta_softplus != 0:
                         size = softplus(size)
-                    d[i] = select(ahead > (0 if together else i), size, zero)  # past the end nothing moves
+                    d[i] = select(inside(p, i, ahead), size, zero)  # past the end nothing moves
                     if not zoh:
                         x[i] = d[i] * x[i]
-                store_quad(steps_tile, at_quad + p * APART * ROW, d)
-                store_quad(inputs_tile, at_quad + p * APART * ROW, x)
+                put(steps_tile, at_quad, p, d)
+                put(inputs_tile, at_quad, p, x)
             if resets:
                 shared_set(keep, thread & (TILE - 1), kept(seq_idx, row * length, begin + t, steps - t, thread))
-            for p in unroll(ROWS):
-                valid = select(time_channel + p * APART < channel_end, ahead, 0 * thread)
-                at = along + p * rows_apart + t
+            for p in unroll(count):
+                valid = known(p, time_channel, channel_end, ahead)
                 if gated:
-                    read_stored(z_used, p * QUAD, z, at, valid)
-                read_stored(delta_next, p * QUAD, delta, at + TILE, valid - TILE)
-                read_stored(u_next, p * QUAD, u, at + TILE, valid - TILE)
+                    before = past(steps - ahead, first_channel, begin)
+                    read(z_used, p, z, at_wave(at_z, p, t, z_stride), valid, before)
+                valid, before = known_next(valid, p, time_channel, channel_end, ahead), steps - ahead + TILE
+                read(delta_next, p, delta, at_wave(at_delta, p, t + TILE, delta_stride), valid, before)
+                read(u_next, p, u, at_wave(at_u, p, t + TILE, u_stride), valid, before)
 
             for block in range(state_blocks if many else 1):
                 n = block * states_apart + lane * NS
                 if many:
                     if varying_B:
-                        read_B(B_next, B, block * states_apart, B_state, state, t, steps - t, thread)
+                        read_B(B_next, B, block * states_apart, B_stride, state, t, steps - t, thread)
                     if varying_C:
-                        read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
+                        read_C(C_next, C, block * states_apart, C_stride, state, t, steps - t, thread)
                 if varying_B:
-                    stage_B(B_tile, B_next, thread)
+                    stage_B(B_tile, B_next, B, block * states_apart, B_stride, thread)
                 if varying_C:
-                    stage_C(C_tile, C_next, thread)
+                    stage_C(C_tile, C_next, C, block * states_apart, C_stride, thread)
                 if not many:
                     if varying_B:
-                        read_B(B_next, B, 0, B_state, state, t + TILE, steps - t - TILE, thread)
+                        read_B(B_next, B, 0, B_stride, state, t + TILE, steps - t - TILE, thread)
                     if varying_C:
-                        read_C(C_next, C, 0, C_state, state, t + TILE, steps - t - TILE, thread)
+                        read_C(C_next, C, 0, C_stride, state, t + TILE, steps - t - TILE, thread)
                 synchronize()
                 if many:
                     valid = select(alive > 0, state - n, 0 * thread)
-                    read_own(h, carry, own * padded + n, alive)
+                    read_own(h, carry, own_part * padded + n, alive)
                     rates(rate, per_A, A, channel * state + n, valid)
                     if constant_B:
                         read_numbers(b, B, channel * state + n, valid)
@@ -487,22 +545,22 @@ def scan(v, ends_only):
                         converge()
                     at_steps, at_matrix = at_steps + CHECKPOINT, at_matrix + CHECKPOINT // QUAD * QUAD_SIZE
                 if many:
-                    write_own(carry, own * padded + n, h, alive)
+                    write_own(carry, own_part * padded + n, h, alive)
                 synchronize()
 
             if outputs:
-                for p in unroll(ROWS):
-                    load_quad(ys, y_tile, at_quad + p * APART * ROW)
+                for p in unroll(count):
+                    get(ys, y_tile, at_quad, p)
                     if beside:
-                        load_quad(x, skip_tile, at_quad + p * APART * ROW)
+                        get(x, skip_tile, at_quad, p)
                         for i in unroll(QUAD, heavy):
                             ys[i] = ys[i] + x[i]
                     if gated:
-                        widen(d, z_used, p * QUAD)
+                        widen(d, z_used, p, z, at_z, z_stride)
                         for i in unroll(QUAD, heavy):
                             ys[i] = ys[i] * (d[i] * sigmoid(d[i]))
-                    valid = select(time_channel + p * APART < channel_end, ahead, 0 * thread)
-                    write_quad(y, along + p * rows_apart + t, ys, valid)
+                    valid = known(p, time_channel, channel_end, ahead)
+                    write(y, at_wave(at_y, p, t, y_stride), ys, valid)
             passed = passed + of_tile
             ahead -= TILE
 
@@ -510,40 +568,45 @@ def scan(v, ends_only):
         for block in range(state_blocks if many else 1):
             n = block * states_apart + lane * NS
             if many:
-                read_own(h, carry, own * padded + n, alive)
+                read_own(h, carry, own_part * padded + n, alive)
             if ends_only:
-                write_own(part_ends, own * padded + n, h, alive)
-            elif last_state != 0 and part == parts - 1:
+                write_own(part_ends, own_part * padded + n, h, alive)
+            elif last_state != 0 and part == parts_here - 1:
                 block_states = last_state + number_size * (which * dim + channel0) * state
                 valid = select(alive > 0, state - n, 0 * thread)
-                write_numbers(block_states, own_row * state + n, h, valid)
+                write_numbers(block_states, own_channel * state + n, h, valid)
         if ends_only:
-            write_real(part_sums, own, passed, select(lane == 0, alive, 0 * thread))
+            write_real(part_sums, own_part, passed, select(lane == 0, alive, 0 * thread))
 
-    return kernel, Shape(THREADS, BLOCKS[number.name])
+    return kernel, Shape(threads, BLOCKS[number.name] * 4 // warps)
 
 
 # Variants that stand for all: every dtype, and every option at least once with real and with complex A.
 SHIPPED = (
-    Variant("float32", "float32", "float32", "float32", False, True, True, 4, False, False),
-    Variant("float32", "float32", "float32", "float32", False, False, False, 2, False, True),
-    Variant("float32", "float32", "float32", "float32", True, True, True, 4, False, False),
-    Variant("float32", "float32", "", "float32", True, True, False, 4, True, False),
-    Variant("float16", "float32", "float16", "", False, True, True, 1, False, False),
-    Variant("bfloat16", "float32", "bfloat16", "bfloat16", False, True, True, 4, False, False),
-    Variant("bfloat16", "float32", "bfloat16", "bfloat16", False, False, False, 4, True, True),
-    Variant("float64", "float64", "float64", "float64", False, True, True, 2, True, False),
-    Variant("float64", "float64", "", "", True, False, False, 2, False, True),
-    Variant("float32", "complex64", "float32", "float32", False, True, True, 2, True, False),
-    Variant("bfloat16", "complex64", "bfloat16", "", True, True, True, 2, False, True),
-    Variant("float64", "complex128", "float64", "float64", False, True, True, 1, True, False),
+    Variant("float32", "float32", "float32", "float32", False, True, "rows", True, "rows", True, 4, False, False),
+    Variant("float32", "float32", "float32", "float32", False, False, "rows", False, "rows", False, 2, False, True),
+    Variant("float32", "float32", "float32", "float32", True, True, "rows", True, "rows", True, 4, False, False),
+    Variant("float32", "float32", "", "float32", True, True, "rows", False, "rows", False, 4, True, False),
+    Variant("float16", "float32", "float16", "", False, True, "rows", True, "rows", True, 1, False, False),
+    Variant("bfloat16", "float32", "bfloat16", "bfloat16", False, True, "rows", True, "rows", True, 4, False, False),
+    Variant("bfloat16", "float32", "bfloat16", "bfloat16", False, False, "rows", False, "rows", False, 4, True, True),
+    Variant("float64", "float64", "float64", "float64", False, True, "rows", True, "rows", True, 2, True, False),
+    Variant("float64", "float64", "", "", True, False, "rows", False, "rows", False, 2, False, True),
+    Variant("float32", "complex64", "float32", "float32", False, True, "rows", True, "rows", True, 2, True, False),
+    Variant("bfloat16", "complex64", "bfloat16", "", True, True, "rows", True, "rows", True, 2, False, True),
+    Variant("float64", "complex128", "float64", "float64", False, True, "rows", True, "rows", True, 1, True, False),
+    Variant("float32", "float32", "float32", "float32", False, True, "spread", True, "rows", True, 4, False, False),
+    Variant("float32", "float32", "float32", "float32", False, True, "columns", True, "columns", True, 4, False, False),
+    Variant("float16", "float32", "float16", "float16", False, True, "columns", False, "rows", False, 4, False, True),
+    Variant("bfloat16", "float32", "bfloat16", "bfloat16", False, True, "rows", False, "rows", False, 4, False, False),
 )
 
 
 def shipped():
     """Kernels that stand for all."""
-    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10])
+    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10], SHIPPED[13])
     return [
-        *(Kernel("selective_scan", "forward", tuple(v)) for v in SHIPPED),
-        *(Kernel("selective_scan", "ends", tuple(v)) for v in cut),
+        *(Kernel("selective_scan", "forward", (4, *v)) for v in SHIPPED),
+        *(Kernel("selective_scan", "forward", (warps, *SHIPPED[5])) for warps in (1, 2)),  # for groups of few channels
+        *(Kernel("selective_scan", "ends", (4, *v)) for v in cut),
     ]

@@ -37,23 +37,21 @@ from sscan.cuda._primitives import (
     shared_set,
     shared_writer,
     shuffle_xor,
-    stored_array,
-    stored_reader,
     synchronize,
     synchronize_warp,
     thread_index,
-    widener,
     writer,
 )
 from sscan.cuda._target import device
 from sscan.cuda._unroll import unroll
-from sscan.cuda.kernels._segments import segment
+from sscan.cuda.kernels._segments import part_of, segment
+from sscan.cuda.kernels._waves import QUAD, wave_tile
 from sscan.cuda.kernels.selective_scan import (
     BLOCK,
     CHECKPOINT,
     LANES,
-    QUAD,
     SHIPPED,
+    WARP_CHANNELS,
     Variant,
     across,
     chunk_of,
@@ -71,7 +69,6 @@ QUADS = TILE // QUAD
 # Numbers from one step and from one quad of B to the next in shared memory: threads, which stage two steps of a state
 # each, meet no other of their warp in a memory bank.
 STEP_SIZE, QUAD_SIZE = 24, 100
-WARP_CHANNELS = 32 // LANES
 
 
 def across_channels(number, states, varying_B, varying_C):
@@ -142,7 +139,7 @@ def backward(rows, warps, blocks, *key):
     v = Variant(*key)
     storage, number = dtype_of(v.storage), dtype_of(v.number)
     f, real, NS = number_functions(number), real_of(number), v.states
-    zoh, together, gated, resets, many = v.zoh, v.together, v.gated, v.resets, v.many
+    zoh, gated, resets, many, spread = v.zoh, v.gated, v.resets, v.many, v.order != "rows"
     varying_B, varying_C = v.B != "", v.C != ""
     # exponentials that are polynomials: NVVM would leave even short loops as they are
     heavy = zoh or number != np.float32
@@ -156,15 +153,19 @@ def backward(rows, warps, blocks, *key):
     zero, one, ln2 = f.zero, f.one, real.type(math.log(2))
     none, turned = number.type(0), NS // 2
 
-    stored, read_stored = stored_array(rows * QUAD, storage), stored_reader(storage, QUAD, together)
-    widen, write_quad = widener(storage, real, QUAD), writer(storage, real, QUAD, together)
+    waves = wave_tile(v, storage, real, threads, channels, TILE, TILE, swizzled=True)
+    own_quad, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
+    parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
+    slot, put_quad, get_quad, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
+    past, stored, read, widen, write = waves.past, waves.stored, waves.read, waves.widen, waves.write
     of_rows, of_steps, one_number = local_array(rows, real), local_array(QUAD, real), local_array(NS, number)
+    of_channels, channels_apart = local_array(parameters, real), QUAD // rows if v.order == "columns" else apart
     rows_of_numbers, quad_of_numbers = local_array(rows * NS, number), local_array(QUAD * NS, number)
     four_numbers = local_array(4, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
     read_own, write_own = reader(real, number, NS, True, False), writer(real, number, NS, True)
     write_four = writer(real, number, 4, True)
-    load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
+    load_quad = shared_reader(real, QUAD)
     load_numbers, store_numbers = shared_reader(number, NS), shared_writer(number, NS)
     load_four = shared_reader(number, 4)
     # numbers of a warp at the start of a quad; afterwards its sums, [step][B or C][state], which are no more
@@ -178,17 +179,15 @@ def backward(rows, warps, blocks, *key):
     own_array = memory.array(QUADS * warps * own_size, number)
     u_array, step_array, y_array = (memory.array(channels * TILE if many else 1, real) for _ in range(3))
     stored_B, stored_C = dtype_of(v.B or v.storage), dtype_of(v.C or v.storage)
-    B_part, start_B, read_B, stage_B = matrix_tile(
-        stored_B, number, together, False, False, TILE, threads, STEP_SIZE, QUAD_SIZE, turned
-    )
-    C_part, start_C, read_C, stage_C = matrix_tile(
-        stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE, turned
-    )
+    sizes = TILE, threads, STEP_SIZE, QUAD_SIZE, turned
+    B_part, start_B, read_B, stage_B = matrix_tile(v, stored_B, False, False, *sizes)
+    C_part, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, False, *sizes)
     parameter, write_real, rates, kept = readers(number, NS, zoh, TILE)
     walk = past_parts(number, NS, True)
     exchange, put = across_channels(number, NS, varying_B, varying_C)
     states_apart, size_of, number_size = LANES * NS, storage.itemsize, number.itemsize
     per_number, B_size, C_size = planes(number), stored_B.itemsize, stored_C.itemsize
+    matrix_columns = v.matrix_order == "columns"
 
     @device
     def moved(size, u, rate, per_A, B, keep):
@@ -223,11 +222,15 @@ def backward(rows, warps, blocks, *key):
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz,
         matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carry, part_starts, part_sums, seq_idx,
         cu_seqlens, dim, state, length, channel_blocks, blocks_of_group, channels_of_group, parts, part_length,
-        state_blocks, dy_batch, u_batch, delta_batch, z_batch, B_batch, B_group, B_state, C_batch, C_group, C_state,
+        sequences, state_blocks, dy_batch, u_batch, delta_batch, z_batch, dy_stride, u_stride, delta_stride, z_stride,
+        results_stride, B_batch, B_group, B_stride, C_batch, C_group, C_stride,
     ):  # fmt: skip
-        which, part, group, channel_block, channel0, channel_end = place(
-            block_index(), parts, channel_blocks, blocks_of_group, channels_of_group, channels
+        if not spread:
+            dy_stride, u_stride, delta_stride, z_stride, results_stride = length, length, length, length, length
+        own, group, channel_block, channel0, channel_end = place(
+            block_index(), channel_blocks, blocks_of_group, channels_of_group, channels
         )
+        which, part, parts_here, own = part_of(own, parts, parts, length, part_length, sequences, cu_seqlens)
         row, begin, steps = segment(which, length, cu_seqlens)
         first = min(part * part_length, steps)
         chunk = chunk_of(which, begin, length, cu_seqlens) + (first >> 4)
@@ -235,22 +238,25 @@ def backward(rows, warps, blocks, *key):
         padded = states_apart * state_blocks if many else states_apart
 
         thread = thread_index()
-        lane, first_row = lane_of(thread), row_of(thread)  # the first of this lane's channels, that lie ``apart``
+        lane, first_row = lane_of(thread), row_of(thread)  # the first of this lane's rows, that lie ``apart``
         upper, odd = (lane & 2) != 0, (lane & 1) != 0
-        channel = channel0 + first_row
-        quad = thread & (QUADS - 1)  # along time, a thread has a quad of channels of its warp, from thread >> 2 on
+        channel = channel0 + channel_of(first_row)
+        _, own_step = own_quad(thread)
         order = (first_row >> 1) & (QUADS - 1)  # of the quads of a channel, against bank conflicts
         warp, own_at, second = thread >> 5, (thread & 31) * NS, (thread & 16) != 0
         of_lane = lane * NS + (select(second, QUADS * QUAD_SIZE, 0 * thread) if turned else 0)
-        rows_apart = apart * length
         # where the block's share of each array begins: the same for all threads, who add what is theirs tile by tile
-        u_row, delta_row = u + size_of * (row * u_batch + begin), delta + size_of * (row * delta_batch + begin)
-        dy_row, z_row = dy + size_of * (row * dy_batch + begin), z + size_of * (row * z_batch + begin)
-        B_row = B + B_size * (row * B_batch + group * B_group + per_number * begin)
-        C_row = C + C_size * (row * C_batch + group * C_group + per_number * begin)
+        u_row = u + size_of * (row * u_batch + at_wave(0, 0, begin, u_stride))
+        delta_row = delta + size_of * (row * delta_batch + at_wave(0, 0, begin, delta_stride))
+        dy_row = dy + size_of * (row * dy_batch + at_wave(0, 0, begin, dy_stride))
+        z_row = z + size_of * (row * z_batch + at_wave(0, 0, begin, z_stride))
+        B_row, C_row = B + B_size * (row * B_batch + group * B_group), C + C_size * (row * C_batch + group * C_group)
+        if matrix_columns:
+            B_row, C_row = B_row + B_size * begin * B_stride, C_row + C_size * begin * C_stride
+        else:
+            B_row, C_row = B_row + B_size * per_number * begin, C_row + C_size * per_number * begin
         own_checkpoints = checkpoints + number_size * (chunk * dim + channel0) * padded
-        results = size_of * (row * dim * length + begin)  # which are contiguous
-        own = which * parts + part
+        results = size_of * (row * dim * length + at_wave(0, 0, begin, results_stride))
         if varying:
             at = (row * channel_blocks + channel_block) * length + begin
             matrix_sums += number_size * at * matrices * padded
@@ -264,9 +270,9 @@ def backward(rows, warps, blocks, *key):
         rate, per_A, B_own, C_own = rows_of_numbers(), rows_of_numbers(), rows_of_numbers(), rows_of_numbers()
         g, dA, dB, dC = rows_of_numbers(), rows_of_numbers(), rows_of_numbers(), rows_of_numbers()
         numbers, more = one_number(), one_number()
-        bias, dD, dbias = of_rows(), of_rows(), of_rows()
+        bias, dD, dbias = of_channels(), of_rows(), of_rows()
         for r in unroll(rows):
-            shared_set(skips, first_row + r * apart, parameter(D, channel + r * apart, channel_end))
+            shared_set(skips, first_row + r * apart, parameter(D, channel + r * channels_apart, channel_end))
             for k in range(2):
                 shared_set(D_totals, thread + (2 * r + k) * threads, zero)
                 shared_set(bias_totals, thread + (2 * r + k) * threads, zero)
@@ -275,7 +281,7 @@ def backward(rows, warps, blocks, *key):
         for block in range(state_blocks if many else 1):
             n = block * states_apart + lane * NS
             for r in unroll(rows):
-                c = channel + r * apart
+                c = channel + r * channels_apart
                 alive = select(c < channel_end, NS, 0 * thread)
                 valid = select(alive > 0, state - n, 0 * thread)
                 rates(numbers, more, A, c * state + n, valid)
@@ -288,8 +294,8 @@ def backward(rows, warps, blocks, *key):
                     more[j] = none
                 if dlast_state != 0:
                     read_numbers(more, dlast_state, (which * dim + c) * state + n, valid)
-                last = (which * parts + parts - 1) * dim + c
-                walk(more, numbers, part_starts, part_sums, last, -dim, parts - 1 - part, padded, n, alive)
+                after = parts_here - 1 - part
+                walk(more, numbers, part_starts, part_sums, (own + after) * dim + c, -dim, after, padded, n, alive)
                 turn(numbers, second)
                 turn(more, second)
                 for j in range(NS):
@@ -327,62 +333,65 @@ def backward(rows, warps, blocks, *key):
         tiles = (steps + TILE - 1) >> 4
         for tile in range(tiles):
             t = (tiles - 1 - tile) * TILE
-            ahead = steps - t - quad * QUAD
+            ahead = steps - t - own_step
             now = anew(thread)
-            along = (channel0 + (now >> 2)) * length + (now & (QUADS - 1)) * QUAD
-            B_here, C_here = start_B(B_row, 0, B_state, 0, now), start_C(C_row, 0, C_state, 0, now)
-            at_quad = (now >> 2) * TILE + (((now ^ (now >> 3)) & (QUADS - 1)) << 2)
-            at_checkpoint = ((t >> 4) * dim + row_of(now)) * padded + lane_of(now) * NS
+            own_channel, step = own_quad(now)
+            time_channel, at_quad = channel0 + own_channel, slot(own_channel, step)
+            B_here, C_here = start_B(B_row, 0, B_stride, 0, now), start_C(C_row, 0, C_stride, 0, now)
+            at_checkpoint = ((t >> 4) * dim + channel_of(row_of(now))) * padded + lane_of(now) * NS
             for r in unroll(rows):
                 dD[r] = zero
                 dbias[r] = zero
             # all that is read of the tile, at once: whoever waits for one thing waits for all
-            for r in unroll(rows):
-                valid = select(channel0 + (now >> 2) + r * apart < channel_end, ahead, 0 * thread)
-                at = along + r * rows_apart + t
-                read_stored(delta_read, r * QUAD, delta_row, at, valid)
-                read_stored(u_read, r * QUAD, u_row, at, valid)
-                read_stored(dy_read, r * QUAD, dy_row, at, valid)
+            at_delta, at_u = start(time_channel, step, delta_stride), start(time_channel, step, u_stride)
+            at_dy, at_z = start(time_channel, step, dy_stride), start(time_channel, step, z_stride)
+            for p in unroll(count):
+                valid = known(p, time_channel, channel_end, ahead)
+                before_quad = past(steps - ahead, time_channel, begin)
+                read(delta_read, p, delta_row, at_wave(at_delta, p, t, delta_stride), valid, before_quad)
+                read(u_read, p, u_row, at_wave(at_u, p, t, u_stride), valid, before_quad)
+                read(dy_read, p, dy_row, at_wave(at_dy, p, t, dy_stride), valid, before_quad)
                 if gated:
-                    read_stored(z_read, r * QUAD, z_row, at, valid)
-                bias[r] = parameter(delta_bias, channel0 + (now >> 2) + r * apart, channel_end)
+                    read(z_read, p, z_row, at_wave(at_z, p, t, z_stride), valid, before_quad)
+            for k in unroll(parameters):
+                bias[k] = parameter(delta_bias, parameter_channel(k, time_channel), channel_end)
             if not many:
                 if varying_B:
-                    read_B(B_next, B_here, 0, B_state, state, t, steps - t, thread)
+                    read_B(B_next, B_here, 0, B_stride, state, t, steps - t, thread)
                 if varying_C:
-                    read_C(C_next, C_here, 0, C_state, state, t, steps - t, thread)
+                    read_C(C_next, C_here, 0, C_stride, state, t, steps - t, thread)
                 for r in unroll(rows):
-                    alive = select(channel0 + row_of(now) + r * apart < channel_end, NS, 0 * thread)
-                    read_own(numbers, own_checkpoints, at_checkpoint + r * apart * padded, alive)
+                    c = channel0 + channel_of(row_of(now)) + r * channels_apart
+                    alive = select(c < channel_end, NS, 0 * thread)
+                    read_own(numbers, own_checkpoints, at_checkpoint + r * channels_apart * padded, alive)
                     turn(numbers, second)
                     for j in range(NS):
                         h[r * NS + j] = numbers[j]
             # to shared memory: step sizes, u, dy before the gate, slopes of softplus and of the gate
-            for r in unroll(rows):
-                widen(d, delta_read, r * QUAD)
-                widen(x, u_read, r * QUAD)
-                widen(e, dy_read, r * QUAD)
+            for p in unroll(count):
+                widen(d, delta_read, p, delta_row, at_delta, delta_stride)
+                widen(x, u_read, p, u_row, at_u, u_stride)
+                widen(e, dy_read, p, dy_row, at_dy, dy_stride)
                 if gated:
-                    widen(keeps, z_read, r * QUAD)
-                at = at_quad + r * apart * TILE
-                store_quad(inputs_tile, at, x)
+                    widen(keeps, z_read, p, z_row, at_z, z_stride)
+                put_quad(inputs_tile, at_quad, p, x)
                 for i in unroll(QUAD, heavy):
-                    size = d[i] + bias[r]
+                    size = d[i] + bias[parameter_of(p, i)]
                     slope = one
                     if delta_softplus != 0:
                         slope = sigmoid(size)
                         size = softplus(size)
-                    inside = ahead > (0 if together else i)  # past the end nothing moves
-                    d[i], x[i] = select(inside, size, zero), select(inside, slope, zero)
-                store_quad(steps_tile, at, d)
-                store_quad(slope_tile, at, x)
+                    there = inside(p, i, ahead)  # past the end nothing moves
+                    d[i], x[i] = select(there, size, zero), select(there, slope, zero)
+                put_quad(steps_tile, at_quad, p, d)
+                put_quad(slope_tile, at_quad, p, x)
                 if gated:
                     for i in unroll(QUAD, heavy):
                         gate = sigmoid(keeps[i])
                         x[i] = e[i] * (gate * (one + keeps[i] * (one - gate)))
                         e[i] = e[i] * (keeps[i] * gate)
-                    store_quad(gates, at, x)
-                store_quad(dy_tile, at, e)
+                    put_quad(gates, at_quad, p, x)
+                put_quad(dy_tile, at_quad, p, e)
             if resets:
                 shared_set(keep, thread & (TILE - 1), kept(seq_idx, row * length, begin + t, steps - t, thread))
 
@@ -390,18 +399,18 @@ def backward(rows, warps, blocks, *key):
                 n = block * states_apart + lane * NS
                 if many:
                     if varying_B:
-                        read_B(B_next, B_here, block * states_apart, B_state, state, t, steps - t, thread)
+                        read_B(B_next, B_here, block * states_apart, B_stride, state, t, steps - t, thread)
                     if varying_C:
-                        read_C(C_next, C_here, block * states_apart, C_state, state, t, steps - t, thread)
+                        read_C(C_next, C_here, block * states_apart, C_stride, state, t, steps - t, thread)
                 if varying_B:
-                    stage_B(B_tile, B_next, thread)
+                    stage_B(B_tile, B_next, B_here, block * states_apart, B_stride, thread)
                 if varying_C:
-                    stage_C(C_tile, C_next, thread)
+                    stage_C(C_tile, C_next, C_here, block * states_apart, C_stride, thread)
                 if many:
                     for r in unroll(rows):
-                        c = channel + r * apart
+                        c = channel + r * channels_apart
                         alive = select(c < channel_end, NS, 0 * thread)
-                        at = at_checkpoint + r * apart * padded + block * states_apart
+                        at = at_checkpoint + r * channels_apart * padded + block * states_apart
                         read_own(numbers, own_checkpoints, at, alive)
                         turn(numbers, second)
                         for j in range(NS):
@@ -429,11 +438,14 @@ def backward(rows, warps, blocks, *key):
                         for j in range(NS):
                             g[r * NS + j] = numbers[j]
                             dA[r * NS + j] = more[j]
-                        read_own(numbers, carry, at + 2 * dim * padded, alive)
-                        read_own(more, carry, at + 3 * dim * padded, alive)
-                        for j in range(NS):
-                            dB[r * NS + j] = numbers[j]
-                            dC[r * NS + j] = more[j]
+                        if constant_B:
+                            read_own(numbers, carry, at + 2 * dim * padded, alive)
+                            for j in range(NS):
+                                dB[r * NS + j] = numbers[j]
+                        if constant_C:
+                            read_own(more, carry, at + 3 * dim * padded, alive)
+                            for j in range(NS):
+                                dC[r * NS + j] = more[j]
                 synchronize()
 
                 # the state at the start of each quad
@@ -564,7 +576,7 @@ def backward(rows, warps, blocks, *key):
                         put(own_states, (q * warps + warp) * own_size, more, lane, thread)
                 if many:
                     for r in unroll(rows):
-                        c = channel + r * apart
+                        c = channel + r * channels_apart
                         alive = select(c < channel_end, NS, 0 * thread)
                         at = ((own * 4) * dim + c) * padded + n
                         for j in range(NS):
@@ -572,11 +584,14 @@ def backward(rows, warps, blocks, *key):
                             more[j] = dA[r * NS + j]
                         write_own(carry, at, numbers, alive)
                         write_own(carry, at + dim * padded, more, alive)
-                        for j in range(NS):
-                            numbers[j] = dB[r * NS + j]
-                            more[j] = dC[r * NS + j]
-                        write_own(carry, at + 2 * dim * padded, numbers, alive)
-                        write_own(carry, at + 3 * dim * padded, more, alive)
+                        if constant_B:
+                            for j in range(NS):
+                                numbers[j] = dB[r * NS + j]
+                            write_own(carry, at + 2 * dim * padded, numbers, alive)
+                        if constant_C:
+                            for j in range(NS):
+                                more[j] = dC[r * NS + j]
+                            write_own(carry, at + 3 * dim * padded, more, alive)
                 synchronize()
                 # dB and dC of the block
                 if varying:
@@ -599,30 +614,31 @@ def backward(rows, warps, blocks, *key):
                     synchronize()
 
             now = anew(thread)
-            along = (channel0 + (now >> 2)) * length + (now & (QUADS - 1)) * QUAD
-            at_quad = (now >> 2) * TILE + (((now ^ (now >> 3)) & (QUADS - 1)) << 2)
+            own_channel, step = own_quad(now)
+            time_channel, at_quad = channel0 + own_channel, slot(own_channel, step)
+            at_results = start(time_channel, step, results_stride)
             for r in unroll(rows):
                 accumulate(D_totals, now + 2 * r * threads, dD[r])
                 accumulate(bias_totals, now + 2 * r * threads, dbias[r])
-                valid = select(channel0 + (now >> 2) + r * apart < channel_end, ahead, 0 * thread)
-                at = at_quad + r * apart * TILE
-                load_quad(d, steps_tile, at)
-                load_quad(x, slope_tile, at)
+            for p in unroll(count):
+                valid = known(p, time_channel, channel_end, ahead)
+                get_quad(d, steps_tile, at_quad, p)
+                get_quad(x, slope_tile, at_quad, p)
                 if gated:
-                    load_quad(e, gates, at)
-                at = along + r * rows_apart + t
-                write_quad(du + results, at, d, valid)
-                write_quad(ddelta + results, at, x, valid)
+                    get_quad(e, gates, at_quad, p)
+                at = at_wave(at_results, p, t, results_stride)
+                write(du + results, at, d, valid)
+                write(ddelta + results, at, x, valid)
                 if gated:
-                    write_quad(dz + results, at, e, valid)
+                    write(dz + results, at, e, valid)
 
         # sums over the part, and the gradient of the state that it started from
         now = anew(thread)
-        lane, channel, second = lane_of(now), channel0 + row_of(now), (now & 16) != 0
+        lane, channel, second = lane_of(now), channel0 + channel_of(row_of(now)), (now & 16) != 0
         for block in range(state_blocks if many else 1):
             n = block * states_apart + lane * NS
             for r in unroll(rows):
-                c = channel + r * apart
+                c = channel + r * channels_apart
                 alive = select(c < channel_end, NS, 0 * thread)
                 valid = select(alive > 0, state - n, 0 * thread)
                 at = (own * dim + c) * state + n
@@ -655,7 +671,7 @@ def backward(rows, warps, blocks, *key):
                     turn(numbers, second)
                     write_numbers(C_sums, at, numbers, valid)
         for r in unroll(rows):
-            c = channel + r * apart
+            c = channel + r * channels_apart
             one_lane = select((lane == 0) & (c < channel_end), 1, 0 * thread)
             of_D, of_bias = (
                 shared_get(D_totals, now + 2 * r * threads),
@@ -678,55 +694,75 @@ def starts(warps, *key):
     v = Variant(*key)
     storage, number = dtype_of(v.storage), dtype_of(v.number)
     f, real, NS = number_functions(number), real_of(number), v.states
-    together, gated, resets, many, varying_C = v.together, v.gated, v.resets, v.many, v.C != ""
+    gated, resets, many, varying_C, spread = v.gated, v.resets, v.many, v.C != "", v.order != "rows"
     threads, channels, heavy = 32 * warps, WARP_CHANNELS * warps, number != np.float32
     softplus, sigmoid, decay = f.softplus, f.sigmoid, f.decay
     product, times, conj, shares = f.product, f.times, f.conj, f.shares
     zero, one, infinite, none = f.zero, f.one, real.type(np.inf), number.type(0)
 
-    read_quad, of_steps = reader(storage, real, QUAD, together), local_array(QUAD, real)
+    waves = wave_tile(v, storage, real, threads, channels, TILE, TILE, swizzled=True)
+    own_quad, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
+    parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
+    slot, put_quad, parameters = waves.slot, waves.put, waves.parameters
+    stored, read, widen, of_steps = waves.stored, waves.read, waves.widen, local_array(QUAD, real)
+    of_channels = local_array(parameters, real)
     read_numbers, numbers = reader(real, number, NS), local_array(NS, number)
     write_own = writer(real, number, NS, True)
-    load_quad, store_quad = shared_reader(real, QUAD), shared_writer(real, QUAD)
-    load_numbers = shared_reader(number, NS)
+    load_quad, load_numbers = shared_reader(real, QUAD), shared_reader(number, NS)
     memory = SharedMemory()
     steps_array, dy_array = (memory.array(channels * TILE, real) for _ in range(2))
     keep_array, C_array = memory.array(TILE, real), memory.array(QUADS * QUAD_SIZE, number)
     stored_C = dtype_of(v.C or v.storage)
-    C_part, start_C, read_C, stage_C = matrix_tile(
-        stored_C, number, together, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE
-    )
+    C_part, start_C, read_C, stage_C = matrix_tile(v, stored_C, True, False, TILE, threads, STEP_SIZE, QUAD_SIZE)
     parameter, write_real, rates, kept = readers(number, NS, False, TILE)
     states_apart, size_of = LANES * NS, storage.itemsize
 
     def kernel(
         dy, delta, A, C, z, delta_bias, delta_softplus, part_starts, part_sums, seq_idx, cu_seqlens, dim, state, length,
-        channel_blocks, blocks_of_group, channels_of_group, parts, launched_parts, part_length, state_blocks, dy_batch,
-        delta_batch, z_batch, C_batch, C_group, C_state,
+        channel_blocks, blocks_of_group, channels_of_group, parts, launched_parts, part_length, sequences, state_blocks,
+        dy_batch, delta_batch, z_batch, dy_stride, delta_stride, z_stride, C_batch, C_group, C_stride,
     ):  # fmt: skip
-        which, part, group, _, channel0, channel_end = place(
-            block_index(), launched_parts, channel_blocks, blocks_of_group, channels_of_group, channels
+        if not spread:
+            dy_stride, delta_stride, z_stride = length, length, length
+        number_of_part, group, _, channel0, channel_end = place(
+            block_index(), channel_blocks, blocks_of_group, channels_of_group, channels
         )
-        part += parts - launched_parts
+        not_launched = parts - launched_parts
+        if cu_seqlens != 0:
+            number_of_part += not_launched
+        which, part, _, number_of_part = part_of(
+            number_of_part, parts, launched_parts, length, part_length, sequences, cu_seqlens
+        )
         row, begin, steps = segment(which, length, cu_seqlens)
+        if cu_seqlens == 0:
+            part, number_of_part = part + not_launched, number_of_part + not_launched
+        elif part == 0:
+            steps = 0  # nobody asks what the first part of a sequence hands on
         first = min(part * part_length, steps)
         begin, steps = begin + first, min(part_length, steps - first)
         padded = states_apart * state_blocks if many else states_apart
 
         thread = thread_index()
         lane, own_row = lane_of(thread), row_of(thread)
-        channel, at_channel, order = channel0 + own_row, own_row * TILE, (own_row >> 1) & (QUADS - 1)
+        at_channel, order = own_row * TILE, (own_row >> 1) & (QUADS - 1)
+        channel = channel0 + channel_of(own_row)
         alive = select(channel < channel_end, NS, 0 * thread)
-        quad, time_channel = thread & (QUADS - 1), channel0 + (thread >> 2)
-        at_quad = (thread >> 2) * TILE + (((thread ^ (thread >> 3)) & (QUADS - 1)) << 2)
-        along = time_channel * length + quad * QUAD
-        delta, dy = delta + size_of * (row * delta_batch + begin), dy + size_of * (row * dy_batch + begin)
-        z = z + size_of * (row * z_batch + begin)
+        time_channel, step = own_quad(thread)
+        at_quad = slot(time_channel, step)
+        time_channel += channel0
+        at_delta, at_dy = start(time_channel, step, delta_stride), start(time_channel, step, dy_stride)
+        at_z = start(time_channel, step, z_stride)
+        delta += size_of * (row * delta_batch + at_wave(0, 0, begin, delta_stride))
+        dy += size_of * (row * dy_batch + at_wave(0, 0, begin, dy_stride))
+        z += size_of * (row * z_batch + at_wave(0, 0, begin, z_stride))
         if varying_C:
-            C = start_C(C, row * C_batch + group * C_group, C_state, begin, thread)
-        own = (which * parts + part) * dim + channel
-        bias = parameter(delta_bias, time_channel, channel_end)
+            C = start_C(C, row * C_batch + group * C_group, C_stride, begin, thread)
+        own = number_of_part * dim + channel
+        bias = of_channels()
+        for k in unroll(parameters):
+            bias[k] = parameter(delta_bias, parameter_channel(k, time_channel), channel_end)
         steps_tile, dy_tile, keep, C_tile, C_next = steps_array(), dy_array(), keep_array(), C_array(), C_part()
+        delta_read, dy_read, z_read = stored(), stored(), stored()
         g, rate, unused, c = numbers(), numbers(), numbers(), numbers()
         d, e, keeps = of_steps(), of_steps(), of_steps()
         tiles = (steps + TILE - 1) >> 4
@@ -743,26 +779,30 @@ def starts(warps, *key):
             passed = zero
             for tile in range(tiles):
                 t = (tiles - 1 - tile) * TILE
-                ahead, of_tile = steps - t - quad * QUAD, zero
-                valid = select(time_channel < channel_end, ahead, 0 * thread)
-                read_quad(d, delta, along + t, valid)
-                read_quad(e, dy, along + t, valid)
+                ahead, of_tile = steps - t - step, zero
+                valid = known(0, time_channel, channel_end, ahead)
+                read(delta_read, 0, delta, at_wave(at_delta, 0, t, delta_stride), valid, t + step)
+                read(dy_read, 0, dy, at_wave(at_dy, 0, t, dy_stride), valid, t + step)
                 if gated:
-                    read_quad(keeps, z, along + t, valid)
+                    read(z_read, 0, z, at_wave(at_z, 0, t, z_stride), valid, t + step)
+                widen(d, delta_read, 0, delta, at_delta, delta_stride)
+                widen(e, dy_read, 0, dy, at_dy, dy_stride)
+                if gated:
+                    widen(keeps, z_read, 0, z, at_z, z_stride)
                 for i in unroll(QUAD, heavy):
-                    size = d[i] + bias
+                    size = d[i] + bias[parameter_of(0, i)]
                     if delta_softplus != 0:
                         size = softplus(size)
-                    d[i] = select(ahead > (0 if together else i), size, zero)
+                    d[i] = select(inside(0, i, ahead), size, zero)
                     if gated:
                         e[i] = e[i] * (keeps[i] * sigmoid(keeps[i]))
-                store_quad(steps_tile, at_quad, d)
-                store_quad(dy_tile, at_quad, e)
+                put_quad(steps_tile, at_quad, 0, d)
+                put_quad(dy_tile, at_quad, 0, e)
                 if resets:
                     shared_set(keep, thread & (TILE - 1), kept(seq_idx, row * length, begin + t, steps - t, thread))
                 if varying_C:
-                    read_C(C_next, C, block * states_apart, C_state, state, t, steps - t, thread)
-                    stage_C(C_tile, C_next, thread)
+                    read_C(C_next, C, block * states_apart, C_stride, state, t, steps - t, thread)
+                    stage_C(C_tile, C_next, C, block * states_apart, C_stride, thread)
                 synchronize()
                 for back in unroll(QUADS, not heavy):
                     q = QUADS - 1 - back
@@ -847,11 +887,14 @@ def shipped():
     Variants of the forward, but of what takes a quarter of a minute or more to compile only one of a kind.
     """
     shapes = {"complex64": (1, 4, 3), "float64": (1, 2, 4), "complex128": (1, 2, 3)}
-    heaviest = Variant("float64", "float64", "float64", "float64", True, True, True, 2, True, True)
-    variants = (*SHIPPED[:3], *SHIPPED[4:7], SHIPPED[11], SHIPPED[10], heaviest)
-    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10])
+    heaviest = Variant(
+        "float64", "float64", "float64", "float64", True, True, "rows", True, "rows", True, 2, True, True
+    )  # fmt: skip
+    variants = (*SHIPPED[:3], *SHIPPED[4:7], SHIPPED[11], SHIPPED[10], *SHIPPED[12:], heaviest)
+    cut = (SHIPPED[0], SHIPPED[3], SHIPPED[6], SHIPPED[7], SHIPPED[10], SHIPPED[13])
     matrices = (("float32", "float32", False), ("bfloat16", "complex64", True), ("float64", "complex128", False))
-    shaped = [(1, 4, 4, *SHIPPED[0]), (2, 2, 6, *SHIPPED[0])]  # for few blocks, and for time in parts
+    # for few blocks, for time in parts, and for groups of few channels
+    shaped = [(*shape, *SHIPPED[0]) for shape in ((1, 4, 4), (2, 2, 6), (1, 1, 16), (1, 2, 8))]
     shaped += [(*shapes.get(v.number, (1, 4, 3) if v.many or v.zoh else (2, 4, 3)), *v) for v in variants]
     return [
         *(Kernel("selective_scan_backward", "backward", key) for key in reversed(shaped)),
