@@ -7,6 +7,7 @@ gradients, g is the gradient of the result and out the result.
 from __future__ import annotations
 
 import builtins
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,9 +112,10 @@ def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
         return unbroadcast(products.matmul(a, b), argument)
     leading, a, b = products.broadcast_stacks(a, b)
     if on_gpu(a):
-        rows, columns = a.shape[-2], b.shape[-1]
-        a = array_module(a).moveaxis(a, -2, 0).reshape(rows, -1)
-        return products.matmul(a, b.reshape(-1, columns)).astype(argument.dtype, copy=False)
+        (rows, inner), columns = a.shape[-2:], b.shape[-1]
+        a = array_module(a).moveaxis(a, -2, 0).reshape(rows, math.prod(leading) * inner)
+        b = b.reshape(math.prod(leading) * inner, columns)
+        return products.matmul(a, b).astype(argument.dtype, copy=False)
     total = array_module(a).zeros(argument.shape, np.float64 if argument.dtype == np.float64 else np.float32)
     for index in np.ndindex(*leading):
         total += products.matmul(a[index], b[index])

@@ -92,7 +92,8 @@ def test_an_error_while_recording_is_the_functions_own() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_changes_nothing(bad: float) -> None:
-    model = nn.Linear(3, 2, seed=0)
+    model = nn.Linear(3, 2)
+    model.initialise(0)
     model.to(cupy)
     optimiser = nn.AdamW(nn.decay_groups(model))
     before = {name: array.copy() for name, array in (model.state_dict()).items()}
