@@ -317,14 +317,8 @@ def scan(warps, v, ends_only):
     own, start, at_wave, known, inside = waves.own, waves.start, waves.at, waves.known, waves.inside
     parameter_of, parameter_channel, channel_of = waves.parameter_of, waves.parameter_channel, waves.channel_of
     slot, put, get, count, parameters = waves.slot, waves.put, waves.get, waves.count, waves.parameters
-    known_next, past, stored, read, widen, write = (
-        waves.known_next,
-        waves.past,
-        waves.stored,
-        waves.read,
-        waves.widen,
-        waves.write,
-    )
+    known_next, past, stored = waves.known_next, waves.past, waves.stored
+    read, widen, write = waves.read, waves.widen, waves.write
     size_of, number_size = storage.itemsize, number.itemsize
     of_channels, of_quad, numbers = local_array(parameters, real), local_array(QUAD, real), local_array(NS, number)
     read_numbers, write_numbers = reader(real, number, NS), writer(real, number, NS)
@@ -578,7 +572,8 @@ def scan(warps, v, ends_only):
         if ends_only:
             write_real(part_sums, own_part, passed, select(lane == 0, alive, 0 * thread))
 
-    return kernel, Shape(threads, BLOCKS[number.name] * 4 // warps)
+    blocks = BLOCKS[number.name] if warps == 4 else BLOCKS[number.name] - 1  # a thread has more of B and C
+    return kernel, Shape(threads, blocks * 4 // warps)
 
 
 # Variants that stand for all: every dtype, and every option at least once with real and with complex A.
