@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
 @pytest.fixture(params=["cpu", "cuda", "cuda, uncut"], autouse=True)
 def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The CPU's kernels, or the GPU's in the emulator: with parts from 32 steps on, or as if it had work enough."""
+    """The CPU's kernels, or the GPU's in the emulator: with parts of 32 steps, or as if it had work enough."""
     if request.param == "cpu":
         yield request.param
         return
     cuda._plans.clear()
-    monkeypatch.setattr(cuda, "SHORTEST", 32)
     if request.param == "cuda, uncut":
         monkeypatch.setattr(cuda, "RESIDENT", 0)
         monkeypatch.setattr(cuda, "RESIDENT_BACKWARD", 0)

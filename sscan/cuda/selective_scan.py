@@ -419,7 +419,7 @@ def planned_backward(segments, groups, inputs, along):
         all_parts * groups * blocks,
         (
             dim, state, length, groups * blocks, blocks, *of_parts, *sizes, dy, u, delta, z, dy_apart, u_apart,
-            delta_apart, z_apart, plan.apart[4], *plan.strides,
+            delta_apart, z_apart, dim if in_columns(inputs.u) else length, *plan.strides,
         ),
         _sums.planned(
             all_parts, A.dtype, A.dtype, reals * dim * state, of_D, of_bias, reals * constant_B, reals * constant_C
