@@ -523,8 +523,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     from sscan.tasks.evaluation import evaluate
     from sscan.tasks.progress import Bar
 
-    if options.stride is not None and (options.window is None or options.stride > options.window):
-        raise Mistake("--stride: needs a --window, of as many tokens at least")
     with _mistakes():
         model, vocabulary = _open_model(options)
         ids, sizes = vocabulary.encode_sized(read_text(options.text).tobytes())
