@@ -573,6 +573,14 @@ def test_models_that_are_nowhere(cache: Path, tmp_path: Path) -> None:
         sscan.nn.MambaLM.from_pretrained(tmp_path, revision="main")
 
 
+def test_folders_that_look_like_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Come first: runs/book-1 is where `sscan train` puts its models."""
+    perturbed().save_pretrained(tmp_path / "runs" / "book-1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert sscan.nn.MambaLM.from_pretrained("runs/book-1").config == CONFIG
+
+
 def test_weights_are_a_mapping_of_the_original_names(tmp_path: Path) -> None:
     model = perturbed()
     model.save_pretrained(tmp_path, "transformers")
