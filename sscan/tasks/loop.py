@@ -31,6 +31,7 @@ def train(run: TrainingRun[Any], folder: Path, stream: TextIO, stop: Sized = ())
     ----------
     run : TrainingRun
     folder : Path
+        Made if it is not there.
     stream : text stream
         For progress.
     stop : sized
@@ -44,6 +45,7 @@ def train(run: TrainingRun[Any], folder: Path, stream: TextIO, stop: Sized = ())
         If something cannot be written; an older checkpoint stays whole.
     """
     saved = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder / LOG_FILE, len(run.losses))
     log.append({"step": len(run.losses), "task": run.task.name, "options": dataclasses.asdict(run.options)})
     with Progress(run, stream) as progress:

@@ -58,10 +58,10 @@ LANGUAGE_MODELS = Recipe(weight_decay=0.1, betas=(0.9, 0.95), warmup=0.1, final=
 class RunOptions:
     """What decides the course of a run, beside the data.
 
-    The learning rate follows the share of the run that is done: of `steps`, or if that is None of `minutes`. Only a run
-    of a number of steps is the same again, bit for bit. `precision` is the dtype of the activations; parameters and the
-    state of the optimiser are always float32. So many `evaluations` are spread evenly over the run; it ends early when
-    one of them finds the task's goal at `target` or below.
+    The learning rate follows the share of the run that is done: of `steps`, or if that is None of `minutes` that steps
+    have taken. Only a run of a number of steps is the same again, bit for bit. `precision` is the dtype of the
+    activations; parameters and the state of the optimiser are always float32. So many `evaluations` are spread evenly
+    over the run; it ends early when one of them finds the task's goal at `target` or below.
     """
 
     d_model: int = 96

@@ -128,11 +128,12 @@ class TrainingRun(Generic[TaskT]):
         Raises
         ------
         FloatingPointError
-            If the goal is not finite.
+            If one of the measures is not finite.
         """
         with np.errstate(all="ignore"):
             found = self.task.measure(self.model)
-        self._check_loss(found[self.task.goal])
+        for value in found.values():
+            self._check_loss(value)
         self.measures.append((len(self.losses), found[self.task.goal]))
         return found
 
