@@ -367,6 +367,37 @@ def test_what_the_log_says(text: Path, tmp_path: Path) -> None:
     assert 0 < rest[0]["seconds"] < rest[1]["seconds"] == round(run.seconds, 3)
 
 
+def test_a_run_that_crashed_goes_on_from_its_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log, best model and all else become what they are without the crash."""
+    made = options(steps=8, evaluations=8)
+    train(TrainingRun(Text(made, [text])), tmp_path / "whole", io.StringIO())
+    run = TrainingRun(Text(made, [text]))
+    train(run, tmp_path / "parts", io.StringIO(), stop=Reached(run, 3))
+    step = TrainingRun.step
+
+    def crash(run: TrainingRun[Text]) -> None:
+        if len(run.losses) == 6:
+            raise RuntimeError("the power is gone")
+        step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "step", crash)
+        with pytest.raises(RuntimeError, match="power"):
+            train(run, tmp_path / "parts", io.StringIO())
+    assert [record["step"] for record in evaluations(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    run = TrainingRun.load(tmp_path / "parts", Text)
+    assert len(run.losses) == 3
+    train(run, tmp_path / "parts", io.StringIO())
+    assert evaluations(tmp_path / "parts") == evaluations(tmp_path / "whole")
+    assert [record["step"] for record in records(tmp_path / "parts") if "options" in record] == [0, 3, 3]
+    for name in ("model.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name, array in arrays_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(arrays_of(tmp_path / "parts")[name], array, err_msg=name)
+
+
 def test_what_is_behind_the_checkpoint_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = Log(path, 0)
