@@ -191,6 +191,13 @@ def test_the_held_out_part_begins_with_a_character(tmp_path: Path, words: Path) 
         assert 0 <= int(3 * size * 0.1) - task.held_out_bytes < 3
 
 
+def test_texts_whose_end_is_one_character(tmp_path: Path, words: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("日" * 4, encoding="utf-8")  # whose last tenth is the last byte
+    with pytest.raises(ValueError, match="too short"):
+        Text(options(length=1), [path], words)
+
+
 def test_measures_are_of_windows_all_over_the_held_out_part() -> None:
     data = np.arange(10_000) % 251
     every = overlapping_windows(data, 5000, 16)

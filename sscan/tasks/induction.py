@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.models.arguments import check_integer
+from sscan.models.arguments import check_integer, check_number
 from sscan.models.config import MambaConfig
 from sscan.models.files import content_of
 from sscan.nn.autodiff import to_numpy
@@ -31,6 +31,7 @@ class InductionOptions(RunOptions):
 
     Sequences of `length` tokens consist of `symbols` kinds, and of a trigger that comes twice: at a random place, with
     the symbol behind it that is asked for, and at the end. The first place is anywhere, or one of the first `front`.
+    The learning rate is constant, or falls along half a cosine to `final`, with which longer sequences come out right.
     """
 
     d_model: int = 64
@@ -44,6 +45,7 @@ class InductionOptions(RunOptions):
     dt_rank: int = 16
     symbols: int = 16
     front: int | None = None
+    final: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +54,8 @@ class InductionOptions(RunOptions):
         check_integer("run", "symbols", self.symbols, 2)
         if self.front is not None:
             check_integer("run", "front", self.front)
+        if self.final is not None:
+            check_number("run", "final", self.final)
 
 
 class Induction(Task):
@@ -60,10 +64,12 @@ class Induction(Task):
     name = "induction"
     unit = "bits"
     goal = "error"
-    recipe = Recipe(weight_decay=0.0, betas=(0.9, 0.999), warmup=0.0, final=None, clip=math.inf)
     Options = InductionOptions
 
-    options: InductionOptions
+    def __init__(self, options: InductionOptions) -> None:
+        super().__init__(options)
+        self.options: InductionOptions = options
+        self.recipe = Recipe(weight_decay=0.0, betas=(0.9, 0.999), warmup=0.0, final=options.final, clip=math.inf)
 
     def model_config(self) -> MambaConfig:
         """One token for each symbol, and the last for the trigger."""

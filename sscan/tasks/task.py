@@ -117,7 +117,7 @@ class Task(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
     goal: ClassVar[str]
-    recipe: ClassVar[Recipe]
+    recipe: Recipe
     Options: ClassVar[type[RunOptions]] = RunOptions
 
     def __init__(self, options: RunOptions) -> None:

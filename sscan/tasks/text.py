@@ -69,13 +69,14 @@ class Text(Task):
         super().__init__(options)
         self.texts = list(texts)
         self.bytes = np.concatenate([read_text(path, utf8=tokenizer is not None) for path in self.texts])
+        self._sha256 = hashlib.sha256(self.bytes.data).hexdigest()
         start = held_out_start(self.bytes)
         self.vocabulary: Vocabulary = Bytes()
         self.tokens_are, self._tokenizer = "bytes", None
         if tokenizer is not None:
             self.vocabulary = Tokens(tokenizer)
             self.tokens_are, self._tokenizer = "tokens", tokenizer.read_bytes()
-            start += int((self.bytes[start:] & 0xC0 != 0x80).argmax())  # not inside of a character
+            start += _rest_of_character(self.bytes[start : start + 4])
         self.held_out_bytes = self.bytes.size - start
         parts = [self.vocabulary.encode_long(part.tobytes()) for part in (self.bytes[:start], self.bytes[start:])]
         self.data, self.held_out = np.concatenate(parts), int(parts[0].size)
@@ -119,7 +120,7 @@ class Text(Task):
         return asdict(
             _Origin(
                 [str(path.resolve()) for path in self.texts],
-                hashlib.sha256(self.bytes.data).hexdigest(),
+                self._sha256,
                 None if self._tokenizer is None else hashlib.sha256(self._tokenizer).hexdigest(),
             )
         )
@@ -221,6 +222,12 @@ def read_text(path: Path, *, utf8: bool = False) -> npt.NDArray[np.uint8]:
 def held_out_start(data: npt.NDArray[np.uint8]) -> int:
     """Where the held-out tail begins."""
     return data.size - int(data.size * HELD_OUT)
+
+
+def _rest_of_character(data: npt.NDArray[np.uint8]) -> int:
+    """How many bytes belong to a character in UTF-8 that has begun before."""
+    begins = data & 0xC0 != 0x80
+    return int(begins.argmax()) if begins.any() else data.size
 
 
 # Windows

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_nn_devices
 import test_nn_precision
+import test_tasks
 from test_nn_devices import Device, train
 from test_nn_precision import BFLOAT16, EPS, SMALL, distance, ids, model_in
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 PRECISIONS = pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["float32", "bfloat16"])
 TINY = ["--d-model", "16", "--n-layer", "1", "--length", "32", "--batch", "4"]
 
-# The tests of both files are tests here, too, with these fixtures in the place of theirs.
-for module in (test_nn_devices, test_nn_precision):
+# The tests of these files are tests here, too, with these fixtures in the place of theirs.
+for module in (test_nn_devices, test_nn_precision, test_tasks):
     globals().update({name: value for name, value in vars(module).items() if name.startswith("test_")})
 
 
