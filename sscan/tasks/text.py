@@ -247,24 +247,38 @@ def overlapping_windows(data: npt.NDArray[Any], start: int, length: int, most: i
     length / 2 tokens before it, the first ones from tokens before `start`. Windows of one token advance by one. If
     that makes more than `most` windows, it is every so manieth of them.
     """
-    half = max(length // 2, 1)
-    first = np.arange(start - 1 - (length - half), data.size - 1 - (length - half), half)
-    if most is not None:
-        first = first[:: -(-first.size // most)]
-    places = first[:, None] + np.arange(length + 1)
-    windows = data[np.clip(places, 0, data.size - 1)].astype(np.int32)
-    counts = (np.arange(length) >= length - half) & (places[:, 1:] < data.size)
-    return windows[:, :-1], np.where(counts, windows[:, 1:], IGNORED)
+    return _cut(data, _places(data.size, start, length, most), length)
 
 
 def mean_nats(
     model: MambaLM, data: npt.NDArray[Any], start: int, length: int, batch: int, most: int | None = None
 ) -> float:
     """Mean of -log p over the tokens from `start` on that count in :func:`overlapping_windows`."""
-    inputs, targets = overlapping_windows(data, start, length, most)
-    nats = 0.0
+    places = _places(data.size, start, length, most)
+    nats, tokens = 0.0, 0
     with no_grad():
-        for i in range(0, len(inputs), batch):
-            rows = targets[i : i + batch]
-            nats += model.loss(inputs[i : i + batch], rows).item() * int((rows != IGNORED).sum())
-    return nats / int((targets != IGNORED).sum())
+        for i in range(0, places.size, batch):
+            inputs, targets = _cut(data, places[i : i + batch], length)
+            counted = int((targets != IGNORED).sum())
+            nats, tokens = nats + model.loss(inputs, targets).item() * counted, tokens + counted
+    return nats / tokens
+
+
+def _half(length: int) -> int:
+    """How many tokens count in a window."""
+    return max(length // 2, 1)
+
+
+def _places(size: int, start: int, length: int, most: int | None) -> npt.NDArray[np.int64]:
+    """Where windows begin; the first may do so before the data."""
+    before = 1 + length - _half(length)
+    places = np.arange(start - before, size - before, _half(length))
+    return places if most is None else places[:: -(-places.size // most)]
+
+
+def _cut(data: npt.NDArray[Any], places: npt.NDArray[np.int64], length: int) -> tuple[Any, Any]:
+    """Inputs and targets of the windows that begin there."""
+    inside = places[:, None] + np.arange(length + 1)
+    windows = data[np.clip(inside, 0, data.size - 1)].astype(np.int32)
+    counts = (np.arange(length) >= length - _half(length)) & (inside[:, 1:] < data.size)
+    return windows[:, :-1], np.where(counts, windows[:, 1:], IGNORED)
