@@ -434,7 +434,9 @@ def in_torch(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def training(report: Report) -> None:
-    from sscan.tasks.byte_training import RunOptions, TrainingRun
+    from sscan.tasks.task import RunOptions
+    from sscan.tasks.text import Text
+    from sscan.tasks.training import TrainingRun
 
     options = {"d_model": 256, "n_layer": 4, "length": 1024, "batch": 8, "steps": 1000, "lr": 2e-3}
     report.add(
@@ -445,7 +447,7 @@ def training(report: Report) -> None:
         text = Path(folder) / "text.txt"
         text.write_text("the rain it raineth every day, and the wind and the rain.\n" * 4000, encoding="utf-8")
         for precision in ("float32", "bfloat16"):
-            run = TrainingRun(RunOptions(**options, precision=precision), text, array_module=cupy)
+            run = TrainingRun(Text(RunOptions(**options, precision=precision), [text]), cupy)
             run.warm_up()
             for _ in range(3):
                 run.step()
@@ -456,7 +458,9 @@ def training(report: Report) -> None:
                 times.append(time.perf_counter() - start)
             median = float(np.median(times))
             tokens = int(options["batch"]) * int(options["length"])
-            report.row(precision, f"{1e3 * median:.1f}", f"{tokens / median:.0f}", f"{run.losses[-1]:.2f}")
+            report.row(
+                precision, f"{1e3 * median:.1f}", f"{tokens / median:.0f}", f"{run.task.in_unit(run.losses[-1]):.2f}"
+            )
             if not run.losses[-1] < run.losses[0]:
                 report.fail(f"training in {precision} does not learn")
 

@@ -1,4 +1,4 @@
-"""The command ``sscan``: train a byte-level Mamba on a text; continue texts with models, evaluate and convert them.
+"""The command ``sscan``: train a Mamba on a text; continue texts with models, evaluate and convert them.
 
 Results go to standard output; progress and errors go to standard error. Exit codes: 0, 1 for a failure that is not the
 user's, 2 for a mistake in what was asked for, 128 + signal after an interruption.
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from sscan.models.tokens import Vocabulary
     from sscan.nn import MambaLM
-    from sscan.tasks.byte_training import TrainingRun
+    from sscan.tasks.text import Text
+    from sscan.tasks.training import TrainingRun
 
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
-SAMPLE_BYTES = 400
+SAMPLE_TOKENS = 400
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers of GPT-2 and GPT-NeoX
 NO_CURVE = 'not drawn, for want of matplotlib; it comes with: pip install "sscan[plot]"'
 
@@ -133,7 +133,7 @@ _path.__name__ = _model.__name__ = "path"
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sscan.tasks.byte_training import PRECISIONS, RunOptions
+    from sscan.tasks.task import PRECISIONS, RunOptions
 
     parser = _Parser(prog="sscan", description="Selective state space models (Mamba) in pure Python.")
     parser.add_argument("--version", action="version", version=f"sscan {sscan.__version__}")
@@ -141,9 +141,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", metavar="command")
     default = RunOptions()
 
-    train = commands.add_parser("train", help="train a byte-level language model on a text")
+    train = commands.add_parser("train", help="train a language model on texts, by bytes or tokens")
     train.set_defaults(command=_train)
-    train.add_argument("--text", type=_path, metavar="FILE", help="default: pydoc_data/topics.py of this Python")
+    train.add_argument(
+        "--text", type=_path, nargs="+", metavar="FILE",
+        help="texts, or folders of them, which are joined (default: pydoc_data/topics.py of this Python)",
+    )  # fmt: skip
+    train.add_argument(
+        "--tokenizer", type=_model, metavar="FILE",
+        help="tokenizer.json, or a folder or name on the hub that has one (default: tokens are bytes)",
+    )  # fmt: skip
     train.add_argument("--out", type=_path, metavar="DIR", help="checkpoint folder; default: a new one in runs/")
     train.add_argument("--resume", type=_path, metavar="DIR", help="continue the run in this folder")
     length = train.add_mutually_exclusive_group()
@@ -152,14 +159,18 @@ def _parser() -> argparse.ArgumentParser:
     numbers: list[tuple[str, Callable[[str], float], str]] = [
         ("d_model", _positive_int, "width of the model"),
         ("n_layer", _positive_int, "number of blocks"),
-        ("length", _positive_int, "bytes per training window"),
+        ("length", _positive_int, "tokens per training window"),
         ("batch", _positive_int, "windows per step"),
         ("lr", _positive_float, "highest learning rate"),
         ("seed", int, "of initial values and windows"),
+        ("evaluations", _positive_int, "times that the held-out loss is measured on the way"),
     ]
     for name, kind, text in numbers:
         flag = "--" + name.replace("_", "-")
         train.add_argument(flag, type=kind, help=f"{text} (default {getattr(default, name):g})")
+    train.add_argument(
+        "--target", type=_positive_float, metavar="BITS", help="stop when the held-out bits per byte are so few"
+    )
     train.add_argument(
         "--precision", choices=PRECISIONS, help=f"of activations and matrix products (default {default.precision})"
     )
@@ -174,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_language_models(commands: Any) -> None:
     """The commands for models that are there: generate, evaluate, convert."""
-    from sscan.tasks.byte_training import PRECISIONS
+    from sscan.tasks.task import PRECISIONS
 
     generate = commands.add_parser("generate", help="continue a prompt with a model")
     evaluate = commands.add_parser("evaluate", help="measure how well a model predicts a text")
@@ -199,7 +210,7 @@ def _add_language_models(commands: Any) -> None:
         "stdin", nargs="?", choices=["-"], metavar="-", help="right behind MODEL: the prompt is standard input"
     )
     generate.add_argument(
-        "-n", "--tokens", "--bytes", type=_positive_int, default=SAMPLE_BYTES, help="tokens to generate (%(default)s)"
+        "-n", "--tokens", "--bytes", type=_positive_int, default=SAMPLE_TOKENS, help="tokens to generate (%(default)s)"
     )
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (%(default)s)")
     generate.add_argument("--top-k", type=int, help="choose among the k most likely tokens")
@@ -263,19 +274,8 @@ def _array_module(device: str) -> Any:
         raise Mistake(f"--device {device}: {mistake}") from mistake
 
 
-def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
-    from sscan.models.tokens import Bytes
-    from sscan.tasks.byte_text import BackoffModel, bits_per_byte
-    from sscan.tasks.progress import draw_loss_curve
-
-    size, width = run.data.size, run.options
-    count = f"{run.model.parameter_count():,} parameters"
-    print(f"text        {run.text}: {size:,} bytes, the last {size - run.held_out:,} of them held out")
-    print(
-        f"model       {count} in {width.n_layer} Mamba blocks of width {width.d_model}, "
-        f"{width.batch} windows of {width.length} bytes a step"
-    )
-    print(f"device      {device}, {width.precision}")
+def _train_and_report(run: TrainingRun[Text], folder: Path, device: str) -> int:
+    _describe(run, device)
     try:
         interrupted = _train_until_done(run, folder)
     except FloatingPointError as error:  # of the learning rate that was asked for
@@ -289,38 +289,75 @@ def _train_and_report(run: TrainingRun, folder: Path, device: str) -> int:
             _discard(sys.stdout)
         return _fail(f"sscan train: stopped; continue with: sscan train --resume {folder}{where}", 128 + interrupted)
     print(checkpoint)
-
-    results = {"Mamba": bits_per_byte(run.model, run.data, run.held_out, width.length, width.batch)}
-    for order in (2, 4):
-        baseline = BackoffModel(run.data[: run.held_out], order)
-        results[f"order-{order} back-off"] = baseline.bits_per_byte(run.data, run.held_out)
-    print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + " bits per byte")
-    drawn = draw_loss_curve(folder / "loss.png", run.losses, results)
-    print(f"curve       {folder / 'loss.png' if drawn else NO_CURVE}")
-    prompt = run.data[run.held_out : run.held_out + 64]
-    print(f"sample      {SAMPLE_BYTES} bytes, decoded with a state of constant size, after 64 held-out ones:\n")
-    with _Continuations(prompt.tobytes(), Bytes().writer, _text_writer(sys.stdout)) as streamer:
-        run.model.generate(prompt, SAMPLE_BYTES, temperature=0.8, streamer=streamer)
+    _report(run, folder)
     return 0
 
 
-def _open_run(options: argparse.Namespace) -> tuple[TrainingRun, Path]:
+def _describe(run: TrainingRun[Text], device: str) -> None:
+    """Say what is trained on what."""
+    task, options, size = run.task, run.options, run.task.bytes.size
+    more = f" and {len(task.texts) - 1} more" if len(task.texts) > 1 else ""
+    print(f"text        {task.texts[0]}{more}: {size:,} bytes, the last {task.held_out_bytes:,} of them held out")
+    if task.tokens_are != "bytes":
+        tokens = task.data.size
+        print(f"tokens      {tokens:,} of {task.vocabulary.size:,} kinds, {size / tokens:.2f} bytes each")
+    print(
+        f"model       {run.model.parameter_count():,} parameters in {options.n_layer} Mamba blocks of width "
+        f"{options.d_model}, {options.batch} windows of {options.length} {task.tokens_are} a step"
+    )
+    print(f"device      {device}, {options.precision}")
+
+
+def _report(run: TrainingRun[Text], folder: Path) -> None:
+    """Say what a run has come to: held-out results, beside those of counting, and a sample."""
+    from sscan.tasks.backoff import BackoffModel
+    from sscan.tasks.loop import BEST_FOLDER
+    from sscan.tasks.progress import draw_loss_curve
+
+    task = run.task
+    results = {"Mamba": task.held_out_bits(run.model)}
+    start = task.bytes.size - task.held_out_bytes
+    for order in (2, 4):
+        results[f"order-{order} back-off"] = BackoffModel(task.bytes[:start], order).bits_per_byte(task.bytes, start)
+    print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + " bits per byte")
+    if run.best is not None:
+        step, bits = run.best
+        print(
+            f"best        {folder / BEST_FOLDER}: {bits:.3f} bits per byte of some held-out windows, at step {step:,}"
+        )
+    drawn = draw_loss_curve(folder / "loss.png", run, results)
+    print(f"curve       {folder / 'loss.png' if drawn else NO_CURVE}")
+    prompt = task.data[task.held_out : task.held_out + 64]
+    print(
+        f"sample      {SAMPLE_TOKENS} {task.tokens_are}, decoded with a state of constant size, "
+        f"after {prompt.size} held-out ones:\n"
+    )
+    text = b"".join(map(task.vocabulary.writer(), prompt.tolist()))
+    with _Continuations(text, task.vocabulary.writer, _text_writer(sys.stdout)) as streamer:
+        run.model.generate(prompt, SAMPLE_TOKENS, temperature=0.8, streamer=streamer, vocab_size=task.vocabulary.size)
+
+
+def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Text], Path]:
     """The run to continue, or a new one, and its folder."""
-    from sscan.tasks.byte_training import STATE_FILE, RunOptions, TrainingRun
+    from sscan.models.tokens import tokenizer_file
+    from sscan.tasks.task import RunOptions
+    from sscan.tasks.text import Text, text_files
+    from sscan.tasks.training import STATE_FILE, TrainingRun
 
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunOptions)}
     given = {name: value for name, value in given.items() if value is not None}
     array_module = _array_module(options.device)
     if "minutes" in given:
         given["steps"] = None
+    texts = None if options.text is None else text_files(options.text)
+    tokenizer = None if options.tokenizer is None else tokenizer_file(options.tokenizer)
     if options.resume is not None:
         if options.out is not None:
             raise Mistake("--out: a resumed run stays in the folder of --resume")
-        run = TrainingRun.load(options.resume, options.text, array_module, **given)
+        run = TrainingRun.load(options.resume, Text, array_module, given, texts=texts, tokenizer=tokenizer)
         return run, _prepared(options.resume)
-    text = options.text or _default_text()
-    run = TrainingRun(RunOptions(**given), text, array_module)
-    folder = options.out or _new_folder(text.stem)
+    run = TrainingRun(Text(RunOptions(**given), texts or [_default_text()], tokenizer), array_module)
+    folder = options.out or _new_folder(options.text[0].resolve().stem if options.text else run.task.texts[0].stem)
     if (folder / STATE_FILE).exists():
         raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -330,10 +367,12 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun, Path]:
 def _prepared(folder: Path) -> Path:
     """The folder, which then can be written to, without what a run that was killed left there."""
     from sscan.models.files import remove_leftovers
+    from sscan.tasks.loop import BEST_FOLDER
 
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     remove_leftovers(folder)
+    remove_leftovers(folder / BEST_FOLDER)
     return folder
 
 
@@ -349,22 +388,15 @@ def _new_folder(name: str) -> Path:
     return Path("runs", f"{name}-{next(numbers)}")
 
 
-def _train_until_done(run: TrainingRun, folder: Path) -> int:
+def _train_until_done(run: TrainingRun[Any], folder: Path) -> int:
     """Train and save; the number of the signal that stopped it early, or 0."""
-    from sscan.tasks.progress import Progress
+    from sscan.tasks.loop import train
 
     start = time.monotonic()
     run.warm_up()
-    with _stop_requests() as received, Progress(run, sys.stderr) as progress:
-        saved = time.monotonic()
-        print(f"kernels     ready after {saved - start:.1f} s", flush=True)
-        while run.progress < 1 and not received:
-            run.step()
-            progress.update()
-            if time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS:
-                run.save(folder)
-                saved = time.monotonic()
-        run.save(folder)
+    with _stop_requests() as received:
+        print(f"kernels     ready after {time.monotonic() - start:.1f} s", flush=True)
+        train(run, folder, sys.stderr, stop=received)
     return received[0] if received else 0
 
 
@@ -403,7 +435,7 @@ def _open_model(options: argparse.Namespace) -> tuple[MambaLM, Vocabulary]:
     """The model, where it is to compute, and what its tokens mean."""
     from sscan.models.tokens import vocabulary_of
     from sscan.nn import MambaLM
-    from sscan.tasks.byte_training import PRECISIONS
+    from sscan.tasks.task import PRECISIONS
 
     xp = _array_module(options.device)
     model = MambaLM.from_pretrained(options.model, PRECISIONS[options.dtype or "float32"])
@@ -519,12 +551,10 @@ class _Continuations:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from sscan.tasks.byte_text import read_text
     from sscan.tasks.evaluation import evaluate
     from sscan.tasks.progress import Bar
+    from sscan.tasks.text import read_text
 
-    if options.stride is not None and (options.window is None or options.stride > options.window):
-        raise Mistake("--stride: needs a --window, of as many tokens at least")
     with _mistakes():
         model, vocabulary = _open_model(options)
         ids, sizes = vocabulary.encode_sized(read_text(options.text).tobytes())
@@ -543,7 +573,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from sscan.models.pretrained import convert
-    from sscan.tasks.byte_training import PRECISIONS
+    from sscan.tasks.task import PRECISIONS
 
     with _mistakes():
         dtype = None if options.dtype is None else PRECISIONS[options.dtype]

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from sscan.models.tokens import vocabulary_of
 from sscan.nn import MambaLM
 from sscan.nn.autodiff import to_numpy
-from sscan.tasks.byte_training import PRECISIONS
 from sscan.tasks.evaluation import evaluate
+from sscan.tasks.task import PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     """A run of one's own to break."""
-    for path in trained.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -246,19 +246,27 @@ BROKEN_RUNS: dict[str, Any] = {
     **{f"run_{text}": with_run(lambda about, text=text: text) for text in ("", "{", "[]", "null", "NaN", "{}", "\x00")},
     "deep": with_run(lambda about: DEEP.decode()),
     **{f"no_{name}": with_run(lambda about, name=name: about.pop(name) and None)
-       for name in ("options", "seconds", "text", "text_sha256")},
+       for name in ("task", "options", "about", "seconds")},
     "surplus": with_run(lambda about: about.update(wings=2)),
     **{f"{name}_{value}": with_run(lambda about, name=name, value=value: about.update({name: value}))
        for name, values in {
-           "options": (None, [], 3, "x"), "seconds": (-1, "1", None, float("nan"), float("inf"), True),
-           "text": (None, 3, []), "text_sha256": (None, 3),
+           "task": (None, 3, "induction", []), "options": (None, [], 3, "x"), "about": (None, [], 3, "x"),
+           "seconds": (-1, "1", None, float("nan"), float("inf"), True),
        }.items() for value in values},
+    **{f"{name}_{value}": with_run(lambda about, name=name, value=value: about["about"].update({name: value}))
+       for name, values in {
+           "texts": (None, 3, "x", [], {}, [3]), "sha256": (None, 3), "tokenizer_sha256": (3, [], True), "wings": (2,),
+       }.items() for value in values},
+    **{f"about_no_{name}": with_run(lambda about, name=name: about["about"].pop(name) and None)
+       for name in ("texts", "sha256")},
     "seconds_1e400": with_run(lambda about: json.dumps({**about, "seconds": "x"}).replace('"x"', "1e400")),
     **{f"{name}_{value}": with_option(name, value)
-       for name in ("d_model", "n_layer", "length", "batch", "steps", "minutes", "lr", "seed", "precision")
+       for name in ("d_model", "n_layer", "length", "batch", "steps", "minutes", "lr", "seed", "precision",
+                    "evaluations", "target")
        for value in (-1, "8", [8], {}, True, float("nan"))},
     **{f"{name}_{value}": with_option(name, value)
-       for name in ("d_model", "n_layer", "length", "batch", "lr", "seed", "precision") for value in (None,)},
+       for name in ("d_model", "n_layer", "length", "batch", "lr", "seed", "precision", "evaluations")
+       for value in (None,)},
     "no_end": with_run(lambda about: about["options"].update(steps=None, minutes=None)),
     "unknown_option": with_option("wings", 2),
     "million_layers": with_option("n_layer", MILLION),
@@ -268,6 +276,12 @@ BROKEN_RUNS: dict[str, Any] = {
     "losses_matrix": with_arrays(lambda a: a.update(losses=np.ones((2, 1)))),
     "losses_float32": with_arrays(lambda a: a.update(losses=a["losses"].astype(np.float32))),
     "losses_short": with_arrays(lambda a: a.update(losses=a["losses"][:1])),
+    "no_measures": with_arrays(lambda a: a.pop("measures")),
+    "measures_list": with_arrays(lambda a: a.update(measures=np.ones(2))),
+    "measures_float32": with_arrays(lambda a: a.update(measures=a["measures"].astype(np.float32))),
+    "measures_nan": with_arrays(lambda a: a.update(measures=np.full((1, 2), np.nan))),
+    "measures_infinite": with_arrays(lambda a: a.update(measures=np.full((1, 2), np.inf))),
+    "measures_beyond": with_arrays(lambda a: a.update(measures=np.array([[3.0, 1.0]]))),
     "no_steps": with_arrays(lambda a: a.pop("optimiser.steps")),
     "steps_float": with_arrays(lambda a: a.update({"optimiser.steps": np.array(2.5)})),
     "steps_negative": with_arrays(lambda a: a.update({"optimiser.steps": np.array(-2)})),
@@ -287,7 +301,7 @@ def test_broken_runs(change: Any, run: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("value", ["/no/such/file", "", "/dev/zero", "a\0b", "/"])
 def test_runs_whose_text_is_gone(value: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_run(lambda about: about.update(text=value))(run / "training.safetensors")
+    with_run(lambda about: about["about"].update(texts=[value]))(run / "training.safetensors")
     one_line(capsys, "train", "--resume", run)
 
 

@@ -24,9 +24,11 @@ from sscan import cli
 from sscan.cli import main
 from sscan.models.files import load_arrays, remove_leftovers, save_arrays, write_atomically
 from sscan.nn import MambaLM
-from sscan.tasks import byte_text
-from sscan.tasks.byte_text import BackoffModel, bits_per_byte, overlapping_windows, random_windows
-from sscan.tasks.byte_training import RunOptions, TrainingRun
+from sscan.tasks import text as texts
+from sscan.tasks.backoff import BackoffModel
+from sscan.tasks.task import RunOptions
+from sscan.tasks.text import Text, mean_nats, overlapping_windows, random_windows
+from sscan.tasks.training import TrainingRun
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--d-model", "8", "--n-layer", "1", "--length", "16", "--batch", "2"]
@@ -48,6 +50,24 @@ def checkpoint(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     return folder
 
 
+RUN_FILES = {
+    "config.json", "model.safetensors", "training.safetensors", "log.jsonl", "loss.png",
+    "best/config.json", "best/model.safetensors",
+}  # fmt: skip
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.suffix == ".new"}
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files_in(folder)}
+
+
+def load(folder: Path, **changes: Any) -> TrainingRun[Text]:
+    return TrainingRun.load(folder, Text, changes=changes)
+
+
 # Training
 
 
@@ -64,24 +84,20 @@ def test_train_from_start_to_end(text: Path, tmp_path: Path, capsys: pytest.Capt
         assert part in out
     assert "100%  step 30  loss" in err  # standard error is no terminal here: plain lines
     assert "\r" not in err
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "training.safetensors",
-        "loss.png",
-    }
+    assert files_in(folder) == RUN_FILES
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    run = TrainingRun.load(folder)
+    run = load(folder)
     assert len(run.losses) == 30
     assert run.losses[-1] < run.losses[0]
     printed = float(out.split("held out    Mamba ")[1].split(",")[0])
-    assert printed == pytest.approx(bits_per_byte(run.model, run.data, run.held_out, 16, 2), abs=1e-3)
+    nats = mean_nats(run.model, run.task.bytes, 2340, 16, 2)
+    assert printed == pytest.approx(nats / np.log(2), abs=1e-3)
 
 
 def test_defaults() -> None:
     assert dataclasses.asdict(RunOptions()) == {
         "d_model": 96, "n_layer": 6, "length": 256, "batch": 4, "lr": 1.2e-2, "seed": 0, "steps": None, "minutes": 2.0,
-        "precision": "float32",
+        "precision": "float32", "evaluations": 10, "target": None,
     }  # fmt: skip
     train, generate = (vars(cli._parser().parse_args(words)) for words in (["train"], ["generate", "x"]))
     given = {name for name, value in train.items() if value is not None}
@@ -96,7 +112,7 @@ def test_defaults() -> None:
 
 
 def test_train_for_a_time(text: Path, tmp_path: Path) -> None:
-    run = TrainingRun(RunOptions(8, 1, 16, 2, minutes=0.2 / 60), text)
+    run = TrainingRun(Text(RunOptions(8, 1, 16, 2, minutes=0.2 / 60), [text]))
     while run.progress < 1:
         run.step()
     assert run.seconds >= 0.2
@@ -107,7 +123,7 @@ def test_default_text_and_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(byte_text, "HELD_OUT", 0.001)
+    monkeypatch.setattr(texts, "HELD_OUT", 0.001)
     for number in (1, 2):
         assert main(["train", "--steps", "1", *TINY]) == 0
         assert (tmp_path / "runs" / f"topics-{number}" / "model.safetensors").exists()
@@ -136,7 +152,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert main([*arguments, "--out", str(tmp_path / "parts")]) == 130
     assert "--resume" in capsys.readouterr().err
     MambaLM.from_pretrained(str(tmp_path / "parts"))  # usable as it is
-    assert len(TrainingRun.load(tmp_path / "parts").losses) == 3
+    assert len(load(tmp_path / "parts").losses) == 3
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
 
     whole, parts = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "parts")
@@ -147,8 +163,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 def test_resume_can_make_a_run_longer(checkpoint: Path) -> None:
     assert main(["train", "--resume", str(checkpoint), "--steps", "4"]) == 0
-    assert len(TrainingRun.load(checkpoint).losses) == 4
-    run = TrainingRun.load(checkpoint, steps=None, minutes=1.0)
+    assert len(load(checkpoint).losses) == 4
+    run = load(checkpoint, steps=None, minutes=1.0)
     assert 0 < run.progress < 1
 
 
@@ -178,7 +194,7 @@ def test_signals_leave_a_usable_checkpoint(number: signal.Signals, text: Path, t
     assert process.returncode == 128 + number
     assert "stopped; continue with" in err
     assert "Traceback" not in err
-    assert len(TrainingRun.load(tmp_path / "run").losses) < 10000000
+    assert len(load(tmp_path / "run").losses) < 10000000
 
 
 def test_ignored_signals_stay_ignored(text: Path, tmp_path: Path) -> None:
@@ -207,7 +223,7 @@ def test_a_terminal_that_is_closed(text: Path, tmp_path: Path) -> None:
     time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
-    assert len(TrainingRun.load(tmp_path / "run").losses) > 1
+    assert len(load(tmp_path / "run").losses) > 1
 
 
 def test_what_a_killed_run_left_is_removed(checkpoint: Path, text: Path) -> None:
@@ -215,10 +231,10 @@ def test_what_a_killed_run_left_is_removed(checkpoint: Path, text: Path) -> None
     killed.mkdir()
     (killed / ".tmpAbCdEf").write_bytes(b"half")
     (checkpoint / ".model.safetensors.1.new").write_bytes(b"half, of sscan 0.3")
+    (checkpoint / "best" / ".model.safetensors.123.new").mkdir()
     (checkpoint / ".notes.new").write_text("the user's")
     assert main(["train", "--resume", str(checkpoint), "--steps", "3"]) == 0
-    files = {"config.json", "model.safetensors", "training.safetensors", "loss.png", ".notes.new"}
-    assert {path.name for path in checkpoint.iterdir()} == files
+    assert files_in(checkpoint) == RUN_FILES | {".notes.new"}
 
 
 def test_killed_while_saving(text: Path, tmp_path: Path) -> None:
@@ -242,8 +258,8 @@ def test_permissions_are_what_the_umask_says(umask: int, checkpoint: Path) -> No
         assert main(["train", "--resume", str(checkpoint), "--steps", "3"]) == 0
     finally:
         os.umask(before)
-    for path in checkpoint.iterdir():
-        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+    for name in RUN_FILES - {"log.jsonl"}:  # which is as old as the run
+        assert (checkpoint / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
 
 
 @pytest.mark.parametrize("steps", ["1", "2", "3", "50"])
@@ -261,21 +277,23 @@ def test_learning_rates_that_ruin_the_model(
         assert len(progress) == (steps == "2")
         assert said.startswith("sscan train: the loss is ")
         assert said.endswith("; try a smaller --lr")
-        assert list(folder.iterdir()) == []
+        assert not [name for name in files_in(folder) if not name.startswith(("best/", "log"))]
+        if steps != "50":  # the first step changes nothing, and what it left was evaluated
+            assert np.isfinite(MambaLM.from_pretrained(folder / "best")(np.zeros((1, 3), np.int64)).data).all()
 
 
 def test_a_ruined_model_does_not_replace_a_good_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    run = TrainingRun.load(checkpoint, steps=4)
+    before = contents_of(checkpoint)
+    run = load(checkpoint, steps=4)
     run.model.backbone.layers[0].mixer.D.data[3] = np.nan
     with pytest.raises(FloatingPointError, match=r"backbone\.layers\.0\.mixer\.D is not finite after 2 steps"):
         run.save(checkpoint)
-    run = TrainingRun.load(checkpoint, steps=4)
+    run = load(checkpoint, steps=4)
     run.model.backbone.norm_f.weight.data[:] = 1e38  # finite, as is the next, and the loss is not
     run.model.backbone.embedding.weight.data[:] *= 1e10
     with pytest.raises(FloatingPointError, match="the loss is"):
         run.save(checkpoint)
-    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert contents_of(checkpoint) == before
 
 
 def test_models_that_are_ruined_generate_nothing(checkpoint: Path) -> None:
@@ -315,11 +333,11 @@ def test_train_in_bfloat16(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     command = ["train", "--text", str(text), "--out", str(tmp_path / "run"), "--steps", "20", "--precision", "bfloat16"]
     assert main([*command, *TINY]) == 0
     assert "device      cpu, bfloat16" in capsys.readouterr().out
-    run = TrainingRun.load(tmp_path / "run")
+    run = load(tmp_path / "run")
     assert run.model(np.zeros((1, 3), np.int64)).dtype == np.float32
     assert run.model.backbone(np.zeros((1, 3), np.int64)).dtype == ml_dtypes.bfloat16
     floats = {name: array.dtype for name, array in arrays_of(tmp_path / "run").items() if array.dtype.kind != "i"}
-    assert {dtype for name, dtype in floats.items() if name != "losses"} == {np.dtype(np.float32)}
+    assert {dtype for name, dtype in floats.items() if name not in ("losses", "measures")} == {np.dtype(np.float32)}
     assert run.losses[-1] < run.losses[0]
     assert "was trained with precision = bfloat16, not float32" in mistake(
         capsys, "train", "--resume", tmp_path / "run", "--precision", "float32"
@@ -328,7 +346,7 @@ def test_train_in_bfloat16(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_step_with_infinite_loss_changes_nothing(text: Path) -> None:
-    run = TrainingRun(RunOptions(8, 1, 16, 2, steps=2), text)
+    run = TrainingRun(Text(RunOptions(8, 1, 16, 2, steps=2), [text]))
     run.model.backbone.norm_f.weight.data[:] = np.inf
     before = {name: array.copy() for name, array in run.model.state_dict().items()}
     with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
@@ -445,11 +463,11 @@ def test_errors_that_nobody_reads() -> None:
 def test_training_that_nobody_watches(stderr: str, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert shell(f"sscan train --text {text} --out {out} --steps 3 {' '.join(TINY)} {stderr}") == (0, [])
-    assert len(TrainingRun.load(out).losses) == 3
+    assert len(load(out).losses) == 3
 
 
 def test_no_room_for_a_checkpoint(checkpoint: Path) -> None:
-    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    before = contents_of(checkpoint)
     # A limit on the size of files fails as a full disk does, in the middle of writing.
     command = f"ulimit -f 8; sscan train --resume {checkpoint} --steps 3"
     code, lines = shell(command)
@@ -457,7 +475,9 @@ def test_no_room_for_a_checkpoint(checkpoint: Path) -> None:
     assert len(lines) == 2  # the progress, and
     assert "model.safetensors: " in lines[1]
     assert "File too large" in lines[1]
-    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    after = contents_of(checkpoint)
+    assert after.pop("log.jsonl").startswith(before.pop("log.jsonl"))
+    assert after == before
 
 
 def test_too_little_memory(text: Path, tmp_path: Path) -> None:
@@ -567,7 +587,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["train", "--precision", "float8"], "invalid choice: 'float8'"),
         (["train", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["train", "--text", "missing.txt"], "missing.txt: No such file or directory"),
-        (["train", "--text", "."], "Is a directory"),
+        (["train", "--tokenizer", "missing.json"], "missing.json"),
+        (["train", "--target", "0"], "invalid positive number value: '0'"),
         (["train", "--resume", "missing"], "No such file or directory"),
         (["train", "--resume", "missing", "--out", "other"], "--out: a resumed run stays in the folder"),
         (["generate", "missing"], "missing/config.json: No such file or directory"),

@@ -18,7 +18,7 @@ from cases import assert_within, eps_of
 import sscan.nn
 import sscan.torch
 from sscan.models import MambaConfig
-from sscan.models.files import save_arrays, write_together
+from sscan.models.files import load_arrays, save_arrays, write_together
 from sscan.models.pretrained import open_model
 
 if TYPE_CHECKING:
@@ -292,6 +292,33 @@ def test_half_precision_and_autocast() -> None:
         assert 1e-4 < np.abs(made - exact).max() / scale < 3 * reference
 
 
+@pytest.mark.parametrize("in_fp32", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_dtype_of_the_residual_stream(in_fp32: bool, fused: bool) -> None:
+    config = config_with({"residual_in_fp32": in_fp32, "fused_add_norm": fused})
+    model = perturbed(config, torch.bfloat16)
+    dtypes: list[Any] = []
+    for layer in model.backbone.layers:
+        layer.register_forward_hook(lambda layer, given, made: dtypes.extend(x.dtype for x in made))
+    model(torch.from_numpy(ids()))
+    assert dtypes == [torch.bfloat16, torch.float32 if in_fp32 else torch.bfloat16] * 3
+
+
+def test_states_under_autocast_are_those_that_steps_take() -> None:
+    model = perturbed()
+    tokens = torch.from_numpy(ids())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model(tokens)
+        _, states = model.extend(tokens[:, :10], model.new_states(2))
+        fresh = model.new_states(2)
+        for (name, made), (_, expected) in zip(states.named_tensors(), fresh.named_tensors(), strict=True):
+            assert (made.dtype, made.shape) == (expected.dtype, expected.shape), name
+        for t in range(10, 21):
+            logits = model.step(tokens[:, t], states)
+    scale = whole.float().abs().max().item()
+    assert (logits.float() - whole[:, -1].float()).abs().max().item() < 0.03 * scale
+
+
 def test_training_in_pytorch() -> None:
     """Gradients of all parameters, against those of sscan.nn in float64."""
     model = perturbed(config_with(CHANGES["every_option"]), torch.float64)
@@ -482,6 +509,29 @@ def test_values_beyond_the_dtype(framework: str, tmp_path: Path) -> None:
         load(framework, tmp_path)
 
 
+@pytest.mark.parametrize("framework", MODELS)
+def test_tied_embeddings_under_both_names(framework: str, tmp_path: Path) -> None:
+    """As the original writes them; two that differ are not one."""
+    model = perturbed()
+    model.save_pretrained(tmp_path)
+    arrays = parameters_of(model)
+    table = arrays["backbone.embedding.weight"]
+    save_arrays(tmp_path / "model.safetensors", {**arrays, "lm_head.weight": table})
+    assert_same_bits(parameters_of(load(framework, tmp_path)), arrays)
+    save_arrays(tmp_path / "model.safetensors", {**arrays, "lm_head.weight": table + 1e-3})
+    with pytest.raises(ValueError, match=r"model\.safetensors: .* are one parameter, but their values differ"):
+        load(framework, tmp_path)
+    del arrays["backbone.embedding.weight"]
+    save_arrays(tmp_path / "model.safetensors", {**arrays, "lm_head.weight": table})
+    assert load(framework, tmp_path).config == CONFIG
+
+
+def test_files_say_that_they_are_pytorchs(tmp_path: Path) -> None:
+    """Which older releases of transformers ask for."""
+    perturbed().save_pretrained(tmp_path)
+    assert load_arrays(tmp_path / "model.safetensors")[1] == {"format": "pt"}
+
+
 # The hub
 
 
@@ -521,6 +571,14 @@ def test_models_that_are_nowhere(cache: Path, tmp_path: Path) -> None:
         load("nn", tmp_path / "nothing")
     with pytest.raises(ValueError, match="revision is for models on the hub, got 'main'"):
         sscan.nn.MambaLM.from_pretrained(tmp_path, revision="main")
+
+
+def test_folders_that_look_like_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Come first: runs/book-1 is where `sscan train` puts its models."""
+    perturbed().save_pretrained(tmp_path / "runs" / "book-1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert sscan.nn.MambaLM.from_pretrained("runs/book-1").config == CONFIG
 
 
 def test_weights_are_a_mapping_of_the_original_names(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from sscan.models.files import check_readable
 from sscan.models.pretrained import Source, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 Array: TypeAlias = Any
 TOKENIZER = "tokenizer.json"
+PART, PARTS = 1 << 18, 32  # of a long text: the characters of one at least, and how many are encoded at once
 
 
 class Bytes:
@@ -29,6 +30,10 @@ class Bytes:
     def encode_sized(self, text: bytes) -> tuple[Array, Array]:
         """The tokens of a text, and how many of its bytes each stands for."""
         return np.frombuffer(text, np.uint8).astype(np.int64), np.ones(len(text), np.int64)
+
+    def encode_long(self, text: bytes) -> Array:
+        """The bytes of a text, not copied."""
+        return np.frombuffer(text, np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text, with a sign in the place of what is none."""
@@ -64,6 +69,8 @@ class Tokens:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # which is all that the library raises
             raise ValueError(f"{path}: {first_line(error)}") from error
+        self._tokenizer.no_truncation()  # which the file may ask for, and which is of no text's length
+        self._tokenizer.no_padding()
         self._stream = tokenizers.decoders.DecodeStream
         self.size: int = self._tokenizer.get_vocab_size()
 
@@ -78,6 +85,16 @@ class Tokens:
         starts = np.array([start for start, _ in encoding.offsets], np.int64)
         places = np.cumsum([0, *(len(character.encode()) for character in characters)])
         return np.array(encoding.ids, np.int64), np.diff(places[starts], append=len(text))
+
+    def encode_long(self, text: bytes) -> Array:
+        """The tokens of a text to train on, without any that the tokenizer puts at the ends of texts.
+
+        All cores have a part in it, for which the text is cut behind line breaks.
+        """
+        ids = []
+        for group in _groups(text.decode()):
+            ids += [np.array(part.ids, np.int32) for part in self._tokenizer.encode_batch(group, False)]
+        return np.concatenate([np.zeros(0, np.int32), *ids])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -97,6 +114,30 @@ class Tokens:
 Vocabulary = Bytes | Tokens
 
 
+def _groups(text: str) -> Iterator[list[str]]:
+    """The text in parts of some lines, several at a time."""
+    start = 0
+    while start < len(text):
+        group: list[str] = []
+        while start < len(text) and len(group) < PARTS:
+            end = text.find("\n", start + PART) + 1 or len(text)
+            group.append(text[start:end])
+            start = end
+        yield group
+
+
+def tokenizer_file(tokenizer: str | Path) -> Path:
+    """The file that is meant: it, or the one in a folder or on the hub.
+
+    Raises
+    ------
+    OSError, ValueError
+        If there is none.
+    """
+    path = Path(tokenizer)
+    return path if path.is_file() else Source(tokenizer).require(TOKENIZER)
+
+
 def vocabulary_of(model: str | Path, size: int, tokenizer: str | Path | None = None) -> Vocabulary:
     """What the tokens of a model mean.
 
@@ -114,11 +155,7 @@ def vocabulary_of(model: str | Path, size: int, tokenizer: str | Path | None = N
     OSError, ValueError
         As :class:`Tokens`; also if there is no file and the model is none of bytes, or the file has more tokens.
     """
-    if tokenizer is not None:
-        path = Path(tokenizer)
-        found: Path | None = path if path.is_file() else Source(tokenizer).require(TOKENIZER)
-    else:
-        found = Source(model).find(TOKENIZER)
+    found = Source(model).find(TOKENIZER) if tokenizer is None else tokenizer_file(tokenizer)
     if found is None:
         if size != Bytes.size:
             raise ValueError(f"{model} has a vocabulary of {size}, not the 256 bytes, and no {TOKENIZER}")

@@ -1,1 +1,1 @@
-"""Things to train: data, measures and baselines."""
+"""What models are trained on, one file each, and the loop that trains them."""

@@ -81,8 +81,10 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the text is too short.
+        If the text is too short, or the stride longer than the window.
     """
+    if stride is not None and (window is None or stride > window):
+        raise ValueError(f"stride needs a window of as many tokens at least, got {stride} and {window}")
     spans = list(_spans(len(ids), window, stride))
     if not any(end > counts for _, counts, end in spans):
         raise ValueError(f"the text is too short: {len(ids)} tokens")
@@ -109,7 +111,7 @@ def _spans(length: int, window: int | None, stride: int | None) -> Iterator[tupl
             end = min(start + window, length)
             if end > counted:
                 yield start, counted, end
-            counted = max(counted, end)
+            counted = end
 
 
 def _nats(model: MambaLM, ids: Any, targets: Any) -> Iterator[tuple[float, int]]:

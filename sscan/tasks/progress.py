@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -14,19 +14,19 @@ from sscan.models.files import write_atomically
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sscan.tasks.byte_training import TrainingRun
+    from sscan.tasks.training import TrainingRun
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 RECENT = 50  # steps over which the loss is averaged
 
 
 class Progress:
-    """Shows loss, bits per byte, speed and time left while a run goes on; use it in a ``with`` statement.
+    """Shows loss, held-out goal, speed and time left while a run goes on; use it in a ``with`` statement.
 
     A stream that takes nothing more, as a terminal that was closed, does not end the run.
     """
 
-    def __init__(self, run: TrainingRun, stream: TextIO) -> None:
+    def __init__(self, run: TrainingRun[Any], stream: TextIO) -> None:
         self.run, self.stream = run, stream
         self.first_step, self.first_progress, self.first_seconds = len(run.losses), run.progress, run.seconds
         self.last_line = time.monotonic()
@@ -58,14 +58,15 @@ class Progress:
             self.stream.flush()
 
     def describe(self) -> str:
-        """One line: step, loss, bits per byte, tokens per second, time left."""
+        """One line: step, loss in nats and in the task's unit, held-out goal, tokens per second, time left."""
         run = self.run
-        bits = float(np.mean(run.losses[-RECENT:]))
+        loss = float(np.mean(run.losses[-RECENT:]))
+        held_out = f"held out {run.measures[-1][1]:.3f}  " if run.measures else ""
         seconds, done = run.seconds - self.first_seconds, run.progress - self.first_progress
         tokens = (len(run.losses) - self.first_step) * run.options.batch * run.options.length
         left = round(seconds * (1 - run.progress) / done) if done > 0 else 0
         return (
-            f"step {len(run.losses)}  loss {bits * np.log(2):.3f}  {bits:.3f} bits/byte  "
+            f"step {len(run.losses)}  loss {loss:.3f}  {run.task.in_unit(loss):.3f} {run.task.unit}  {held_out}"
             f"{tokens / seconds:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
         )
 
@@ -99,16 +100,21 @@ class Bar:
                 self.stream.flush()
 
 
-def draw_loss_curve(path: Path, losses: list[float], lines: dict[str, float]) -> bool:
-    """Write the curve of the training loss, with held-out results as horizontal lines; False without matplotlib."""
+def draw_loss_curve(path: Path, run: TrainingRun[Any], lines: dict[str, float]) -> bool:
+    """Write the curves of the training loss and of the held-out goal, which has the same unit, as a picture.
+
+    Results that others have there are horizontal `lines`. False without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    axes = figure.add_subplot(xlabel="step", ylabel=run.task.unit)
+    losses = [run.task.in_unit(loss) for loss in run.losses]
     axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="training, each step")
-    for i, (label, value) in enumerate(lines.items(), start=1):
+    axes.plot(*zip(*run.measures, strict=True), marker=".", label="held out, some windows")
+    for i, (label, value) in enumerate(lines.items(), start=2):
         axes.axhline(value, color=f"C{i}", linestyle="--", label=f"{label}: {value:.3f}")
     axes.legend()
     write_atomically(path, lambda new: figure.savefig(new, format="png", dpi=150))

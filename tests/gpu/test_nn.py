@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_nn_devices
 import test_nn_precision
+import test_tasks
 from test_nn_devices import Device, train
 from test_nn_precision import BFLOAT16, EPS, SMALL, distance, ids, model_in
 
@@ -21,7 +22,9 @@ from sscan import nn
 from sscan.cli import main
 from sscan.models.files import load_arrays
 from sscan.nn import MambaLM, ops
-from sscan.tasks.byte_training import RunOptions, TrainingRun
+from sscan.tasks.task import RunOptions
+from sscan.tasks.text import Text
+from sscan.tasks.training import TrainingRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
 PRECISIONS = pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["float32", "bfloat16"])
 TINY = ["--d-model", "16", "--n-layer", "1", "--length", "32", "--batch", "4"]
 
-# The tests of both files are tests here, too, with these fixtures in the place of theirs.
-for module in (test_nn_devices, test_nn_precision):
+# The tests of these files are tests here, too, with these fixtures in the place of theirs.
+for module in (test_nn_devices, test_nn_precision, test_tasks):
     globals().update({name: value for name, value in vars(module).items() if name.startswith("test_")})
 
 
@@ -129,7 +132,7 @@ def test_train_from_start_to_end(
     for name, array in runs[0].items():
         np.testing.assert_array_equal(array, runs[1][name], err_msg=name)
     assert runs[0]["losses"][-1] < 0.7 * runs[0]["losses"][0]
-    on_host = TrainingRun(RunOptions(16, 1, 32, 4, steps=30, precision=precision), text)
+    on_host = TrainingRun(Text(RunOptions(16, 1, 32, 4, steps=30, precision=precision), [text]))
     while on_host.progress < 1:
         on_host.step()
     np.testing.assert_allclose(runs[0]["losses"], on_host.losses, rtol=0.02 if precision == "float32" else 0.1)
@@ -140,8 +143,8 @@ def test_runs_change_devices(text: Path, tmp_path: Path) -> None:
     assert main(["train", "--text", str(text), "--out", folder, "--steps", "4", "--device", "cuda", *TINY]) == 0
     assert main(["train", "--resume", folder, "--steps", "8"]) == 0
     assert main(["train", "--resume", folder, "--steps", "12", "--device", "cuda"]) == 0
-    assert len(TrainingRun.load(Path(folder)).losses) == 12
-    run = TrainingRun.load(Path(folder), array_module=cupy)
+    assert len(TrainingRun.load(Path(folder), Text).losses) == 12
+    run = TrainingRun.load(Path(folder), Text, cupy)
     assert all(isinstance(parameter.data, cupy.ndarray) for parameter in run.model.parameters())
     assert isinstance(MambaLM.from_pretrained(folder).lm_head.weight.data, np.ndarray)
     assert main(["generate", folder, "-n", "20"]) == 0

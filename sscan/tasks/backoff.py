@@ -1,80 +1,13 @@
-"""Text as a sequence of bytes: reading it, cutting it into windows, and a baseline that counts."""
+"""A baseline that counts: how well a text can be predicted from the few bytes before each."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sscan.models.files import check_readable
-from sscan.nn import no_grad
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from sscan.nn import MambaLM
-
 Bytes = npt.NDArray[np.uint8]
-HELD_OUT = 0.1  # the share of a text, at its end, that no model is trained on
-IGNORED = -100
-
-
-def read_text(path: Path) -> Bytes:
-    """The bytes of a text file.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        If it is empty, no regular file, or contains a NUL byte, which no text does.
-    """
-    check_readable(path)
-    data = np.fromfile(path, np.uint8)
-    if not data.size:
-        raise ValueError(f"{path} is empty")
-    if not data.all():
-        raise ValueError(f"{path} is not text: byte {int(data.argmin())} is NUL")
-    return data
-
-
-def held_out_start(data: Bytes) -> int:
-    """Where the held-out tail begins."""
-    return data.size - int(data.size * HELD_OUT)
-
-
-def random_windows(data: Bytes, batch: int, length: int, seed: int, step: int) -> tuple[Any, Any]:
-    """Inputs and targets (batch, length): windows of `data` that depend on the seed and the step only."""
-    starts = np.random.default_rng([seed, step]).integers(0, data.size - length, batch)
-    windows = data[starts[:, None] + np.arange(length + 1)].astype(np.int32)
-    return windows[:, :-1], windows[:, 1:]
-
-
-def overlapping_windows(data: Bytes, start: int, length: int) -> tuple[Any, Any]:
-    """Inputs and targets (windows, length) in which each byte from `start` on is a target that counts exactly once.
-
-    Windows advance by half their length and only the second half counts, so every byte is predicted from at least
-    length / 2 bytes before it, the first ones from bytes before `start`. Windows of one byte advance by one.
-    """
-    half = max(length // 2, 1)
-    first = np.arange(start - 1 - (length - half), data.size - 1 - (length - half), half)
-    places = first[:, None] + np.arange(length + 1)
-    windows = data[np.clip(places, 0, data.size - 1)].astype(np.int32)
-    counts = (np.arange(length) >= length - half) & (places[:, 1:] < data.size)
-    return windows[:, :-1], np.where(counts, windows[:, 1:], IGNORED)
-
-
-def bits_per_byte(model: MambaLM, data: Bytes, start: int, length: int, batch: int) -> float:
-    """Mean of -log2 p over the bytes from `start` on, by windows of `length`."""
-    inputs, targets = overlapping_windows(data, start, length)
-    nats = 0.0
-    with no_grad():
-        for i in range(0, len(inputs), batch):
-            rows = targets[i : i + batch]
-            nats += model.loss(inputs[i : i + batch], rows).item() * int((rows != IGNORED).sum())
-    return nats / math.log(2) / (data.size - start)
 
 
 class BackoffModel:

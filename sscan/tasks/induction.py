@@ -1,0 +1,130 @@
+"""Induction Heads: a symbol that stood behind a trigger once is to be said when the trigger comes again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sscan.models.arguments import check_integer, check_number
+from sscan.models.config import MambaConfig
+from sscan.models.files import content_of
+from sscan.nn.autodiff import to_numpy
+from sscan.tasks.evaluation import IGNORED
+from sscan.tasks.task import Recipe, RunOptions, Task
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sscan.nn import MambaLM
+
+EXAMPLES = 64  # of each length that is measured
+LONGER = 16  # times the length that is trained on: what is measured on the way, beside that length
+TOKENS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class InductionOptions(RunOptions):
+    """The paper's model and steps for Table 11 (sections 4.1 and E.1).
+
+    Sequences of `length` tokens consist of `symbols` kinds, and of a trigger that comes twice: at a random place, with
+    the symbol behind it that is asked for, and at the end. The first place is anywhere, or one of the first `front`.
+    The learning rate is constant, or falls along half a cosine to `final`, with which longer sequences come out right.
+    """
+
+    d_model: int = 64
+    n_layer: int = 2
+    length: int = 256
+    batch: int = 8
+    lr: float = 1e-3
+    steps: int | None = 204_800
+    minutes: float | None = None
+    evaluations: int = 100
+    dt_rank: int = 16
+    symbols: int = 16
+    front: int | None = None
+    final: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("run", "length", self.length, 3)
+        check_integer("run", "dt_rank", self.dt_rank)
+        check_integer("run", "symbols", self.symbols, 2)
+        if self.front is not None:
+            check_integer("run", "front", self.front)
+        if self.final is not None:
+            check_number("run", "final", self.final)
+
+
+class Induction(Task):
+    """The task: accuracy at the length that is trained on, and at others."""
+
+    name = "induction"
+    unit = "bits"
+    goal = "error"
+    Options = InductionOptions
+
+    def __init__(self, options: InductionOptions) -> None:
+        super().__init__(options)
+        self.options: InductionOptions = options
+        self.recipe = Recipe(weight_decay=0.0, betas=(0.9, 0.999), warmup=0.0, final=options.final, clip=math.inf)
+
+    def model_config(self) -> MambaConfig:
+        """One token for each symbol, and the last for the trigger."""
+        options = self.options
+        return MambaConfig(
+            options.d_model, options.n_layer, options.symbols + 1, ssm_cfg={"dt_rank": options.dt_rank},
+            pad_vocab_size_multiple=1, tie_embeddings=False,
+        )  # fmt: skip
+
+    def batch(self, step: int) -> tuple[Any, Any]:
+        """New sequences; only what follows their ends is a target."""
+        options = self.options
+        ids, answers = self.sequences(np.random.default_rng([options.seed, step]), options.batch, options.length)
+        targets = np.full(ids.shape, IGNORED, np.int32)
+        targets[:, -1] = answers
+        return ids, targets
+
+    def sequences(self, rng: np.random.Generator, count: int, length: int) -> tuple[Any, Any]:
+        """Sequences (count, length), and what follows their ends."""
+        options, rows = self.options, np.arange(count)
+        ids = rng.integers(0, options.symbols, (count, length), np.int32)
+        places = rng.integers(0, min(length - 2, options.front or length), count)
+        ids[rows, places] = ids[:, -1] = options.symbols
+        return ids, ids[rows, places + 1]
+
+    def in_unit(self, nats: float) -> float:
+        """Bits of a symbol."""
+        return nats / math.log(2)
+
+    def measure(self, model: MambaLM) -> dict[str, float]:
+        """Accuracies, and the largest share of mistakes."""
+        lengths = (self.options.length, LONGER * self.options.length)
+        found = {f"accuracy_{length}": self.accuracy(model, length) for length in lengths}
+        return {self.goal: 1 - min(found.values()), **found}
+
+    def accuracy(self, model: MambaLM, length: int, count: int = EXAMPLES) -> float:
+        """The share of right answers at a length, for sequences that are always the same.
+
+        They are read in parts, with the states carried along, so any length fits.
+        """
+        ids, answers = self.sequences(np.random.default_rng(length), count, length)
+        states = model.new_states(count)
+        part = max(TOKENS_AT_ONCE // count, 1)
+        for start in range(0, length, part):
+            logits, states = model.prefill(ids[:, start : start + part], states)
+        return float((to_numpy(logits).argmax(axis=-1) == answers).mean())
+
+    def about(self) -> dict[str, Any]:
+        """Nothing: the options say it all."""
+        return {}
+
+    @classmethod
+    def again(cls, options: Any, about: dict[str, Any], checkpoint: Path, **given: Any) -> Induction:
+        """The task of a run."""
+        with content_of(checkpoint):
+            if about or given:
+                raise ValueError(f"induction: unknown {', '.join((*about, *given))}")
+        return cls(options)

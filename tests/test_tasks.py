@@ -1,0 +1,147 @@
+"""The paper's synthetic tasks: that their data is what they say, and that models learn them."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from sscan.nn import MambaLM
+from sscan.tasks.induction import Induction, InductionOptions
+from sscan.tasks.loop import train
+from sscan.tasks.text import Text
+from sscan.tasks.training import TrainingRun
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def xp() -> Any:
+    """Where models are trained: in tests/gpu it is another."""
+    return np
+
+
+# Induction Heads
+
+EASY = InductionOptions(
+    d_model=16, length=16, batch=16, symbols=4, dt_rank=4, lr=5e-3, steps=400, evaluations=8, target=0.0
+)
+
+
+def task(**changes: Any) -> Induction:
+    return Induction(InductionOptions(**changes))
+
+
+@pytest.mark.parametrize(("length", "symbols", "front"), [(3, 2, None), (16, 5, None), (64, 16, 10), (16, 5, 100)])
+def test_sequences_with_a_trigger(length: int, symbols: int, front: int | None) -> None:
+    """Read one by one: the answer is what stands behind the first trigger, the second is the last token."""
+    made = task(length=length, symbols=symbols, front=front)
+    ids, answers = made.sequences(np.random.default_rng(0), 2000, length)
+    places = set()
+    for row, answer in zip(ids.tolist(), answers.tolist(), strict=True):
+        first = row.index(symbols)
+        assert row.count(symbols) == 2
+        assert row[-1] == symbols
+        assert row[first + 1] == answer < symbols
+        places.add(first)
+    assert places == set(range(min(length - 2, front or length)))
+    assert {token for row in ids.tolist() for token in row} == set(range(symbols + 1))
+    shares = np.bincount(answers, minlength=symbols) / 2000
+    assert np.abs(shares - 1 / symbols).max() < 5 * np.sqrt(1 / symbols / 2000)
+
+
+def test_batches_depend_on_seed_and_step_only() -> None:
+    inputs, targets = task(seed=3, batch=50).batch(7)
+    again = task(seed=3, batch=50)
+    again.batch(1)
+    for array, other in zip((inputs, targets), again.batch(7), strict=True):
+        np.testing.assert_array_equal(array, other)
+    for other_seed, other_step in ((3, 8), (4, 7)):
+        assert (task(seed=other_seed, batch=50).batch(other_step)[0] != inputs).any()
+    assert (targets[:, :-1] == -100).all()
+    np.testing.assert_array_equal(targets[:, -1], [row[row.tolist().index(16) + 1] for row in inputs])
+
+
+def test_the_paper_s_model() -> None:
+    model = Induction(InductionOptions()).new_model()
+    assert model.parameter_count() == 73_792  # Table 11: 74K
+    assert model.lm_head.weight.shape == (17, 64)
+
+
+def test_accuracy_counts_right_answers_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts as at once; and against logits of the run sequences."""
+    made = task(d_model=8, length=16, symbols=3, dt_rank=2)
+    model = made.new_model()
+    model.initialise(5)
+    ids, answers = made.sequences(np.random.default_rng(50), 40, 50)
+    expected = float((model(ids).data[:, -1].argmax(-1) == answers).mean())
+    assert 0 < expected < 1
+    assert made.accuracy(model, 50, 40) == expected
+    monkeypatch.setattr("sscan.tasks.induction.TOKENS_AT_ONCE", 40 * 7)
+    assert made.accuracy(model, 50, 40) == expected
+
+
+def test_measures_are_of_the_length_and_of_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Induction, "accuracy", lambda self, model, length: {16: 0.75, 256: 0.5}[length])
+    found = task(length=16).measure(None)  # type: ignore[arg-type]
+    assert found == {"error": 0.5, "accuracy_16": 0.75, "accuracy_256": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"length": 2}, "length must be at least 3"), ({"symbols": 1}, "symbols must be at least 2"),
+     ({"front": 0}, "front must be at least 1"), ({"dt_rank": "auto"}, "dt_rank must be an integer")],
+)  # fmt: skip
+def test_options_that_are_none(change: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        InductionOptions(**change)
+
+
+def test_the_rate_is_constant_and_nothing_decays_or_is_clipped() -> None:
+    run = TrainingRun(task(d_model=8, length=8, symbols=3, dt_rank=2, steps=3))
+    assert run.optimiser.betas == (0.9, 0.999)
+    assert {group["weight_decay"] for group in run.optimiser.groups} == {0}
+    for parameter in run.model.parameters():
+        parameter.data = parameter.data * 3  # so that gradients are large
+    norms = []
+    for _ in range(3):
+        run.step()
+        assert run.optimiser.lr == 1e-3
+        norms.append(float(np.sqrt(sum((p.grad**2).sum() for p in run.model.parameters()))))
+    assert max(norms) > 1.5
+
+
+def test_induction_is_learned(xp: Any, tmp_path: Path) -> None:
+    """A model of 7,312 numbers makes no mistake at 16 times the length that it was trained on; chance is 1 in 4."""
+    run = TrainingRun(Induction(EASY), xp)
+    train(run, tmp_path, io.StringIO())
+    assert run.done
+    assert run.progress < 1
+    for length in (16, 64, 256):
+        assert run.task.accuracy(run.model, length, 100) == 1
+    model = MambaLM.from_pretrained(tmp_path / "best")
+    assert run.task.accuracy(model, 64, 100) == 1
+
+
+def test_runs_of_one_task_are_none_of_another(tmp_path: Path) -> None:
+    options = InductionOptions(d_model=8, length=8, symbols=3, dt_rank=2, steps=4)
+    run = TrainingRun(Induction(options))
+    run.step()
+    run.save(tmp_path)
+    with pytest.raises(ValueError, match=r"training.safetensors: holds a run of the task 'induction', not 'text'"):
+        TrainingRun.load(tmp_path, Text)
+    with pytest.raises(ValueError, match="was trained with symbols = 3, not 4"):
+        TrainingRun.load(tmp_path, Induction, changes={"symbols": 4})
+    with pytest.raises(ValueError, match="induction: unknown texts"):
+        TrainingRun.load(tmp_path, Induction, texts=["x"])
+    resumed = TrainingRun.load(tmp_path, Induction)
+    assert resumed.task.options == options
+    while not run.done:
+        run.step()
+        resumed.step()
+    assert resumed.losses == run.losses
+    for name, parameter in run.model.named_parameters():
+        np.testing.assert_array_equal(dict(resumed.model.named_parameters())[name].data, parameter.data, err_msg=name)
