@@ -17,7 +17,7 @@ import numpy as np
 
 import sscan
 from sscan import _backends
-from sscan.cuda import _launch, _primitives, _workspace
+from sscan.cuda import _launch, _primitives, _products, _workspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,6 +159,10 @@ class Emulator:
         z = np.empty(re.shape, np.result_type(re, np.complex64))
         z.real, z.imag = re, im
         return z
+
+    def rank_of(self, x: Any) -> Any:
+        word = np.asarray(x, np.float32).view(np.int32)
+        return np.where(word < 0, word ^ 0x7FFFFFFF, word).astype(np.int64)
 
     def anew(self, x: Any) -> Any:
         return x
@@ -344,6 +348,13 @@ class Emulator:
 
         return read
 
+    def write_integer(self, address: int, index: Any, value: Any, valid: Any) -> None:
+        storage = np.dtype(np.int64)
+        mask = np.broadcast_to(np.asarray(valid) > 0, (self.threads,))
+        data, offset = self._elements(address, index, storage, mask, storage.itemsize)
+        raw = np.broadcast_to(np.asarray(value, storage), (self.threads,)).copy().view(np.uint8).reshape(-1, 8)
+        data[offset[mask][:, None] + np.arange(8)] = raw[mask]
+
     def shared_reader(self, number: Any, count: int) -> Any:
         def read(into: Local, shared: Shared, index: Any) -> None:
             index = shared.check(index, count)
@@ -359,6 +370,30 @@ class Emulator:
                 shared.set(index + k, values[k])
 
         return write
+
+    def product_adder(self, real: Any, count: int) -> Any:
+        def add(total: Local, i: int, x: Local, y: Local) -> None:
+            for k in range(count):
+                total[i] = self.fma(x[k], y[k], total[i])
+
+        return add
+
+    def matrix_multiplier(self, storage: Any) -> Any:
+        group, own = self.thread % WARP // 4, self.thread % 4  # own: a lane's four columns of k
+
+        def multiply(total: Local, i: int, w: Local, low: int, high: int, x: Local, at: int) -> None:
+            warps, width = self.threads // WARP, np.float32
+            warp = self.thread // WARP
+            left, right = np.zeros((warps, 16, 16), width), np.zeros((warps, 16, 8), width)
+            for k in range(4):
+                left[warp, group, 4 * own + k] = w[low + k].astype(width)
+                left[warp, group + 8, 4 * own + k] = w[high + k].astype(width)
+                right[warp, 4 * own + k, group] = x[at + k].astype(width)
+            product = left @ right
+            for n in range(4):
+                total[i + n] = total[i + n] + product[warp, group + 8 * (n // 2), 2 * own + n % 2]
+
+        return multiply
 
     def shared_get(self, shared: Shared, index: Any) -> Any:
         return shared.get(shared.check(index, 1))
@@ -426,20 +461,26 @@ def take(layout: Any) -> Any:
     return None, [empty(size, np.uint8) if size else None for size in layout.sizes]
 
 
+def multiply(X: Any, weight: Any, out: Any, added: bool) -> None:
+    """``_products.multiply`` in NumPy."""
+    out[...] = X.astype(np.float32) @ weight.astype(np.float32).T + (out if added else np.float32(0))
+
+
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
     """Inside, sscan's ops run the CUDA backend on NumPy arrays."""
-    keep = _launch.launch, _launch.empty, _launch.processors, _launch.address, _workspace.take
+    keep = _launch.launch, _launch.empty, _launch.processors, _launch.address, _workspace.take, _products.multiply
     packages = dict(_backends._PACKAGES)
     _launch.launch, _launch.empty, _launch.processors = launch, empty, lambda: 4
     _launch.address = lambda array: array.ctypes.data
-    _workspace.take = take
+    _workspace.take, _products.multiply = take, multiply
     _backends._PACKAGES["cpu"] = "sscan.cuda"
     _backends._package.cache_clear()
     try:
         yield
     finally:
-        _launch.launch, _launch.empty, _launch.processors, _launch.address, _workspace.take = keep
+        _launch.launch, _launch.empty, _launch.processors, _launch.address, _workspace.take = keep[:-1]
+        _products.multiply = keep[-1]
         _backends._PACKAGES.update(packages)
         _backends._package.cache_clear()
 

@@ -36,6 +36,7 @@ ARRAY_LIBRARIES = {"torch", "jax", "jaxlib", "cupy"}
 MAY_NAME = {
     "sscan._arrays": ARRAY_LIBRARIES,
     "sscan.cuda._launch": {"cupy"},  # for the current device, stream and allocator
+    "sscan.cuda._graphs": {"cupy"},  # which records them
     "sscan.cuda._products": {"cupy"},  # for its cuBLAS
     "sscan.models.pickled": {"torch"},  # which alone reads pytorch_model.bin
     "sscan.torch": {"torch"},

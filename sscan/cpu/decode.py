@@ -322,7 +322,8 @@ class Weights:
     def __init__(self, blocks: Any, final_norm: Any, head: Any) -> None:
         first = blocks[0]
         self.blocks, self.ends = np.stack([_table(block) for block in blocks]), _table([final_norm, head])[None]
-        self.dtype = first[A_LOG].dtype
+        self.dtype = self.of_ssm = first[A_LOG].dtype
+        self.of_conv = first[CONV].dtype
         self.vocabulary, self.model = head.shape
         (self.inner, self.state), self.width = first[A_LOG].shape, first[CONV].shape[-1]
         self.rank = first[DT_PROJ].shape[-1]
@@ -330,7 +331,7 @@ class Weights:
         self.tasks = self._tasks(first[IN_PROJ].itemsize)
 
     @classmethod
-    def of(cls, blocks: Any, final_norm: Any, head: Any) -> "Weights | None":
+    def of(cls, blocks: Any, embedding: Any, final_norm: Any, head: Any) -> "Weights | None":
         """The weights, or None if shapes or dtypes of the arrays are not those of one model."""
         arrays = [array for block in blocks for array in block if array is not None]
         dtypes = {array.dtype for array in [*arrays, final_norm, head]}

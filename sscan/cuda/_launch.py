@@ -208,6 +208,11 @@ def empty(shape, dtype):
     return array
 
 
+def to_host(array):
+    """The array in host memory, once the current stream has come to here."""
+    return array.get()
+
+
 class _Parameters(threading.local):
     """Memory for the parameters of this thread's next launch, and where the driver finds it described."""
 

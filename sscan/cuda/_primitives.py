@@ -179,6 +179,18 @@ def complex_number(typingctx, re, im):
     return kind(re, im), codegen
 
 
+@primitive("rank_of")
+def rank_of(typingctx, x):
+    """The place of a float32 among all of them, within 32 bits: in the order of the numbers."""
+
+    def codegen(context, builder, sig, args):
+        word = builder.bitcast(args[0], _I32)
+        negative = builder.icmp_signed("<", word, ir.Constant(_I32, 0))
+        return builder.sext(builder.select(negative, builder.xor(word, ir.Constant(_I32, 0x7FFFFFFF)), word), _I64)
+
+    return types.int64(types.float32), codegen
+
+
 @primitive("anew")
 def anew(typingctx, x):
     """x; but what is computed from it is computed here, and no register keeps it from an earlier use of x."""
@@ -743,6 +755,71 @@ def widener(storage, number, count):
     return widen
 
 
+def product_adder(real, count):
+    """``add(total, i, x, y)``: total[i] += x[0] y[0] + ..., of local arrays, each product rounded with its sum.
+
+    A loop would do the same; this compiles many times as fast where it is written out often.
+    """
+    element = _REALS[np.dtype(real)][1]
+
+    @primitive("product_adder", np.dtype(real), count)
+    def add(typingctx, total, i, x, y):
+        def codegen(context, builder, sig, args):
+            sums, left, right = (
+                _local_reals(context, builder, kind, args[n], element) for kind, n in ((total, 0), (x, 2), (y, 3))
+            )
+            place = builder.gep(sums, [args[1]])
+            value = builder.load(place)
+            for k in range(count):
+                value = builder.fma(
+                    builder.load(_slot(builder, left, k)), builder.load(_slot(builder, right, k)), value
+                )
+            builder.store(value, place)
+            return context.get_dummy_value()
+
+        return types.void(total, types.int64, x, y), codegen
+
+    return add
+
+
+def matrix_multiplier(storage):
+    """``multiply(total, i, w, low, high, x, at)``: 16 rows times 8 columns of half precision, by the tensor cores.
+
+    A warp's lane g * 4 + t, with g < 8 and t < 4, has of the stored array ``w`` the numbers k = 4 t ... 4 t + 3 of row
+    g from ``low`` on and of row g + 8 from ``high`` on, and of ``x`` those of column g from ``at`` on; starts must be
+    known when compiling, and even. Added to the float32 array ``total`` from ``i`` on, over the 16 k: row g with
+    columns 2 t and 2 t + 1, then row g + 8 with them. All lanes of the warp take part.
+    """
+    storage = np.dtype(storage)
+    kind = "bf16" if storage == BFLOAT16 else "f16"
+    places = [f"${i}" for i in range(14)]
+    d, a, b, c = (f"{{{', '.join(places[i:j])}}}" for i, j in ((0, 4), (4, 8), (8, 10), (10, 14)))
+    text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {d}, {a}, {b}, {c};"
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+
+    @primitive("matrix_multiplier", storage)
+    def multiply(typingctx, total, i, w, low, high, x, at):
+        def codegen(context, builder, sig, args):
+            sums = _local_reals(context, builder, total, args[0], _F32)
+            sums = builder.gep(sums, [args[1]])
+            starts = ((w, args[2], args[3]), (w, args[2], args[4]), (x, args[5], args[6]))
+            pointers = [_stored_from(context, builder, *start, True) for start in starts]
+            first, second, column = ([builder.load(_slot(builder, p, n)) for n in (0, 1)] for p in pointers)
+            words = [first[0], second[0], first[1], second[1], *column]
+            values = [*words, *(builder.load(_slot(builder, sums, n)) for n in range(4))]
+            results = ir.LiteralStructType([_F32] * 4)
+            instruction = ir.InlineAsm(ir.FunctionType(results, [v.type for v in values]), text, constraints)
+            made = builder.call(instruction, values, attrs=("convergent",))
+            for n in range(4):
+                builder.store(builder.extract_value(made, n), _slot(builder, sums, n))
+            return context.get_dummy_value()
+
+        integer = types.int64
+        return types.void(total, integer, w, integer, integer, x, integer), codegen
+
+    return multiply
+
+
 def _half_of(builder, storage, word, which):
     """The lower or upper half of a word as float32."""
     if storage == BFLOAT16:
@@ -778,6 +855,19 @@ def _integer_reader(bits):
 
 
 INTEGER_READERS = {bits: _integer_reader(bits) for bits in (8, 16, 32, 64)}
+
+
+@primitive("write_integer")
+def write_integer(typingctx, address, index, value, valid):
+    """One int64, if ``valid``."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _element_pointer(builder, args[0], args[1], _I64)
+        with builder.if_then(_more_than(builder, args[3], 0)):
+            builder.store(args[2], pointer, align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 # --- shared memory ---------------------------------------------------------------------------------------------------

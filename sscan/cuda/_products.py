@@ -69,6 +69,16 @@ def matmul(a, b):
     return out
 
 
+def multiply(x, weight, out, added):
+    """out (rows, columns) = x (rows, inner) weight (columns, inner)^T, or that added to it; all are contiguous.
+
+    Of halves, out may be float32, and is not rounded to them then.
+    """
+    (rows, inner), columns = x.shape, len(weight)
+    operands = Operand(weight, 1, inner, 0), Operand(x, 0, inner, 0), Operand(out, 0, columns, 0)
+    _gemm(*operands, columns, rows, inner, 1, added)
+
+
 def _operand(x):
     """The matrices of an array (rows, columns) or (matrices, rows, columns); copied if neither axis is contiguous."""
     rows, columns = x.shape[-2:]
@@ -82,20 +92,20 @@ def _operand(x):
     return _operand(x.copy())
 
 
-def _gemm(a, b, c, m, n, k, count):
-    """c = a b in columns: c (m, n), a (m, k) or transposed, b (k, n) or transposed, ``count`` of each."""
+def _gemm(a, b, c, m, n, k, count, added=False):
+    """c = a b in columns, or added: c (m, n), a (m, k) or transposed, b (k, n) or transposed, ``count`` of each."""
     dtype = a.array.dtype.name
     number = ctypes.c_double if dtype == "float64" else ctypes.c_float
-    one, zero = number(1), number(0)
+    one, zero = number(1), number(int(added))
     cublas, handle = _library(), ctypes.c_void_p(_handle())
     stream = sys.modules["cupy"].cuda.get_current_stream().ptr
     _check(cublas.cublasSetStream_v2(handle, ctypes.c_void_p(stream)))  # which makes it take its own workspace
     if _recording.workspace is not None:
         pointer = ctypes.c_void_p(_launch.address(_recording.workspace))
         _check(cublas.cublasSetWorkspace_v2(handle, pointer, ctypes.c_size_t(WORKSPACE)))
-    storage = STORAGE[dtype]
     matrices = [
-        (ctypes.c_void_p(_launch.address(x.array)), storage, x.leading, ctypes.c_longlong(x.stride)) for x in (a, b, c)
+        (ctypes.c_void_p(_launch.address(x.array)), STORAGE[x.array.dtype.name], x.leading, ctypes.c_longlong(x.stride))
+        for x in (a, b, c)
     ]
     _check(
         cublas.cublasGemmStridedBatchedEx(

@@ -12,7 +12,7 @@ from sscan.models.arguments import check_integer
 from sscan.models.sampling import Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sscan.models.config import MambaConfig
     from sscan.models.states import States
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = Any
 
 PLACES = 8  # rows that are decoded at once are a multiple of it, see `_places`
+AHEAD = 16  # steps that a GPU may be given before anybody looks at their tokens
 PIECE = 4096  # tokens of a prompt that are read at once, so that memory does not grow with its length
 
 
@@ -36,6 +37,9 @@ class Model(Protocol):
 
     def _step_on_host(self, ids: Array, states: States) -> Array:
         """Logits after one token each, ids (batch,); the states are updated in place."""
+
+    def _decoder(self, states: States, drawn: int, sampler: Sampler) -> Any:
+        """Steps of these states with draws as this sampler's on the model's device, or None: see :class:`_OnHost`."""
 
 
 class GenerationMixin:
@@ -85,7 +89,8 @@ class GenerationMixin:
         streamer : callable, optional
             Called with the number of the prompt and the token, for each as soon as it is known.
         seed : int
-            Sequence i draws from a generator of its own, of seed + i.
+            Sequence i draws from a generator of its own, of seed + i. Which, is a matter of the device: on a GPU tokens
+            are drawn there, as a rule.
         batch : int, optional
             How many are decoded at once; without it all of them. 1 is fastest for one sequence.
         vocab_size : int, optional
@@ -112,11 +117,12 @@ class GenerationMixin:
             check_integer("generate", name, value)
         ending = _Ending(max_new_tokens, eos, stop, tokenizer)
         rows = [
-            _Row(i, prompt, Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed + i), ending)
+            _Row(i, prompt, Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed + i), seed + i, ending)
             for i, prompt in enumerate(listed)
         ]
         if max_new_tokens:
-            for row, token in _stream(self, rows, _places(batch or len(rows)), drawn):
+            ahead = AHEAD if streamer is None else 1
+            for row, token in _stream(self, rows, _places(batch or len(rows)), drawn, ahead):
                 if streamer is not None:
                     streamer(row.index, token)
         return [np.array(row.new, np.int64) for row in rows]
@@ -195,43 +201,70 @@ class _Ending:
 class _Row:
     """A prompt and what has been made of it."""
 
-    def __init__(self, index: int, prompt: list[int], sampler: Sampler, ending: _Ending) -> None:
-        self.index, self.prompt, self.sampler, self.ending = index, prompt, sampler, ending
+    def __init__(self, index: int, prompt: list[int], sampler: Sampler, seed: int, ending: _Ending) -> None:
+        self.index, self.prompt, self.sampler, self.seed, self.ending = index, prompt, sampler, seed, ending
         self.new: list[int] = []
 
     def draw(self, logits: Array) -> int:
         seen = None if self.sampler.repetition_penalty == 1 else [self.prompt + self.new]
-        self.new.append(int(self.sampler(logits[None], seen)[0]))
-        return self.new[-1]
+        return int(self.sampler(logits[None], seen)[0])
+
+    def take(self, token: int) -> int:
+        """The next token; below 0 it says that there is none."""
+        if token < 0:
+            raise FloatingPointError("the model's logits are NaN or infinite; its parameters are broken")
+        self.new.append(token)
+        return token
 
     @property
     def is_done(self) -> bool:
         return self.ending.is_reached(self.new)
 
 
-def _stream(model: Model, rows: Iterable[_Row], batch: int, drawn: int) -> Iterator[tuple[_Row, int]]:
+class _OnHost:
+    """Steps whose tokens are drawn on the host, as a decoder on a device draws them there."""
+
+    def __init__(self, model: Model, states: States, drawn: int) -> None:
+        self.model, self.states, self.drawn = model, states, drawn
+        self.tokens, self.rows = np.zeros(states.batch, np.int64), dict[int, _Row]()
+
+    def put(self, place: int, row: _Row) -> None:
+        """A row whose last token is not read yet, and whose state is in its place."""
+        self.rows[place], self.tokens[place] = row, row.new[-1]
+
+    def steps(self, count: int) -> Iterator[Array]:
+        """The next tokens (batch,) of ``count`` steps, or fewer; those of rows that are done are any."""
+        logits = self.model._step_on_host(self.tokens, self.states)
+        for place, row in self.rows.items():
+            if not row.is_done:
+                self.tokens[place] = row.draw(logits[place, : self.drawn])
+        yield self.tokens
+
+
+def _stream(model: Model, rows: Sequence[_Row], batch: int, drawn: int, ahead: int) -> Iterator[tuple[_Row, int]]:
     """Every row with each of its tokens, as soon as it is known."""
     waiting, places = deque(rows), dict[int, _Row]()
-    read = _Reader(model)
-    tokens = np.zeros(batch, np.int64)
-    states = model.new_states(batch)
+    read, states = _Reader(model), model.new_states(batch)
+    decoder: Any = None
     while waiting or places:
         for place in range(batch):
             while place not in places and waiting:
                 row = waiting.popleft()
                 logits, after = read(row.prompt)
-                tokens[place] = row.draw(logits[0, :drawn])
-                yield row, row.new[-1]
+                yield row, row.take(row.draw(logits[0, :drawn]))
                 if not row.is_done:
+                    if decoder is None:
+                        decoder = model._decoder(states, drawn, row.sampler) or _OnHost(model, states, drawn)
                     states.put([place], after)
+                    decoder.put(place, row)
                     places[place] = row
         if places:
-            logits = model._step_on_host(tokens, states)
-        for place, row in list(places.items()):
-            tokens[place] = row.draw(logits[place, :drawn])
-            yield row, row.new[-1]
-            if row.is_done:
-                del places[place]
+            most = max(row.ending.max_new_tokens - len(row.new) for row in places.values())
+            for tokens in decoder.steps(min(ahead, most)):
+                for place, row in list(places.items()):
+                    yield row, row.take(int(tokens[place]))
+                    if row.is_done:
+                        del places[place]
 
 
 class _Reader:

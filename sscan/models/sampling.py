@@ -59,6 +59,11 @@ class Sampler:
         self.repetition_penalty = repetition_penalty
         self.rng = np.random.default_rng(seed)
 
+    @property
+    def filters(self) -> tuple[float, int | None, float | None, float | None]:
+        """temperature, top_k, top_p and min_p."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
     def __call__(self, logits: Array, seen: Sequence[Sequence[int]] | None = None) -> Array:
         """Tokens (batch,), int64, for logits (batch, vocabulary) of any floating dtype.
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sscan.models.config import Format, MambaConfig
     from sscan.models.pretrained import Weights
+    from sscan.models.sampling import Sampler
 
 
 class ResidualBlock(Module):
@@ -152,9 +153,10 @@ class MambaLM(GenerationMixin, Module):
     def step(self, ids: Array, states: States) -> Array:
         """Read one token each, ids (batch,): logits for the next. The states are updated in place, at constant cost.
 
-        On the CPU it is one call of a kernel that reads every weight once, in the dtype that it has, if the batch has
-        at most 32 rows, the discretisation is "mamba" and the residual stream is float32 (float64). Nothing is rounded
-        to half precision in between then, and a row of a batch gives the same bits as alone.
+        Every weight is read once, as it is stored, if the discretisation is "mamba" and the residual stream float32
+        (float64). On the CPU, for at most 32 rows, that is one call of a kernel: nothing is rounded to half precision
+        in between, and a row of a batch gives the same bits as alone. On a GPU it is four kernels a block, of which
+        weights in half precision are multiplied by the tensor cores if there are more than four rows.
         """
         logits = decoding.step(self, ids, states)
         return self._logits_to_choose_from(self.backbone.step(ids, states)) if logits is None else logits
@@ -169,6 +171,9 @@ class MambaLM(GenerationMixin, Module):
 
     def _step_on_host(self, ids: Array, states: States) -> Array:
         return to_numpy(self.step(ids, states))
+
+    def _decoder(self, states: States, drawn: int, sampler: Sampler) -> Any:
+        return decoding.decoder(self, states, drawn, sampler)
 
     def save_states(self, path: str | Path, states: States) -> None:
         """Write states to a safetensors file, atomically."""

@@ -331,6 +331,13 @@ def _stable_order(ids: Array, count: int) -> Array:
 defvjp(_embedding, _embedding_vjp)
 
 
+def check_indices(indices: Array, rows: int) -> None:
+    """TypeError, ValueError for indices that are not of rows; see :func:`embedding`."""
+    check_integers("embedding", "indices", indices)
+    if isinstance(indices, np.ndarray) and indices.size and not (indices.min() >= 0 and indices.max() < rows):
+        raise ValueError(f"embedding: indices must be in [0, {rows}), got {indices.min()} to {indices.max()}")
+
+
 def embedding(weight: Tensor, indices: Array) -> Tensor:
     """Rows of `weight` (rows, width) by `indices` of any shape: result (*indices.shape, width).
 
@@ -343,10 +350,7 @@ def embedding(weight: Tensor, indices: Array) -> Tensor:
         If the indices are not integers, or not in [0, rows). Values in GPU memory are not looked at, because that would
         have to wait for the GPU.
     """
-    check_integers("embedding", "indices", indices)
-    rows = weight.shape[0]
-    if isinstance(indices, np.ndarray) and indices.size and not (indices.min() >= 0 and indices.max() < rows):
-        raise ValueError(f"embedding: indices must be in [0, {rows}), got {indices.min()} to {indices.max()}")
+    check_indices(indices, weight.shape[0])
     return _embedding(weight, move(indices, array_module(weight.data)))
 
 

@@ -15,29 +15,18 @@ from sscan.models.files import load_arrays, save_arrays
 from sscan.models.generation import GenerationMixin
 from sscan.models.pretrained import open_model, save_model
 from sscan.models.states import MambaState, States, check_states
+from sscan.torch import decoding
 from sscan.torch.mamba import Mamba
-from sscan.torch.ops import rms_norm
+from sscan.torch.norms import RMSNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sscan.models.config import Format, MambaConfig
     from sscan.models.pretrained import Weights
+    from sscan.models.sampling import Sampler
 
     Mix = Callable[[int, Mamba, Any], Any]
-
-
-class RMSNorm(nn.Module):  # type: ignore[misc]
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
-
-    def __init__(self, width: int, eps: float = 1e-5, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
-
-    def forward(self, x: Any, residual: Any = None) -> Any:
-        """The normalised x; with a residual (the normalised sum, the sum), added and kept in float32 (float64)."""
-        return rms_norm(x, self.weight, residual, self.eps)
 
 
 class ResidualBlock(nn.Module):  # type: ignore[misc]
@@ -168,7 +157,14 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, ids: Any, states: States) -> Any:
-        """Read one token each, ids (batch,): logits for the next. The states are updated in place, at constant cost."""
+        """Read one token each, ids (batch,): logits for the next. The states are updated in place, at constant cost.
+
+        On a GPU it is four kernels a block, if all parts are the plain ones without hooks, autocast is off and the
+        residual stream is float32 (float64): see :meth:`sscan.nn.MambaLM.step`.
+        """
+        logits = decoding.step(self, ids, states)
+        if logits is not None:
+            return logits.to(self.lm_head.weight.dtype)
 
         def mix(i: int, mixer: Mamba, hidden: Any) -> Any:
             return mixer.step(hidden, states[i].conv, states[i].ssm)[0]
@@ -181,6 +177,10 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
 
     def _step_on_host(self, ids: Any, states: States) -> Any:
         return self.step(self._ids(ids), states).float().cpu().numpy()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _decoder(self, states: States, drawn: int, sampler: Sampler) -> Any:
+        return decoding.decoder(self, states, drawn, sampler)
 
     def _ids(self, ids: Any) -> Any:
         return torch.from_numpy(ids).to(self.lm_head.weight.device)
