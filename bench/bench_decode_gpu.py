@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from sscan.cuda import _graphs, _launch
+from sscan.cuda import _graphs, _launch, decode
 from sscan.models import MambaConfig, Sampler
 from sscan.nn import MambaLM, decoding
 
@@ -227,6 +227,7 @@ def main() -> int:
 
     from sscan import torch as sscan_torch
 
+    decode.CHOSEN = True
     model = MambaLM(SIZES[options.size], BFLOAT16)
     other = sscan_torch.MambaLM(SIZES[options.size], "meta", torch.bfloat16).to_empty(device="cuda")
     other.tie_weights()

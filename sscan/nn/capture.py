@@ -31,7 +31,8 @@ class capture:  # used as a decorator
 
     Notes
     -----
-    The results are the graph's own: the next call overwrites them. Results have the same bits as without a graph.
+    The results are the graph's own: the next call overwrites them. They have the same bits as without a graph. Small
+    functions have been run on a GPU; whole training steps not yet.
 
     Examples
     --------

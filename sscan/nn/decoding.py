@@ -70,8 +70,11 @@ def _device(model: Any) -> str:
     array = model.lm_head.weight.data
     if type(array) is np.ndarray:
         return "cpu"
-    device = _arrays.enter("step", weight=array)[0].device.partition(":")[0]
-    return "cuda" if device == "cuda" else ""
+    if _arrays.enter("step", weight=array)[0].device.partition(":")[0] != "cuda":
+        return ""
+    from sscan.cuda import decode
+
+    return "cuda" if decode.CHOSEN else ""
 
 
 def _eps(model: Any) -> list[float]:
