@@ -14,14 +14,14 @@ from typing import Any
 
 from sscan.tasks.induction import SMALL, Induction
 from sscan.tasks.loop import train
-from sscan.tasks.training import TrainingRun
+from sscan.tasks.training import STATE_FILE, TrainingRun
 
 LENGTHS = [1 << k for k in range(6, 17)]
 
 
 def result(seed: int, folder: Path) -> dict[str, Any]:
     """What a run of this seed comes to; what is done of it in the folder is not done again."""
-    if folder.exists():
+    if (folder / STATE_FILE).exists():
         run = TrainingRun.load(folder, Induction)
     else:
         run = TrainingRun(Induction(dataclasses.replace(SMALL, seed=seed)))
