@@ -19,12 +19,12 @@ from sscan.tasks.training import STATE_FILE, TrainingRun
 LENGTHS = [1 << k for k in range(6, 17)]
 
 
-def result(seed: int, folder: Path) -> dict[str, Any]:
+def result(seed: int, lr: float, folder: Path) -> dict[str, Any]:
     """What a run of this seed comes to; what is done of it in the folder is not done again."""
     if (folder / STATE_FILE).exists():
         run = TrainingRun.load(folder, Induction)
     else:
-        run = TrainingRun(Induction(dataclasses.replace(SMALL, seed=seed)))
+        run = TrainingRun(Induction(dataclasses.replace(SMALL, seed=seed, lr=lr)))
     run.warm_up()
     train(run, folder, sys.stderr)
     return {
@@ -39,8 +39,10 @@ def result(seed: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", type=int, nargs="+")
-    for seed in parser.parse_args().seeds:
-        print(json.dumps(result(seed, Path("runs", f"induction-small-{seed}"))), flush=True)
+    parser.add_argument("--lr", type=float, default=SMALL.lr)
+    given = parser.parse_args()
+    for seed in given.seeds:
+        print(json.dumps(result(seed, given.lr, Path("runs", f"induction-{given.lr}-{seed}"))), flush=True)
 
 
 if __name__ == "__main__":
