@@ -58,6 +58,10 @@ class InductionOptions(RunOptions):
             check_number("run", "final", self.final)
 
 
+# What two CPU cores learn in minutes, well enough for sequences many times as long.
+SMALL = InductionOptions(d_model=32, length=64, batch=16, lr=5e-3, final=1e-5, steps=5000, evaluations=10)
+
+
 class Induction(Task):
     """The task: accuracy at the length that is trained on, and at others."""
 
