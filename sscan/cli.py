@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = f"sscan {options.name or ''}".rstrip()
             return options.command(options) or 0
         finally:
+            _flush_notices()
             sys.stdout.flush()  # what there is no room for is noticed here, and not when Python has ended
     except Mistake as mistake:
         return _fail(f"{name}: {mistake}", 2)
@@ -69,6 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{name}: {error}", 1)
     except MemoryError as error:
         return _fail(f"{name}: not enough memory{f' ({error})' if str(error) else ''}", 1)
+
+
+def _flush_notices() -> None:
+    """Forget what there is no room for on standard error: a library's notice must not become our exit code."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
 
 
 def _fail(line: str, code: int) -> int:

@@ -46,6 +46,12 @@ KNOWN_SPILLS = (
     Known("sm_80 sm_90 sm_100", "", (
         BACKWARD((1, 2, 4, *4 * ("float64",), True, True, *TOGETHER, 2, True, True)),
     )),
+    # The exponential of A in float64, of all states at once; steps in float64 are rare.
+    Known("sm_80 sm_90 sm_100", "", (
+        Kernel("selective_state_update", "update", (
+            "float64", "float64", "float64", 32, 2, 2, 4, 1, True, "float64", "float64", True,
+        )),
+    )),
     # Tuned on sm_90, which needs 80 registers.
     Known("", "sm_80", (Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, True, "")),)),
     # The forward's zoh, and rows that are spread, have room if a multiprocessor has four blocks, not five.

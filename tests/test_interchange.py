@@ -452,7 +452,7 @@ class Kernels:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     """The stand-in for CuPy with two GPUs."""
     cuda = Cuda()
-    place = property(lambda self: types.SimpleNamespace(device_id=vars(self).get("device", 0), mem=self.memory))
+    place = property(lambda self: types.SimpleNamespace(device_id=vars(self).get("device", 0), ptr=0, mem=self.memory))
     monkeypatch.setitem(sys.modules, "cupy", device_double)
     monkeypatch.setattr(device_double, "cuda", cuda, raising=False)
     monkeypatch.setattr(device_double.ndarray, "data", place, raising=False)
