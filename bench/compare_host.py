@@ -29,7 +29,6 @@ from sscan import nn
 
 Run = Callable[[], Any]
 SHAPE = (1, 64, 32)
-THEIRS = {"scan": (83, 338), "step": 358}  # microseconds of mamba_ssm 2.3.2 on the host of peer-times.md
 
 
 class Bare(torch.autograd.Function):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from cases import assert_within, eps_of
 import sscan.nn
 from sscan.compat.mamba_ssm import mamba_inner_ref
 from sscan.torch import Mamba, causal_conv1d
-from sscan.torch._block import mamba, mamba_inner
+from sscan.torch._block import _diagonal, mamba, mamba_inner
 
 BATCH, LENGTH, D_MODEL = 2, 19, 10
 
@@ -117,7 +117,7 @@ def tensors_of(made: Any, op: Any, hidden: Any) -> list[Any]:
     else:
         x, z = made.in_proj(hidden).mT.chunk(2, 1)
         weight = made.conv1d.weight.squeeze(1)
-        taken = (x, z, weight, made.conv1d.bias, *projections, made._A(), made.D, made.dt_proj.bias)
+        taken = (x, z, weight, made.conv1d.bias, *projections, _diagonal(made.A_log), made.D, made.dt_proj.bias)
     return [t if t is None else t.detach().clone().requires_grad_() for t in taken]
 
 

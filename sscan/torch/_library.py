@@ -32,7 +32,7 @@ class Op:
         self.arguments = [argument.name for argument in arguments]
         self.tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]  # or None
         self.optional = {i for i in self.tensors if "Optional" in str(arguments[i].type)}
-        self.record: Callable[..., Any] | None = None  # what is called if an input requires grad
+        self.record: Callable[..., Any] | None = None  # called as (keys, places, inputs) if inputs require grad
         self.lower: Callable[..., Any] | None = None  # what autocast makes of the inputs, on a kind of device
 
     def __call__(self, *inputs: Any) -> Any:
@@ -42,11 +42,15 @@ class Op:
         if self.lower is not None and torch.is_autocast_enabled(device := inputs[0].device.type):
             with torch.autocast(device, enabled=False):
                 return self(*self.lower(device, *inputs))
-        if self.record is not None and torch.is_grad_enabled():
-            for i in self.tensors:
-                if inputs[i] is not None and inputs[i].requires_grad:
-                    return self.record(None, *inputs)
+        if self.record is not None and (places := self.recorded(inputs)):
+            return self.record(None, places, inputs)
         return self.kernel(*inputs)
+
+    def recorded(self, inputs: Any) -> list[int]:
+        """The places of the inputs that require grad, while gradients are recorded."""
+        if not torch.is_grad_enabled():
+            return []
+        return [i for i in self.tensors if inputs[i] is not None and inputs[i].requires_grad]
 
     def _is_nobodys(self, inputs: Any) -> bool:
         """Whether all tensors are plain ones with data, and no mode, transformation or profiler is active."""
@@ -168,9 +172,9 @@ def differentiate(op: Op, save: Callable[[Any, Any], Saved], backward: Callable[
     # Without the part in Python, which is about torch.func's transformations and takes as long as the rest.
     apply = super(torch.autograd.Function, Recorded).apply
 
-    def record(keys: Any, *inputs: Any) -> Any:
-        call = _Call(keys, inputs, [i for i in op.tensors if inputs[i] is not None and inputs[i].requires_grad])
-        results = apply(call, *[inputs[i] for i in call.places])
+    def record(keys: Any, places: list[int], inputs: Any) -> Any:
+        call = _Call(keys, inputs, places)
+        results = apply(call, *[inputs[i] for i in places])
         for i, result in zip(call.variable, results, strict=True):
             call.outputs[i] = result
         return call.outputs if listed else call.outputs[0] if single else tuple(call.outputs)
@@ -183,10 +187,10 @@ def differentiate(op: Op, save: Callable[[Any, Any], Saved], backward: Callable[
     def kernel(keys: Any, *inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, inputs)
-        if torch.is_grad_enabled() and any(inputs[i] is not None and inputs[i].requires_grad for i in op.tensors):
+        if places := op.recorded(inputs):
             if torch._C._are_functorch_transforms_active():
                 raise NotImplementedError(f"{op.name}: torch.func has no gradients of sscan; use torch.autograd.grad")
-            return record(keys & below, *inputs)
+            return record(keys & below, places, inputs)
         return run(keys & below, inputs)
 
     op.record = record
@@ -196,15 +200,15 @@ def differentiate(op: Op, save: Callable[[Any, Any], Saved], backward: Callable[
 def refuse_derivatives(op: Op) -> None:
     """Have an op that updates a state in place raise a TypeError for tensors that require grad: it would be lost."""
 
-    def record(keys: Any, *inputs: Any) -> Any:
-        name = next(op.arguments[i] for i in op.tensors if inputs[i] is not None and inputs[i].requires_grad)
+    def record(keys: Any, places: list[int], inputs: Any) -> Any:
+        name = op.arguments[places[0]]
         raise TypeError(f"{op.name}: {name} requires grad, which an update in place would lose; use torch.no_grad()")
 
     def kernel(keys: Any, *inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, inputs)
-        if torch.is_grad_enabled() and any(inputs[i] is not None and inputs[i].requires_grad for i in op.tensors):
-            record(keys, *inputs)
+        if places := op.recorded(inputs):
+            record(keys, places, inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op.registered.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 

@@ -309,8 +309,9 @@ class Mamba(nn.Module):  # type: ignore[misc]
         delta = self._product("dt_proj", dt_proj, dt)
         # Without checkpoints, which can be larger than all else that is kept: the backward makes them again.
         y, ssm_state, _ = _registered.selective_scan(
-            u, delta, self._A(), B, C, self.D, z, delta_bias, ssm_state, seq_idx, cu_seqlens, True, "mamba", True, False
-        )
+            u, delta, _diagonal(self.A_log), B, C, self.D, z, delta_bias, ssm_state, seq_idx, cu_seqlens, True, "mamba",
+            True, False,
+        )  # fmt: skip
         if plain["out_proj"] is None:
             return self.out_proj(y.mT), (conv_state, ssm_state)
         y, weight, bias = _in_one_dtype(y, *plain["out_proj"])
@@ -333,9 +334,6 @@ class Mamba(nn.Module):  # type: ignore[misc]
     def _split(self, x_dbl: Any) -> Any:
         """dt, B and C, which the projection of the channels puts one behind the other."""
         return x_dbl.split([self.dt_rank, self.d_state, self.d_state], 1)
-
-    def _A(self) -> Any:
-        return _diagonal(self.A_log)
 
     def _refuse_gradients(self, what: str, *tensors: Any) -> None:
         """TypeError if gradients are recorded: states that are updated in place carry none."""
