@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from sscan.cuda import _graphs, _launch, decode
+from sscan.cuda import _graphs, _launch
 from sscan.models import MambaConfig, Sampler
 from sscan.nn import MambaLM, decoding
 
@@ -161,6 +161,7 @@ def microseconds(function: Callable[[], Any]) -> float:
     """Of a CUDA graph of what a function launches, by CUDA events."""
     import cupy as cp
 
+    function()
     graph, start, end, times = _graphs.Graph(function), cp.cuda.Event(), cp.cuda.Event(), []
     for _ in range(11):
         start.record()
@@ -227,7 +228,6 @@ def main() -> int:
 
     from sscan import torch as sscan_torch
 
-    decode.CHOSEN = True
     model = MambaLM(SIZES[options.size], BFLOAT16)
     other = sscan_torch.MambaLM(SIZES[options.size], "meta", torch.bfloat16).to_empty(device="cuda")
     other.tie_weights()

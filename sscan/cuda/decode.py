@@ -16,9 +16,6 @@ from sscan.cuda.sample import sample
 # The arrays of a block, in this order; those that a model lacks are None.
 NORM, IN_PROJ, IN_BIAS, CONV, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, D, OUT_PROJ, OUT_BIAS = range(12)
 
-# Whether models take these kernels by themselves. Not before the GPU lane has run what is here now.
-CHOSEN = False
-
 THREADS, WARP = 128, 32
 FEW = 4  # rows of a batch that are multiplied one by one, by each warp
 MOST = 16  # that is worth it where tiles are not possible
@@ -286,6 +283,7 @@ class Decoder:
             sample(logits, count, self._tokens, self._seeds, self._turns, temperature, top_k, top_p, min_p)
 
         before = [(conv.copy(), ssm.copy()) for conv, ssm in states]
+        step()  # what is made at a first call is made
         self._graph = _graphs.Graph(step)
         for pair, kept in zip(states, before, strict=True):
             for state, value in zip(pair, kept, strict=True):

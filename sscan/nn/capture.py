@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from sscan.nn.autodiff import array_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +28,7 @@ class capture:  # used as a decorator
 
     Notes
     -----
-    The results are the graph's own: the next call overwrites them. They have the same bits as without a graph. Small
-    functions have been run on a GPU; whole training steps not yet.
+    The results are the graph's own: the next call overwrites them. They have the same bits as without a graph.
 
     Examples
     --------
@@ -52,7 +48,7 @@ class capture:  # used as a decorator
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._calls = 0
-        self._graph: Any = None
+        self._recorded: _Recorded | None = None
 
     def __call__(self, *arrays: Array) -> Any:
         """What the function returns for these arrays.
@@ -67,33 +63,21 @@ class capture:  # used as a decorator
         self._calls += 1
         if self._calls == 1:
             return self.function(*arrays)
-        if self._graph is None:
-            self._graph = _Graph(self.function, arrays)
+        if self._recorded is None:
+            self._recorded = _Recorded(self.function, arrays)
         else:
-            self._graph.put(arrays)
-        return self._graph.launch()
+            self._recorded.put(arrays)
+        return self._recorded.launch()
 
 
-class _Graph:
-    """A recorded function, the memory that it works in, and its arguments and results there."""
+class _Recorded:
+    """A recorded function, and its arguments where the graph reads them."""
 
     def __init__(self, function: Callable[..., Any], arrays: tuple[Array, ...]) -> None:
-        from sscan.cuda._products import recorded
+        from sscan.cuda._graphs import Graph
 
-        cupy = array_module(arrays[0])
         self.inputs = [array.copy() for array in arrays]
-        self.pool = cupy.cuda.MemoryPool()  # nobody else's: what is freed while recording is used by every launch
-        stream = cupy.cuda.Stream(non_blocking=True)
-        stream.wait_event(cupy.cuda.get_current_stream().record())
-        with stream, cupy.cuda.using_allocator(self.pool.malloc), recorded():
-            stream.begin_capture()
-            try:
-                self.results = function(*self.inputs)
-            except BaseException:
-                with contextlib.suppress(Exception):  # of a recording that has failed
-                    stream.end_capture()
-                raise
-            self.graph = stream.end_capture()
+        self.graph = Graph(lambda: function(*self.inputs))  # type: ignore[no-untyped-call]
 
     def put(self, arrays: tuple[Array, ...]) -> None:
         """Copy the arguments to where the graph reads them."""
@@ -105,5 +89,5 @@ class _Graph:
 
     def launch(self) -> Any:
         """Run it on the current stream."""
-        self.graph.launch()
-        return self.results
+        self.graph.launch()  # type: ignore[no-untyped-call]
+        return self.graph.results

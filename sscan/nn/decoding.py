@@ -70,11 +70,7 @@ def _device(model: Any) -> str:
     array = model.lm_head.weight.data
     if type(array) is np.ndarray:
         return "cpu"
-    if _arrays.enter("step", weight=array)[0].device.partition(":")[0] != "cuda":
-        return ""
-    from sscan.cuda import decode
-
-    return "cuda" if decode.CHOSEN else ""
+    return "cuda" if _arrays.enter("step", weight=array)[0].device.partition(":")[0] == "cuda" else ""
 
 
 def _eps(model: Any) -> list[float]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sscan.models.arguments import check_number
 from sscan.models.files import content_of, open_arrays, parse_object, save_arrays
-from sscan.nn import AdamW, clip_gradients, decay_groups, no_grad
+from sscan.nn import AdamW, capture, clip_gradients, decay_groups, no_grad
 from sscan.nn.autodiff import array_module, move
 from sscan.tasks.task import CHANGEABLE, TaskT
 
@@ -53,6 +53,7 @@ class TrainingRun(Generic[TaskT]):
         self.model = model or task.new_model()
         self.model.to(array_module)
         self.optimiser = AdamW(decay_groups(self.model, recipe.weight_decay), betas=recipe.betas)
+        self._captured = capture(self._update)
         self.losses: list[float] = []
         self.measures: list[tuple[int, float]] = []
         self.seconds = 0.0
@@ -91,7 +92,7 @@ class TrainingRun(Generic[TaskT]):
         start = time.perf_counter()
         self.optimiser.lr = self.task.recipe.rate(self.progress, self.options.lr)
         self.optimiser.advance()
-        loss = float(self._update(*self._batch(len(self.losses))))
+        loss = float(self._captured(*self._batch(len(self.losses))))
         try:
             self._check_loss(loss)
         except FloatingPointError:

@@ -74,10 +74,6 @@ def _found(model: Any, states: States) -> Any:
     device = model.lm_head.weight.device
     if device.type != "cuda" or torch.is_autocast_enabled("cuda") or torch.is_grad_enabled():
         return None
-    from sscan.cuda import decode
-
-    if not decode.CHOSEN:
-        return None
     layers = model.backbone.layers
     weights = _weights(model, device)
     if weights is None or len(states) != len(layers) or not weights.fits(states.batch):

@@ -12,7 +12,6 @@ import torch
 from test_cuda_decode import ALL, ODD_TILES, TILES, Fixed, uniform
 from test_nn_decoding import error, in_dtype, perturbed, steps_of_operations, tokens
 
-from sscan.cuda import decode
 from sscan.models.sampling import Sampler
 from sscan.nn import MambaConfig, MambaLM, decoding
 from sscan.torch import MambaLM as TorchLM
@@ -21,12 +20,6 @@ from sscan.torch import decoding as torch_decoding
 BFLOAT16 = ml_dtypes.bfloat16
 PAPERS = MambaConfig(768, 2, 1000)  # the sizes of a block of 130M
 FILTERS = [Sampler(0.0), Sampler(1.0), Sampler(0.8, 20, 0.9, 0.01)]
-
-
-@pytest.fixture(autouse=True)
-def kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while models do not take them by themselves."""
-    monkeypatch.setattr(decode, "CHOSEN", True)
 
 
 def there(model: MambaLM) -> MambaLM:
