@@ -10,14 +10,16 @@ from sscan.nn.gradient_check import check_gradients
 from sscan.nn.language_model import MambaLM
 from sscan.nn.losses import cross_entropy, linear_cross_entropy
 from sscan.nn.mamba import Mamba
-from sscan.nn.modules import Embedding, Linear, Module, Parameter, RMSNorm
+from sscan.nn.modules import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from sscan.nn.optim import AdamW, clip_gradients, decay_groups, warmup_cosine
-from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selective_scan
+from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selective_scan, ssm_convolution, ssm_kernel
 
 __all__ = [
     "AdamW",
     "BidirectionalMamba",
+    "Dropout",
     "Embedding",
+    "LayerNorm",
     "Linear",
     "Mamba",
     "MambaConfig",
@@ -43,5 +45,7 @@ __all__ = [
     "primitive",
     "rms_norm",
     "selective_scan",
+    "ssm_convolution",
+    "ssm_kernel",
     "warmup_cosine",
 ]
