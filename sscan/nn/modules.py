@@ -318,7 +318,7 @@ class Dropout(Module):
         self.calls += 1  # in place, which a graph repeats
         drawn = _scrambled(xp.bitwise_xor(_scrambled(self.calls), xp.arange(x.size, dtype=np.uint32)))
         kept = (drawn >= round(self.rate * (1 << 32))).reshape(x.shape)
-        return x * (kept.astype(np.float32) / (1 - self.rate)).astype(x.dtype)
+        return ops.multiply(x, (kept.astype(np.float32) / (1 - self.rate)).astype(x.dtype))
 
 
 def _scrambled(x: Array) -> Array:
