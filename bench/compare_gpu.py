@@ -436,8 +436,8 @@ def in_torch(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: torch.from_dlpack(x).clone() if isinstance(x, cupy.ndarray) else x for k, x in arguments.items()}
 
 
-# What is trained, and the bar of a step in milliseconds: the model of `sscan train` as it comes, and wider ones, which in
-# bfloat16 must not take longer than in float32.
+# What is trained, and the bar of a step in milliseconds: the model of `sscan train` as it comes, and wider ones, which
+# must not take longer in bfloat16 than in float32.
 TRAINED: dict[str, tuple[dict[str, Any], float | None]] = {
     "sscan train": ({}, 2.0),
     "256": ({"d_model": 256, "n_layer": 4, "length": 1024, "batch": 8, "lr": 2e-3}, None),
@@ -448,7 +448,9 @@ TRAINED: dict[str, tuple[dict[str, Any], float | None]] = {
 def training(report: Report) -> None:
     """Steps of `sscan train`, CUDA graphs, beside the same steps called from Python."""
     report.add("", "## Training step of the language model, bytes; AdamW, forward, backward and update, loss read")
-    report.table("model", "precision", "ms, as a graph", "ms, called", "bar", "tokens per second", "loss after 23 steps")
+    report.table(
+        "model", "precision", "ms, as a graph", "ms, called", "bar", "tokens per second", "loss after 23 steps"
+    )
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("the rain it raineth every day, and the wind and the rain.\n" * 4000, encoding="utf-8")
