@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sscan._arrays import on_gpu
-from sscan.models.arguments import check_number
+from sscan.models.arguments import check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Tensor, array_module
 from sscan.nn.modules import Parameter, normal
@@ -63,6 +63,7 @@ class S4D(Recurrent):
         dtype: Any = np.float32,
         seed: int | np.random.Generator | None = 0,
     ) -> None:
+        check_integer("S4D", "dim", dim)
         wide = np.result_type(dtype, np.float32)
         self.log_delta = Parameter((dim,), log_uniform("S4D", dt_min, dt_max), wide, decay=False, max_lr=MAX_LR)
         self.A = StateMatrix(dim, d_state, A, imaginary, wide, max_lr=MAX_LR)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from sscan.nn.modules import Draw, Module, Parameter, normal, ones, zeros
 if TYPE_CHECKING:
     from sscan.nn.autodiff import Array, Tensor
 
-from typing import Literal
-
-Initial = Literal["real", "lin", "half", "random"]
+INITIAL = ("real", "lin", "half", "random")
 
 
 class StateMatrix(Module):
@@ -55,10 +53,11 @@ class StateMatrix(Module):
         *,
         max_lr: float = math.inf,
     ) -> None:
+        check_integer("StateMatrix", "dim", dim)
         check_integer("StateMatrix", "d_state", d_state)
         check_number("StateMatrix", "imaginary", imaginary)
-        if initial not in get_args(Initial):
-            raise ValueError(f"StateMatrix: initial must be one of {', '.join(get_args(Initial))}, got {initial!r}")
+        if initial not in INITIAL:
+            raise ValueError(f"StateMatrix: initial must be one of {', '.join(INITIAL)}, got {initial!r}")
         self.is_complex = initial == "lin"
         if self.is_complex and d_state % 2:
             raise ValueError(f"StateMatrix: d_state must be even for a complex state, got {d_state}")
