@@ -129,8 +129,8 @@ def scale(real):
 def update(real):
     """The step of AdamW for every number: see ``sscan.nn.AdamW``.
 
-    ``factors`` are sqrt(1 - b2^t), and of each group of parameters lr / (1 - b1^t) and 1 - lr weight_decay: ``group`` is
-    the place of these. Nothing changes if the loss at ``loss`` (address 0: there is none) is not finite.
+    ``factors`` are sqrt(1 - b2^t), and of each group of parameters lr / (1 - b1^t) and 1 - lr weight_decay; ``group``
+    is the place of these. Nothing changes if the loss at ``loss`` (address 0: there is none) is not finite.
     """
     real, loss_type = np.dtype(real), np.dtype(np.float32)
     read, read_changed, read_loss = (
