@@ -54,6 +54,7 @@ class TrainingRun(Generic[TaskT]):
         self.model.to(array_module)
         self.optimiser = AdamW(decay_groups(self.model, recipe.weight_decay), betas=recipe.betas)
         self._captured = capture(self._update)
+        self._made: tuple[int, Any] | None = None
         self.losses: list[float] = []
         self.measures: list[tuple[int, float]] = []
         self.seconds = 0.0
@@ -92,7 +93,10 @@ class TrainingRun(Generic[TaskT]):
         start = time.perf_counter()
         self.optimiser.lr = self.task.recipe.rate(self.progress, self.options.lr)
         self.optimiser.advance()
-        loss = float(self._captured(*self._batch(len(self.losses))))
+        number = len(self.losses)
+        result = self._captured(*self._batch(number))
+        self._make(number + 1)  # while a GPU is at work
+        loss = float(result)
         try:
             self._check_loss(loss)
         except FloatingPointError:
@@ -103,9 +107,15 @@ class TrainingRun(Generic[TaskT]):
 
     def _batch(self, step: int) -> tuple[Any, Any]:
         """Inputs and targets of a step, where the model is."""
-        inputs, targets = self.task.batch(step)
+        inputs, targets = self._make(step)
         xp = array_module(self.model.parameters()[0].data)
         return move(inputs, xp), move(targets, xp)
+
+    def _make(self, step: int) -> tuple[Any, Any]:
+        """The task's batch of a step, made once."""
+        if self._made is None or self._made[0] != step:
+            self._made = step, self.task.batch(step)
+        return self._made[1]
 
     def _update(self, inputs: Any, targets: Any) -> Any:
         """One update of the parameters, unless the loss, which is returned, is not finite."""
