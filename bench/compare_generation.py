@@ -155,6 +155,7 @@ class GPTNeoX:
             layer.lazy_initialization(like, like)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self._at(PROMPT)
+        torch._dynamo.mark_static_address(self.token)  # changed in place, which a graph of the compiler's may do then
         self.step: Any = torch.compile(self._step, mode="reduce-overhead") if self.compiled else self._step
         for _ in range(3):
             self.step()
@@ -221,6 +222,11 @@ def _bytes_of(model: Any) -> int:
 
 def _parameters_of(model: Any) -> int:
     return sum(math.prod(parameter.shape) for parameter in model.parameters())
+
+
+def _multiplied(model: Any) -> int:
+    """How many parameters each token of a prompt is multiplied with: all but embedding and head."""
+    return sum(math.prod(p.shape) for p in model.parameters() if p.shape[0] < VOCABULARY)
 
 
 def made(size: str, device: str) -> list[Any]:
@@ -302,7 +308,8 @@ def times(entry: Any, batch: int, repeats: int) -> dict[str, float]:
     ids = entry.ids(np.random.default_rng(batch).integers(0, VOCABULARY, (batch, PROMPT)))
     whole, decoding = [], []
     entry.decode(np.zeros(batch, np.int64), 4)
-    entry.prefill(ids)
+    if repeats > 1:  # everything there is at larger batches has been called at smaller ones
+        entry.prefill(ids)
     for _ in range(repeats):
         start = time.perf_counter()
         tokens = entry.prefill(ids)  # in host memory, so nothing is under way
@@ -328,7 +335,7 @@ def free() -> None:
         cupy.get_default_memory_pool().free_all_blocks()
 
 
-def launches(model: MambaLM, batch: int) -> tuple[int, float]:
+def launches(model: MambaLM, batch: int) -> dict[str, float]:
     """Launches of a step of ours, and the microseconds that a graph of as many empty ones takes."""
     import bench_decode_gpu as decoding
 
@@ -336,7 +343,8 @@ def launches(model: MambaLM, batch: int) -> tuple[int, float]:
 
     kernels = decoding.kernels_of(model, batch)
     count, empty = sum(len(calls) - 1 for calls in kernels.values()) + 1, kernels["embed"][0]
-    return count, decoding.microseconds(lambda: [_launch.launch(*empty) for _ in range(count)])
+    took = decoding.microseconds(lambda: [_launch.launch(*empty) for _ in range(count)])
+    return {"launches": count, "launches_us": took}
 
 
 class Report:
@@ -389,7 +397,7 @@ class Report:
 
 
 def compare(models: list[Any], report: Report, end: float, batches: tuple[int, ...], bandwidth: float) -> None:
-    """Measure each at each batch, until its memory or the time ends."""
+    """Measure each at each batch, until its memory or the time ends; where it is memory, at two batches in between."""
     going, before = list(models), dict.fromkeys(models, (0, 0.0))
     for batch in batches:
         for entry in tuple(going):
@@ -401,6 +409,14 @@ def compare(models: list[Any], report: Report, end: float, batches: tuple[int, .
             start = time.monotonic()
             if not measure(entry, batch, report, bandwidth) and not retried(entry, batch, report, bandwidth):
                 going.remove(entry)
+                fits, limit = last, batch
+                for _ in range(2 * (report.rows[-1]["failed"] == OUT_OF_MEMORY)):
+                    if (between := (fits + limit) // 16 * 8) > fits and time.monotonic() + took * batch / max(
+                        last, 1
+                    ) < end:
+                        fits, limit = (
+                            (between, limit) if measure(entry, between, report, bandwidth) else (fits, between)
+                        )
             before[entry] = batch, time.monotonic() - start
     theirs = models[-1]
     if theirs.name in report.best() and not theirs.compiled and time.monotonic() + 120 < end:
@@ -421,19 +437,17 @@ def measure(entry: Any, batch: int, report: Report, bandwidth: float) -> bool:
     who = entry.name + (", compiled" if getattr(entry, "compiled", False) else "")
     try:
         found: dict[str, Any] = times(entry, batch, REPEATS if batch <= 64 else 1)
-        if entry.name == "sscan.nn" and torch.cuda.is_available():
-            found["launches"], found["launches_us"] = launches(entry.model, batch)
     except Failed:
         raise
     except Exception as error:  # memory; what a compiler or a capture says
-        kind = OUT_OF_MEMORY if "memory" in f"{type(error).__name__} {error}".lower() else repr(error)[:300]
+        said = f"{type(error).__name__}: {error}"
+        kind = OUT_OF_MEMORY if "OutOfMemory" in said or OUT_OF_MEMORY in said.lower() else said[:300]
         found = {"failed": kind.replace("|", "/").replace("\n", " ")}
     else:
-        parameters = sum(
-            p.data.size if isinstance(p.data, np.ndarray) else np.prod(p.shape) for p in entry.model.parameters()
-        )
         found["bytes_us"] = 1e6 * entry.read_by_a_step(batch) / bandwidth
-        found["prompt_floor"] = 2 * parameters * batch * PROMPT / PEAK
+        found["prompt_floor"] = 2 * _multiplied(entry.model) * batch * PROMPT / PEAK
+        if entry.name == "sscan.nn" and torch.cuda.is_available():
+            found |= launches(entry.model, batch)
     entry.forget()
     free()
     report.add(batch=batch, who=who, **found)
