@@ -42,9 +42,8 @@ def main() -> None:
     start = held_out_start(data)
     size = data.size - start
     before, held_out, whole = (part.tobytes() for part in (data[:start], data[start:], data))
-    found = {
-        f"back-off of order {order}": BackoffModel(data[:start], order).bits_per_byte(data, start) for order in ORDERS
-    }
+    counted = BackoffModel(data[:start], max(ORDERS))
+    found = {f"back-off of order {order}": counted.bits_per_byte(data, start, order) for order in ORDERS}
     for name, compressed in (("xz -9e", xz), (f"PPMd of order {PPM_ORDER}", ppmd)):
         found[f"{name}, held-out part alone"] = 8 * compressed(held_out) / size
         found[f"{name}, behind the rest"] = 8 * (compressed(whole) - compressed(before)) / size
