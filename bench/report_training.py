@@ -86,7 +86,7 @@ def draw(path: Path, logs: dict[str, list[dict[str, Any]]], lines: dict[str, flo
     for i, (label, value) in enumerate(lines.items(), start=len(logs)):
         axes.axhline(value, color=f"C{i}", linestyle="--", label=f"{label}: {value:.2f}")
     lowest = min(record["held_out"]["bits_per_byte"] for log in logs.values() for record in log)
-    axes.set_ylim(lowest - 0.05, max(lines.values()) + 0.1)
+    axes.set_ylim(min(lowest, *lines.values()) - 0.05, max(1.2 * lowest, *lines.values()) + 0.1)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
