@@ -10,14 +10,12 @@ import numpy as np
 
 from sscan.models.arguments import check_integer, check_number
 from sscan.models.config import MambaConfig
-from sscan.models.files import content_of
 from sscan.nn.autodiff import to_numpy
 from sscan.tasks.evaluation import IGNORED
-from sscan.tasks.task import Recipe, RunOptions, Task
+from sscan.tasks.synthetic import Synthetic
+from sscan.tasks.task import Recipe, RunOptions
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sscan.nn import MambaLM
 
 EXAMPLES = 64  # of each length that is measured
@@ -62,12 +60,10 @@ class InductionOptions(RunOptions):
 SMALL = InductionOptions(d_model=32, length=64, batch=16, lr=5e-3, final=1e-5, steps=5000, evaluations=10)
 
 
-class Induction(Task):
+class Induction(Synthetic):
     """The task: accuracy at the length that is trained on, and at others."""
 
     name = "induction"
-    unit = "bits"
-    goal = "error"
     Options = InductionOptions
 
     def __init__(self, options: InductionOptions) -> None:
@@ -99,10 +95,6 @@ class Induction(Task):
         ids[rows, places] = ids[:, -1] = options.symbols
         return ids, ids[rows, places + 1]
 
-    def in_unit(self, nats: float) -> float:
-        """Bits of a symbol."""
-        return nats / math.log(2)
-
     def measure(self, model: MambaLM) -> dict[str, float]:
         """Accuracies, and the largest share of mistakes."""
         lengths = (self.options.length, LONGER * self.options.length)
@@ -120,15 +112,3 @@ class Induction(Task):
         for start in range(0, length, part):
             logits, states = model.prefill(ids[:, start : start + part], states)
         return float((to_numpy(logits).argmax(axis=-1) == answers).mean())
-
-    def about(self) -> dict[str, Any]:
-        """Nothing: the options say it all."""
-        return {}
-
-    @classmethod
-    def again(cls, options: Any, about: dict[str, Any], checkpoint: Path, **given: Any) -> Induction:
-        """The task of a run."""
-        with content_of(checkpoint):
-            if about or given:
-                raise ValueError(f"induction: unknown {', '.join((*about, *given))}")
-        return cls(options)
