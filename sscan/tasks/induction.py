@@ -13,23 +13,25 @@ from sscan.models.config import MambaConfig
 from sscan.nn.autodiff import to_numpy
 from sscan.tasks.evaluation import IGNORED
 from sscan.tasks.synthetic import Synthetic
-from sscan.tasks.task import Recipe, RunOptions
+from sscan.tasks.task import LayeredOptions, Recipe
 
 if TYPE_CHECKING:
     from sscan.nn import MambaLM
 
 EXAMPLES = 64  # of each length that is measured
 LONGER = 16  # times the length that is trained on: what is measured on the way, beside that length
+SHORTEST = 64  # of the lengths that are measured in the end
 TOKENS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
-class InductionOptions(RunOptions):
+class InductionOptions(LayeredOptions):
     """The paper's model and steps for Table 11 (sections 4.1 and E.1).
 
     Sequences of `length` tokens consist of `symbols` kinds, and of a trigger that comes twice: at a random place, with
     the symbol behind it that is asked for, and at the end. The first place is anywhere, or one of the first `front`.
     The learning rate is constant, or falls along half a cosine to `final`, with which longer sequences come out right.
+    In the end lengths are measured from 64 on to `longest`, each twice the one before.
     """
 
     d_model: int = 64
@@ -44,12 +46,14 @@ class InductionOptions(RunOptions):
     symbols: int = 16
     front: int | None = None
     final: float | None = None
+    longest: int = 1 << 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("run", "length", self.length, 3)
         check_integer("run", "dt_rank", self.dt_rank)
         check_integer("run", "symbols", self.symbols, 2)
+        check_integer("run", "longest", self.longest, SHORTEST)
         if self.front is not None:
             check_integer("run", "front", self.front)
         if self.final is not None:
@@ -100,6 +104,11 @@ class Induction(Synthetic):
         lengths = (self.options.length, LONGER * self.options.length)
         found = {f"accuracy_{length}": self.accuracy(model, length) for length in lengths}
         return {self.goal: 1 - min(found.values()), **found}
+
+    def final(self, model: MambaLM) -> dict[str, float]:
+        """Accuracies by length."""
+        lengths = (SHORTEST << k for k in range((self.options.longest // SHORTEST).bit_length()))
+        return {str(length): self.accuracy(model, length) for length in lengths}
 
     def accuracy(self, model: MambaLM, length: int, count: int = EXAMPLES) -> float:
         """The share of right answers at a length, for sequences that are always the same.

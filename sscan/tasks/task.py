@@ -93,6 +93,25 @@ class RunOptions:
             check_number("run", "target", self.target)
 
 
+@dataclass(frozen=True)
+class LayeredOptions(RunOptions):
+    """Options of a run whose model need not be a Mamba language model.
+
+    `layers` are those of one block, as :class:`sscan.nn.SequenceConfig` takes them; the model has `n_layer` times as
+    many. None is a Mamba language model of `n_layer` blocks.
+    """
+
+    layers: tuple[dict[str, Any], ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers: Any = self.layers
+        if layers is not None:
+            if not isinstance(layers, list | tuple) or not layers:
+                raise TypeError(f"run: layers must be a list of them, got {layers!r}")
+            object.__setattr__(self, "layers", tuple(layers))  # JSON has lists only
+
+
 # May be others when a run goes on: they decide when it ends and what is said of it, not what has been.
 CHANGEABLE = ("steps", "minutes", "evaluations", "target")
 TaskT = TypeVar("TaskT", bound="Task")
@@ -138,6 +157,10 @@ class Task(ABC):
     @abstractmethod
     def measure(self, model: MambaLM) -> dict[str, float]:
         """How well a model does on what it is not trained on, the goal among others."""
+
+    def final(self, model: MambaLM) -> dict[str, float]:
+        """What a finished run has come to, as a table shows it; the goal need not be among it."""
+        return self.measure(model)
 
     @abstractmethod
     def about(self) -> dict[str, Any]:

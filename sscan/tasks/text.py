@@ -16,7 +16,7 @@ from sscan.models.files import check_readable, content_of, write_atomically
 from sscan.models.tokens import TOKENIZER, Bytes, Tokens
 from sscan.nn import no_grad
 from sscan.tasks.evaluation import IGNORED
-from sscan.tasks.task import LANGUAGE_MODELS, RunOptions, Task
+from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, RunOptions, Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -151,6 +151,17 @@ class Text(Task):
         if found.tokenizer_sha256 != origin.tokenizer_sha256:
             raise ValueError(f"{folder} was trained with another tokenizer than {tokenizer}")
         return task
+
+
+class Ablation(Text):
+    """A language model of any layers, on texts by bytes: what the paper's Tables 6 to 10 compare."""
+
+    name = "ablation"
+    Options = LayeredOptions
+
+    def final(self, model: MambaLM) -> dict[str, float]:
+        """Bits per byte of all of the held-out part."""
+        return {self.goal: self.held_out_bits(model)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""The paper's numbers beside ours: Markdown, and a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sscan.models.files import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from sscan.tasks.tables import Row, Table
+
+Results = "Sequence[Mapping[str, Any]]"
+
+
+def markdown(table: Table, results: Sequence[Mapping[str, Any]], failures: Mapping[str, str] | None = None) -> str:
+    """The table: for each row a line of the paper, and for each generator one of ours for every seed.
+
+    Of several learning rates the lines are of the best, and all are named. What was not run says so, and so does what
+    is not finished or has failed.
+    """
+    measures = table.measures(results)
+    head = [*table.columns, "", *map(table.heading, measures), "rate (tried)", "steps", "minutes"]
+    lines = [head, ["---"] * len(head)]
+    for row in table.rows:
+        lines.append([*row.cells, "paper", *(_shown(table, row.paper.get(m)) for m in measures), "", "", ""])
+        ours = [result for result in results if result["row"] == row.name]
+        for generator in table.generators:
+            of = [result for result in ours if result["generator"] == generator]
+            lines += [[*[""] * len(row.cells), *cells] for cells in _ours(table, measures, generator, of)]
+        if not ours:
+            lines.append([*[""] * len(row.cells), "ours", *["not run"] * len(measures), "", "", ""])
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return text + "".join(f"\n{name} failed: {reason}\n" for name, reason in (failures or {}).items())
+
+
+def _ours(
+    table: Table, measures: Sequence[str], generator: str, results: Sequence[Mapping[str, Any]]
+) -> Iterable[list[str]]:
+    """The cells of our lines of a row and generator, behind those that name the row."""
+    chosen = best_rate(table, results)
+    tried = sorted({result["options"]["lr"] for result in results})
+    for result in chosen:
+        options = result["options"]
+        values = result["measures"]
+        unfinished = f"at step {result['steps']:,}"
+        yield [
+            " ".join(filter(None, ("ours", generator, f"seed {options['seed']}"))),
+            *(_shown(table, values.get(m)) if result["finished"] else unfinished for m in measures),
+            f"{options['lr']:g} ({', '.join(f'{rate:g}' for rate in tried)})",
+            f"{result['steps']:,}",
+            f"{result['seconds'] / 60:.1f}",
+        ]
+
+
+def best_rate(table: Table, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results at the learning rate whose mean is best; of unfinished runs only if there are no others."""
+    rates: dict[float, list[Mapping[str, Any]]] = {}
+    for result in [r for r in results if r["finished"]] or results:
+        rates.setdefault(result["options"]["lr"], []).append(result)
+
+    def goodness(of: list[Mapping[str, Any]]) -> float:
+        values = [value for result in of for value in result["measures"].values()]
+        return float(np.mean(values)) * (1 if table.higher_is_better else -1) if values else -np.inf
+
+    return max(rates.values(), key=goodness, default=[])
+
+
+def _shown(table: Table, value: float | str | None) -> str:
+    """A cell."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return table.form.format(value)
+
+
+def draw(table: Table, results: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Write a picture: bars, or curves where there are several measures. False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    if len(table.measures(results)) > 2:
+        _draw_curves(figure, table, results)
+    else:
+        _draw_bars(figure, table, results)
+    write_atomically(path, lambda new: figure.savefig(new, format="png", dpi=150))
+    return True
+
+
+def _means(table: Table, row: Row, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Our measures of a row: means over the seeds at the best rate, of the first generator that was run."""
+    for generator in table.generators:
+        of = [r for r in results if r["row"] == row.name and r["generator"] == generator and r["finished"]]
+        chosen = best_rate(table, of)
+        if chosen:
+            return {m: float(np.mean([r["measures"][m] for r in chosen])) for m in chosen[0]["measures"]}
+    return {}
+
+
+def _draw_bars(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]) -> None:
+    """Paper and ours for each row; two axes where they are measured in different units."""
+    ours, theirs = ({row.name: values for row in table.rows if (values := of(row))} for of in (
+        lambda row: _means(table, row, results), lambda row: row.paper,
+    ))  # fmt: skip
+    measures = table.measures(results)
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    places = np.arange(len(table.rows))
+    for panel, measure in zip(panels, measures, strict=True):
+        for shift, label, values in ((-0.2, "paper", theirs), (0.2, "ours", ours)):
+            known = {name: v[measure] for name, v in values.items() if measure in v}
+            if known:
+                at = [i for i, row in enumerate(table.rows) if row.name in known]
+                panel.barh(places[at] + shift, list(known.values()), 0.4, label=label)
+        panel.set(xlabel=table.heading(measure))
+        panel.legend()
+    panels[0].set(yticks=places, yticklabels=[" ".join(row.cells) for row in table.rows], title=table.title)
+    panels[0].invert_yaxis()
+
+
+def _draw_curves(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]) -> None:
+    """Ours by measure, and the paper's dashed."""
+    measures = table.measures(results)
+    axes = figure.add_subplot(title=table.title, xlabel=table.across, ylabel=table.unit)
+    for i, row in enumerate(table.rows):
+        for style, label, values in (("--", "paper", row.paper), ("-", "ours", _means(table, row, results))):
+            points = [(j, values[m]) for j, m in enumerate(measures) if isinstance(values.get(m), float)]
+            if points:
+                label = f"{' '.join(row.cells)}, {label}"
+                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", marker=".", label=label)
+    axes.set_xticks(range(len(measures)), measures, rotation=45)
+    axes.legend(fontsize="small")
