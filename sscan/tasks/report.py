@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from sscan.tasks.tables import Row, Table
 
-Results = "Sequence[Mapping[str, Any]]"
-
 
 def markdown(table: Table, results: Sequence[Mapping[str, Any]], failures: Mapping[str, str] | None = None) -> str:
     """The table: for each row a line of the paper, and for each generator one of ours for every seed.
@@ -23,8 +21,8 @@ def markdown(table: Table, results: Sequence[Mapping[str, Any]], failures: Mappi
     Of several learning rates the lines are of the best, and all are named. What was not run says so, and so does what
     is not finished or has failed.
     """
-    measures = table.measures(results)
-    head = [*table.columns, "", *map(table.heading, measures), "rate (tried)", "steps", "minutes"]
+    measures = list(table.headings)
+    head = [*table.columns, "", *table.headings.values(), "rate (tried)", "steps", "minutes"]
     lines = [head, ["---"] * len(head)]
     for row in table.rows:
         lines.append([*row.cells, "paper", *(_shown(table, row.paper.get(m)) for m in measures), "", "", ""])
@@ -72,9 +70,7 @@ def best_rate(table: Table, results: Sequence[Mapping[str, Any]]) -> list[Mappin
 
 def _shown(table: Table, value: float | str | None) -> str:
     """A cell."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return table.form.format(value)
+    return table.shown(value) if isinstance(value, float) else value or ""
 
 
 def draw(table: Table, results: Sequence[Mapping[str, Any]], path: Path) -> bool:
@@ -84,7 +80,7 @@ def draw(table: Table, results: Sequence[Mapping[str, Any]], path: Path) -> bool
     except ImportError:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    if len(table.measures(results)) > 2:
+    if table.across:
         _draw_curves(figure, table, results)
     else:
         _draw_bars(figure, table, results)
@@ -107,7 +103,7 @@ def _draw_bars(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]) 
     ours, theirs = ({row.name: values for row in table.rows if (values := of(row))} for of in (
         lambda row: _means(table, row, results), lambda row: row.paper,
     ))  # fmt: skip
-    measures = table.measures(results)
+    measures = list(table.headings)
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     places = np.arange(len(table.rows))
     for panel, measure in zip(panels, measures, strict=True):
@@ -116,7 +112,7 @@ def _draw_bars(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]) 
             if known:
                 at = [i for i, row in enumerate(table.rows) if row.name in known]
                 panel.barh(places[at] + shift, list(known.values()), 0.4, label=label)
-        panel.set(xlabel=table.heading(measure))
+        panel.set(xlabel=table.headings[measure])
         panel.legend()
     panels[0].set(yticks=places, yticklabels=[" ".join(row.cells) for row in table.rows], title=table.title)
     panels[0].invert_yaxis()
@@ -124,7 +120,7 @@ def _draw_bars(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]) 
 
 def _draw_curves(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]) -> None:
     """Ours by measure, and the paper's dashed."""
-    measures = table.measures(results)
+    measures = list(table.headings)
     axes = figure.add_subplot(title=table.title, xlabel=table.across, ylabel=table.unit)
     for i, row in enumerate(table.rows):
         for style, label, values in (("--", "paper", row.paper), ("-", "ours", _means(table, row, results))):
@@ -132,5 +128,5 @@ def _draw_curves(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]
             if points:
                 label = f"{' '.join(row.cells)}, {label}"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", marker=".", label=label)
-    axes.set_xticks(range(len(measures)), measures, rotation=45)
+    axes.set_xticks(range(len(measures)), list(table.headings.values()))
     axes.legend(fontsize="small")

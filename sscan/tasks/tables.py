@@ -13,11 +13,16 @@ from sscan.tasks.selective_copying import SelectiveCopying, SelectiveCopyingOpti
 from sscan.tasks.text import Ablation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from sscan.tasks.task import RunOptions, Task
 
 SCALES = ("small", "paper")
+
+
+def percent(share: float) -> str:
+    """A share as it is written in a table of percentages."""
+    return f"{100 * share:.1f}".removesuffix(".0")
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,13 @@ class Table:
     generators : dict
         Ways to make the data, where the paper does not say which; options that each changes. The first is the one that
         is taken if none is asked for.
-    form : str
+    shown : callable
         How a measure is written.
     higher_is_better : bool
     unit, across : str
         What is measured, and over what, for the picture.
     headings : dict
-        Of measures whose names are none.
+        Of the measures.
     """
 
     name: str
@@ -76,11 +81,11 @@ class Table:
     scales: Mapping[str, Any]
     rows: tuple[Row, ...]
     generators: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
-    form: str = "{:.1%}"
+    shown: Callable[[float], str] = percent
     higher_is_better: bool = True
     unit: str = "accuracy"
     across: str = ""
-    headings: Mapping[str, str] = field(default_factory=dict)
+    headings: Mapping[str, str] = field(default_factory=lambda: {"accuracy": "accuracy, %"})
 
     @property
     def of_texts(self) -> bool:
@@ -97,16 +102,6 @@ class Table:
         base: RunOptions = _known(f"{self.name}: scale", self.scales, scale)
         data = _known(f"{self.name}: generator", self.generators, generator)
         return dataclasses.replace(base, **{**row.changes, **row.at_scale.get(scale, {}), **data, **changes})
-
-    def measures(self, results: Iterable[Mapping[str, Any]]) -> list[str]:
-        """The names of what the paper or one of the results says, in order."""
-        names = dict.fromkeys(name for row in self.rows for name in row.paper)
-        names |= dict.fromkeys(name for result in results for name in result["measures"])
-        return sorted(names, key=int) if all(name.isdecimal() for name in names) else list(names)
-
-    def heading(self, measure: str) -> str:
-        """What is above a measure."""
-        return self.headings.get(measure, measure)
 
 
 def _known(what: str, of: Mapping[str, Any], name: str) -> Any:
@@ -153,6 +148,7 @@ TABLE_11 = Table(
     (Row("mamba", ("Mamba",), _by_length(*[100] * 15)),),
     {"anywhere": {}, "front": {"front": 10}},
     across="length",
+    headings={length: f"2^{k}" for k, length in enumerate(LENGTHS, start=6)},
 )
 
 TABLES = {table.name: table for table in (TABLE_1, TABLE_11)}
