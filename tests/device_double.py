@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import scipy.special
 
 reads = 0  # how often the host has waited for a value
 
@@ -111,6 +112,11 @@ def array(value: Any, dtype: Any = None) -> ndarray:
 def from_dlpack(value: Any) -> ndarray:
     """The memory of another library's array."""
     return ndarray(np.from_dlpack(value))
+
+
+def erf(value: Any) -> Any:
+    """What CuPy has in `cupyx.scipy.special`."""
+    return on_device(scipy.special.erf)(value)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan import nn
 from sscan.nn import Tensor, ops
 
 if TYPE_CHECKING:
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 def tensor(*shape: int, seed: int = 0, dtype: Any = np.float64) -> Tensor:
     return Tensor(np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype), requires_grad=True)
+
+
+@nn.primitive
+def _real(z: Any) -> Any:
+    """A real function of complex numbers that depends on both of their parts."""
+    return z.real * z.real * z.imag + z.imag
+
+
+nn.defvjp(_real, lambda g, out, z: g * (2 * z.real * z.imag + (z.real * z.real + 1) * 1j))
 
 
 ELEMENTWISE: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
@@ -31,9 +41,14 @@ ELEMENTWISE: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] =
     "exp": (ops.exp, ((2, 3),)),
     "log": (lambda a: ops.log(a * a + 0.5), ((2, 3),)),
     "tanh": (ops.tanh, ((2, 3),)),
+    "sin": (ops.sin, ((2, 3),)),
     "softplus": (ops.softplus, ((2, 3),)),
     "sigmoid": (ops.sigmoid, ((2, 3),)),
     "silu": (ops.silu, ((2, 3),)),
+    "gelu": (ops.gelu, ((2, 3),)),
+    "softmax": (ops.softmax, ((2, 3, 4),)),
+    "complex_of": (lambda a, b: _real(ops.complex_of(a, b)), ((2, 3), (2, 3))),
+    "layer_norm": (lambda x, w, b: ops.layer_norm(x, w, b, 1e-5), ((2, 3, 4), (4,), (4,))),
 }
 MATRIX = {
     "matrices": (lambda a, b: a @ b, ((2, 3), (3, 4))),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.special
+import torch
 from nn_cases import CASES, tensor
 
 from sscan import nn
@@ -41,6 +43,32 @@ def test_elementwise_functions_in_the_tails(value: float) -> None:
             y.backward()
             np.testing.assert_allclose(y.data, expected, rtol=1e-12, atol=1e-13)
             np.testing.assert_allclose(x.grad, slope, rtol=1e-12, atol=1e-13)
+
+
+def test_functions_of_rows_are_those_of_scipy_and_pytorch() -> None:
+    x, w, b = (tensor(*shape).data for shape in ((5, 8), (8,), (1, 8)))
+    x *= 30
+    x[:, 3] = -np.inf  # as a mask has it
+    np.testing.assert_allclose(ops.softmax(x).data, scipy.special.softmax(x, axis=-1), rtol=1e-14)
+    assert (ops.softmax(x).data[:, 3] == 0).all()
+    x[:, 3] = 1000  # whose exponential is infinite
+    np.testing.assert_allclose(ops.softmax(x).data, scipy.special.softmax(x, axis=-1), rtol=1e-14)
+    for function, theirs in (
+        (ops.gelu, torch.nn.functional.gelu),
+        (
+            lambda x: ops.layer_norm(x, w, b[0], 0.1),
+            lambda x: torch.nn.functional.layer_norm(x, (8,), *map(torch.tensor, (w, b[0])), 0.1),
+        ),
+    ):
+        np.testing.assert_allclose(function(x).data, theirs(torch.tensor(x)).numpy(), rtol=1e-12, atol=1e-14)
+        for half in (np.float16, ml_dtypes.bfloat16):
+            y = function(Tensor(x.astype(half), requires_grad=True))
+            y.backward(y.data)
+            assert y.dtype == half
+            expected = function(x.astype(half).astype(np.float64)).data
+            np.testing.assert_allclose(
+                y.data.astype(np.float64), expected, rtol=float(ml_dtypes.finfo(half).eps), atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -3,21 +3,41 @@
 from sscan.models.config import MambaConfig
 from sscan.models.sampling import Sampler
 from sscan.models.states import MambaState, States
+from sscan.nn.attention import Attention
 from sscan.nn.autodiff import Tensor, defvjp, defvjp_all, no_grad, primitive
 from sscan.nn.bidirectional import BidirectionalMamba
 from sscan.nn.capture import capture
+from sscan.nn.gated import Gated, Ungated
 from sscan.nn.gradient_check import check_gradients
+from sscan.nn.h3 import H3
+from sscan.nn.hyena import Hyena, HyenaFilter
 from sscan.nn.language_model import MambaLM
 from sscan.nn.losses import cross_entropy, linear_cross_entropy
 from sscan.nn.mamba import Mamba
-from sscan.nn.modules import Embedding, Linear, Module, Parameter, RMSNorm
+from sscan.nn.mlp import GLU, MLP
+from sscan.nn.modules import Dropout, Embedding, LayerNorm, Linear, Module, Parameter, RMSNorm
 from sscan.nn.optim import AdamW, clip_gradients, decay_groups, warmup_cosine
-from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selective_scan
+from sscan.nn.s4d import S4D
+from sscan.nn.s6 import S6
+from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selective_scan, ssm_convolution, ssm_kernel
+from sscan.nn.state_matrix import FixedMatrix, StateMatrix
 
 __all__ = [
+    "GLU",
+    "H3",
+    "MLP",
+    "S4D",
+    "S6",
     "AdamW",
+    "Attention",
     "BidirectionalMamba",
+    "Dropout",
     "Embedding",
+    "FixedMatrix",
+    "Gated",
+    "Hyena",
+    "HyenaFilter",
+    "LayerNorm",
     "Linear",
     "Mamba",
     "MambaConfig",
@@ -27,8 +47,10 @@ __all__ = [
     "Parameter",
     "RMSNorm",
     "Sampler",
+    "StateMatrix",
     "States",
     "Tensor",
+    "Ungated",
     "capture",
     "causal_conv1d",
     "check_gradients",
@@ -43,5 +65,7 @@ __all__ = [
     "primitive",
     "rms_norm",
     "selective_scan",
+    "ssm_convolution",
+    "ssm_kernel",
     "warmup_cosine",
 ]

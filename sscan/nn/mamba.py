@@ -22,12 +22,29 @@ if TYPE_CHECKING:
 
 
 class DepthwiseConvolution(Module):
-    """The parameters of a causal convolution of each channel with its own `width` taps, named as PyTorch names them."""
+    """A causal convolution of each channel with `width` taps of its own; parameters are named as PyTorch names them."""
 
     def __init__(self, channels: int, width: int, bias: bool = True, dtype: Any = np.float32) -> None:
         draw = uniform(1 / math.sqrt(width))
         self.weight = Parameter((channels, 1, width), draw, dtype)
         self.bias = Parameter((channels,), draw, dtype, decay=False) if bias else None
+
+    def __call__(
+        self, x: Operand, activation: str | None = None, state: Tensor | None = None, seq_idx: Array | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The convolution of x (batch, channels, length) behind the inputs in `state`, and the state at its end."""
+        y, state = causal_conv1d(x, *self.taps(), activation, state, True, seq_idx)
+        return y, state.astype(self.weight.dtype)
+
+    def taps(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (channels, width) and bias."""
+        channels, _, width = self.weight.shape
+        return self.weight.reshape(channels, width), self.bias
+
+    def new_state(self, batch: int) -> Tensor:
+        """The state before the first token: zeros (batch, channels, width - 1)."""
+        channels, _, width = self.weight.shape
+        return Tensor(array_module(self.weight.data).zeros((batch, channels, width - 1), self.weight.dtype))
 
 
 class Mamba(Module):
@@ -122,14 +139,14 @@ class Mamba(Module):
         xz = self.in_proj.channel_first(ops.swapaxes(hidden, 1, 2))
         x, z = ops.split(xz, (self.d_inner, self.d_inner), axis=1)
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
-        x, conv = causal_conv1d(x, *self._taps(), "silu", conv, True, seq_idx)
+        x, conv = self.conv1d(x, "silu", conv, seq_idx)
         dt, B, C = ops.split(self.x_proj.channel_first(x), self._dt_B_C, axis=1)
         delta = ops.matmul(self.dt_proj.weight_like(dt), dt)
         y, ssm = selective_scan(
             x, delta, self.A(), B, C, self.D, z, self._delta_bias(), True, True,
             initial_state=ssm, seq_idx=seq_idx, discretization=self.discretization,
         )  # fmt: skip
-        return self.out_proj(ops.swapaxes(y, 1, 2)), MambaState(conv.astype(self.conv1d.weight.dtype), ssm)
+        return self.out_proj(ops.swapaxes(y, 1, 2)), MambaState(conv, ssm)
 
     @no_grad()
     def step(self, hidden: Operand, state: MambaState) -> Tensor:
@@ -139,7 +156,7 @@ class Mamba(Module):
             state.conv.data[...], state.ssm.data[...] = new.conv.data, new.ssm.data
             return out[:, 0]
         x, z = ops.split(self.in_proj(hidden), (self.d_inner, self.d_inner), axis=1)
-        weight, bias = self._taps()
+        weight, bias = self.conv1d.taps()
         x_now = causal_conv1d_update(x.data, state.conv.data, weight.data, None if bias is None else bias.data, "silu")
         dt, B, C = ops.split(self.x_proj(x_now), self._dt_B_C, axis=1)
         delta = ops.matmul(dt, self.dt_proj.weight_like(dt).swapaxes(0, 1))
@@ -151,10 +168,8 @@ class Mamba(Module):
 
     def new_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros, on the device and in the dtypes of the parameters."""
-        weight, D = self.conv1d.weight.data, self.D.data
-        zeros = array_module(D).zeros
-        conv = Tensor(zeros((batch, self.d_inner, self.d_conv - 1), weight.dtype))
-        return MambaState(conv, Tensor(zeros((batch, self.d_inner, self.d_state), D.dtype)))
+        ssm = array_module(self.D.data).zeros((batch, self.d_inner, self.d_state), self.D.dtype)
+        return MambaState(self.conv1d.new_state(batch), Tensor(ssm))
 
     def A(self) -> Tensor:
         """The diagonal of the state matrix, -exp(A_log): always negative, so that the state never grows by itself."""
@@ -163,9 +178,6 @@ class Mamba(Module):
     @property
     def _dt_B_C(self) -> tuple[int, int, int]:
         return self.dt_rank, self.d_state, self.d_state
-
-    def _taps(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.reshape(self.d_inner, self.d_conv), self.conv1d.bias
 
     def _delta_bias(self) -> Tensor:
         bias = self.dt_proj.bias

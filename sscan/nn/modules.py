@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from sscan.models.arguments import check_integer, check_number
 from sscan.nn import ops
-from sscan.nn.autodiff import Array, Operand, Tensor, array_module, move
+from sscan.nn.autodiff import Array, Operand, Tensor, array_module, move, needs_gradient
 from sscan.nn.sequence_ops import rms_norm
 
 if TYPE_CHECKING:
@@ -80,6 +81,21 @@ class Module:
         for parameter in self.parameters():
             parameter.initialise(rng)
         lie_together(self.parameters())
+
+    def __repr__(self) -> str:
+        """The tree with the shapes of the parameters; what fits on a line stands on one."""
+        parts = []
+        for name, value in vars(self).items():
+            if isinstance(value, Parameter):
+                parts.append(f"{name}{list(value.shape)}")
+            elif isinstance(value, Module):
+                parts.append(f"{name}={value!r}")
+            elif isinstance(value, list):
+                parts += [f"{name}.{i}={item!r}" for i, item in enumerate(value)]
+        line = f"{type(self).__name__}({', '.join(parts)})"
+        if len(line) <= 100 and "\n" not in line:
+            return line
+        return "\n  ".join([f"{type(self).__name__}(", *(part.replace("\n", "\n  ") for part in parts)]) + "\n)"
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -256,3 +272,58 @@ class RMSNorm(Module):
     def __call__(self, x: Operand, residual: Operand | None = None) -> Any:
         """The normalised x; with a residual (the normalised sum, the sum), added and kept in float32 (float64)."""
         return rms_norm(x, self.weight, residual, self.eps)
+
+
+class LayerNorm(Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis."""
+
+    def __init__(self, width: int, eps: float = 1e-5, dtype: Any = np.float32) -> None:
+        self.weight = Parameter((width,), ones, dtype, decay=False)
+        self.bias = Parameter((width,), zeros, dtype, decay=False)
+        self.eps = eps
+
+    def __call__(self, x: Operand, residual: Operand | None = None) -> Any:
+        """The normalised x; with a residual (the normalised sum, the sum), added and kept in float32 (float64)."""
+        if residual is None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        dtype = x.dtype  # type: ignore[union-attr]
+        total = ops.astype(x, np.result_type(dtype, np.float32)) + residual
+        return ops.layer_norm(total, self.weight, self.bias, self.eps).astype(dtype), total
+
+
+class Dropout(Module):
+    """Zero in the place of each number with probability `rate`, and 1 / (1 - rate) times the others.
+
+    It does so while gradients are recorded. Under :func:`sscan.nn.no_grad`, or when nothing requires one, x comes
+    back as it is: there is nothing to switch.
+
+    Which numbers those are follows from the seed and from how many calls there were, which is counted where x is: in a
+    CUDA graph, too, every launch draws anew. A run that is continued from a checkpoint counts from zero again.
+    """
+
+    def __init__(self, rate: float, seed: int = 0) -> None:
+        check_number("Dropout", "rate", rate)
+        check_integer("Dropout", "seed", seed, 0)
+        if rate >= 1:
+            raise ValueError(f"Dropout: rate must be below 1, got {rate}")
+        self.rate = rate
+        self.calls = np.array([seed], np.uint32) * 0x9E3779B9  # so that the calls of two seeds are others
+
+    def __call__(self, x: Operand) -> Tensor:
+        """x with some of its numbers dropped."""
+        if not (self.rate and isinstance(x, Tensor) and needs_gradient(x)):
+            return x if isinstance(x, Tensor) else Tensor(x)
+        xp = array_module(x.data)
+        self.calls = move(self.calls, xp)
+        self.calls += 1  # in place, which a graph repeats
+        drawn = _scrambled(xp.bitwise_xor(_scrambled(self.calls), xp.arange(x.size, dtype=np.uint32)))
+        kept = (drawn >= round(self.rate * (1 << 32))).reshape(x.shape)
+        return ops.multiply(x, (kept.astype(np.float32) / (1 - self.rate)).astype(x.dtype))
+
+
+def _scrambled(x: Array) -> Array:
+    """The finishing steps of MurmurHash3: a bijection of 32-bit integers in which each bit depends on all."""
+    xp = array_module(x)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = xp.bitwise_xor(x, xp.right_shift(x, shift)) * factor
+    return xp.bitwise_xor(x, xp.right_shift(x, 16))

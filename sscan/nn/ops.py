@@ -7,6 +7,7 @@ gradients, g is the gradient of the result and out the result.
 from __future__ import annotations
 
 import builtins
+import importlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -252,6 +253,12 @@ def tanh(a: Array) -> Array:
 
 
 @primitive
+def sin(a: Array) -> Array:
+    """Sine."""
+    return array_module(a).sin(a)
+
+
+@primitive
 def softplus(a: Array) -> Array:
     """log(1 + exp(a)), without overflow."""
     return array_module(a).logaddexp(a, a.dtype.type(0))
@@ -270,6 +277,26 @@ def silu(a: Array) -> Array:
 
 
 @primitive
+def gelu(a: Array) -> Array:
+    """a Phi(a), with the distribution function Phi of the standard normal distribution: no approximation of it."""
+    return (a * _normal_distribution(a)).astype(a.dtype, copy=False)
+
+
+@primitive
+def softmax(a: Array) -> Array:
+    """exp(a) / sum(exp(a)) along the last axis, in float32 at least; entries of -inf become 0."""
+    e = a.astype(_wide(a), copy=False)
+    e = array_module(a).exp(e - e.max(axis=-1, keepdims=True))
+    return (e / e.sum(axis=-1, keepdims=True)).astype(a.dtype, copy=False)
+
+
+@primitive
+def complex_of(real: Array, imag: Array) -> Array:
+    """real + i imag, for two arrays of one shape and dtype. The gradient of a complex array is d/dreal + i d/dimag."""
+    return real + imag * np.result_type(imag.dtype, np.complex64).type(1j)
+
+
+@primitive
 def astype(a: Array, dtype: Any) -> Array:
     """a in another dtype; the gradient comes back in its own."""
     return products.cast(a, dtype)
@@ -280,6 +307,30 @@ def _sigmoid(a: Array) -> Array:
     return xp.exp(-xp.logaddexp(-a, a.dtype.type(0)))  # 1 / (1 + exp(-a)) itself overflows in the far tail
 
 
+def _wide(a: Array) -> np.dtype[Any]:
+    return np.result_type(a.dtype, np.float32)
+
+
+def _normal_distribution(a: Array) -> Array:
+    """(1 + erf(a / sqrt(2))) / 2, with the erf that belongs to the array's library."""
+    xp = array_module(a)
+    special = importlib.import_module(
+        "scipy.special" if xp is np else "cupyx.scipy.special" if on_gpu(a) else xp.__name__
+    )
+    return (1 + special.erf(a.astype(_wide(a), copy=False) * math.sqrt(0.5))) / 2
+
+
+def _gelu_vjp(g: Array, out: Array, a: Array) -> Array:
+    wide = a.astype(_wide(a), copy=False)
+    density = array_module(a).exp(wide * wide / -2) / math.sqrt(2 * math.pi)
+    return (g * (_normal_distribution(a) + wide * density)).astype(a.dtype, copy=False)
+
+
+def _softmax_vjp(g: Array, out: Array, a: Array) -> Array:
+    g, p = g.astype(_wide(a), copy=False), out.astype(_wide(a), copy=False)
+    return (p * (g - (g * p).sum(axis=-1, keepdims=True))).astype(a.dtype, copy=False)
+
+
 def _silu_vjp(g: Array, out: Array, a: Array) -> Array:
     s = _sigmoid(a)
     return g * (s + out * (1 - s))
@@ -288,10 +339,42 @@ def _silu_vjp(g: Array, out: Array, a: Array) -> Array:
 defvjp(exp, lambda g, out, a: g * out)
 defvjp(log, lambda g, out, a: g / a)
 defvjp(tanh, lambda g, out, a: g * (1 - out * out))
+defvjp(sin, lambda g, out, a: g * array_module(a).cos(a))
 defvjp(softplus, lambda g, out, a: g * _sigmoid(a))
 defvjp(sigmoid, lambda g, out, a: g * (out * (1 - out)))
 defvjp(silu, _silu_vjp)
+defvjp(gelu, _gelu_vjp)
+defvjp(softmax, _softmax_vjp)
+defvjp(complex_of, lambda g, out, real, imag: g.real, lambda g, out, real, imag: g.imag)
 defvjp(astype, lambda g, out, a, dtype: products.cast(g, a.dtype))
+
+
+# Normalisation
+
+
+@primitive
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, in float32 at least."""
+    return (_standardised(x, eps)[0] * weight + bias).astype(x.dtype, copy=False)
+
+
+def _standardised(x: Array, eps: float) -> tuple[Array, Array]:
+    """x with mean 0 and variance 1 along the last axis, and what it was multiplied by for that."""
+    x = x.astype(_wide(x), copy=False)
+    x = x - x.mean(axis=-1, keepdims=True)
+    scale = ((x * x).mean(axis=-1, keepdims=True) + eps) ** -0.5
+    return x * scale, scale
+
+
+def _layer_norm_vjp(g: Array, out: Array, x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, ...]:
+    h, scale = _standardised(x, eps)
+    g = g.astype(h.dtype, copy=False)
+    dh = g * weight
+    dx = (dh - dh.mean(axis=-1, keepdims=True) - h * (dh * h).mean(axis=-1, keepdims=True)) * scale
+    return dx.astype(x.dtype, copy=False), unbroadcast(g * h, weight), unbroadcast(g, bias)
+
+
+defvjp_all(layer_norm, _layer_norm_vjp)
 
 
 # Look-up

@@ -16,6 +16,9 @@ from sscan.nn.autodiff import Array, Operand, Tensor, array_module, defvjp_all, 
 from sscan.rms_norm import rms_norm as rms_norm_forward
 from sscan.rms_norm import rms_norm_backward
 from sscan.selective_scan import selective_scan_backward, selective_scan_forward
+from sscan.ssm import ssm_convolution as ssm_convolution_forward
+from sscan.ssm import ssm_convolution_backward, ssm_kernel_backward
+from sscan.ssm import ssm_kernel as ssm_kernel_forward
 
 
 def _or_zeros(gradient: Array | None, output: Array) -> Array:
@@ -154,3 +157,30 @@ defvjp_all(_rms_norm, _rms_norm_vjp)
 def rms_norm(x: Operand, weight: Operand, residual: Operand | None = None, eps: float = 1e-5) -> Any:
     """:func:`sscan.rms_norm` on tensors: y, or with a residual (y, residual_out); all three may require a gradient."""
     return _rms_norm.apply(x, weight, residual, eps)
+
+
+# The time-invariant system
+
+
+@primitive
+def _ssm_kernel(delta: Array, A: Array, B: Array, C: Array, length: int, method: str) -> Array:
+    return ssm_kernel_forward(delta, A, B, C, length, method)
+
+
+@primitive
+def _ssm_convolution(u: Array, kernel: Array) -> Array:
+    return ssm_convolution_forward(u, kernel)
+
+
+defvjp_all(_ssm_kernel, lambda g, out, *arguments: ssm_kernel_backward(g, *arguments))
+defvjp_all(_ssm_convolution, lambda g, out, u, kernel: ssm_convolution_backward(g, u, kernel))
+
+
+def ssm_kernel(delta: Operand, A: Operand, B: Operand, C: Operand, length: int, method: str = "zoh") -> Tensor:
+    """:func:`sscan.ssm_kernel` on tensors; delta, A, B and C may require a gradient."""
+    return _ssm_kernel(delta, A, B, C, length, method)
+
+
+def ssm_convolution(u: Operand, kernel: Operand) -> Tensor:
+    """:func:`sscan.ssm_convolution` on tensors; both may require a gradient."""
+    return _ssm_convolution(u, kernel)

@@ -1,0 +1,96 @@
+"""Causal attention with several heads, and what it can know of positions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from sscan.models.arguments import check_integer
+from sscan.nn import ops
+from sscan.nn.autodiff import Array, Operand, Tensor, array_module
+from sscan.nn.modules import Linear
+from sscan.nn.recurrent import Stateless
+
+BLOCK = 1024  # queries whose scores are held at once
+BASE = 10000.0  # of the wavelengths of positions
+SCALE, GAMMA = 512.0, 0.4  # xPos: after how many tokens a pair has shrunk to what it is worth, and the least that is
+
+
+class Attention(Stateless):
+    """W_out softmax(q k^T / sqrt(d) + causal mask) v in every head: (batch, length, d_model) to the same.
+
+    Parameters
+    ----------
+    d_model, heads : int
+        d = d_model / heads, an even number.
+    positions : {"none", "rotary", "xpos"}
+        "rotary" (Su et al. 2021) turns every pair of numbers of q and k by an angle that grows with the position, so
+        that products depend on differences of positions; "xpos" (Sun et al. 2022) also lets the products of a pair fall
+        with the distance, the faster the quicker it turns. Absolute positions belong to the embedding, see
+        :class:`sscan.nn.SequenceConfig`.
+    n_layer, dtype, seed
+        As of :class:`sscan.nn.Mamba`.
+
+    Notes
+    -----
+    Scores are held for 1024 queries at a time, by the backward for all. Positions are counted from the first query of
+    those, which changes no product and keeps the factors of xPos in range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int = 8,
+        *,
+        positions: str = "none",
+        n_layer: int = 1,
+        dtype: Any = np.float32,
+        seed: int | np.random.Generator | None = 0,
+    ) -> None:
+        check_integer("Attention", "d_model", d_model)
+        check_integer("Attention", "heads", heads)
+        if d_model % (2 * heads):
+            raise ValueError(f"Attention: d_model must be a multiple of 2 heads, got {d_model} for {heads} heads")
+        if positions not in ("none", "rotary", "xpos"):
+            raise ValueError(f"Attention: positions must be one of none, rotary, xpos, got {positions!r}")
+        self.heads, self.width, self.positions = heads, d_model // heads, positions
+        self.in_proj = Linear(d_model, 3 * d_model, True, dtype)
+        self.out_proj = Linear(d_model, d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        if seed is not None:
+            self.initialise(seed)
+
+    def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
+        """Apply the layer to sequences from their beginnings; with `seq_idx` no token sees another sequence's."""
+        batch, length, d_model = hidden.shape  # type: ignore[union-attr]
+        qkv = self.in_proj(hidden).reshape(batch, length, 3 * self.heads, self.width).swapaxes(1, 2)
+        q, k, v = ops.split(qkv, (self.heads,) * 3, axis=1)
+        parts = [self._block(start, q, k, v, seq_idx) for start in range(0, length, BLOCK)]
+        y = ops.concatenate(parts, axis=2) if len(parts) > 1 else parts[0] if parts else v
+        return self.out_proj(y.swapaxes(1, 2).reshape(batch, length, d_model))
+
+    def _block(self, start: int, q: Tensor, k: Tensor, v: Tensor, seq_idx: Array | None) -> Tensor:
+        """What queries from `start` on see of the keys up to themselves."""
+        xp, rows = array_module(q.data), slice(start, start + BLOCK)
+        q, k, v = q[:, :, rows], k[:, :, : rows.stop], v[:, :, : rows.stop]
+        keys = xp.arange(k.shape[2]) - start
+        queries = keys[start:]
+        unseen = queries[:, None] < keys
+        if seq_idx is not None:
+            unseen = unseen | (seq_idx[:, rows, None] != seq_idx[:, None, : rows.stop])[:, None]
+        scores = self._turned(q, queries, 1) @ self._turned(k, keys, -1).swapaxes(2, 3)
+        mask = xp.where(unseen, -np.inf, 0).astype(np.float32)
+        return ops.softmax(scores * self.width**-0.5 + mask).astype(v.dtype) @ v
+
+    def _turned(self, x: Tensor, positions: Array, sign: int) -> Tensor:
+        """Queries (sign 1) or keys (-1), with their positions in them."""
+        if self.positions == "none":
+            return x
+        xp, half = array_module(x.data), self.width // 2
+        share = xp.arange(half, dtype=np.float64) / half
+        angle = positions[:, None] * BASE**-share
+        fade = ((share + GAMMA) / (1 + GAMMA)) ** (sign * positions[:, None] / SCALE) if self.positions == "xpos" else 1
+        cos, sin = ((f(angle) * fade).astype(np.float32) for f in (xp.cos, xp.sin))
+        a, b = ops.split(x, (half, half), axis=3)
+        return ops.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3).astype(x.dtype)

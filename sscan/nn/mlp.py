@@ -1,0 +1,77 @@
+"""Layers that treat every token by itself."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sscan.models.arguments import check_integer, check_number
+from sscan.nn import ops
+from sscan.nn.modules import Linear
+from sscan.nn.recurrent import Pointwise
+
+if TYPE_CHECKING:
+    from sscan.nn.autodiff import Array, Operand, Tensor
+
+
+class MLP(Pointwise):
+    """W_out GELU(W_in x + b_in) + b_out, of which the middle is `expand` d_model wide.
+
+    n_layer, dtype and seed are those of :class:`sscan.nn.Mamba`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        expand: float = 4,
+        *,
+        n_layer: int = 1,
+        dtype: Any = np.float32,
+        seed: int | np.random.Generator | None = 0,
+    ) -> None:
+        self.width = _width("MLP", d_model, expand)
+        self.in_proj = Linear(d_model, self.width, True, dtype)
+        self.out_proj = Linear(self.width, d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        if seed is not None:
+            self.initialise(seed)
+
+    def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
+        """(..., d_model) to the same; `seq_idx` makes no difference."""
+        return self.out_proj(ops.gelu(self.in_proj(hidden)))
+
+
+class GLU(Pointwise):
+    """W_out (a * SiLU(b)) + b_out, [a; b] = W_in x + b_in, each `expand` d_model wide: also called SwiGLU.
+
+    With the default it has as many parameters as :class:`MLP`. n_layer, dtype and seed are those of
+    :class:`sscan.nn.Mamba`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        expand: float = 8 / 3,
+        *,
+        n_layer: int = 1,
+        dtype: Any = np.float32,
+        seed: int | np.random.Generator | None = 0,
+    ) -> None:
+        self.width = _width("GLU", d_model, expand)
+        self.in_proj = Linear(d_model, 2 * self.width, True, dtype)
+        self.out_proj = Linear(self.width, d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        if seed is not None:
+            self.initialise(seed)
+
+    def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
+        """(..., d_model) to the same; `seq_idx` makes no difference."""
+        ab = self.in_proj(hidden)
+        a, b = ops.split(ab, (self.width, self.width), axis=ab.ndim - 1)
+        return self.out_proj(a * ops.silu(b))
+
+
+def _width(owner: str, d_model: int, expand: float) -> int:
+    check_integer(owner, "d_model", d_model)
+    check_number(owner, "expand", expand, positive=True)
+    return max(1, int(expand * d_model))
