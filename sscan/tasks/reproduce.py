@@ -155,27 +155,23 @@ def run_all(
 
     Each has a thread of its own, and on a GPU a stream. When one fails the others go on.
     """
-    failures = {}
-    lock = threading.Lock()
+    failures, lock, streams = {}, threading.Lock(), []
+
+    def begin() -> None:
+        if array_module is not np:
+            streams.append(array_module.cuda.Stream(non_blocking=True))
+            streams[-1].use()
 
     def run(job: Job) -> None:
-        with _new_stream(array_module):
-            job.run(out, array_module, texts, stop, _Named(job.name, stream, lock))  # type: ignore[arg-type]
+        job.run(out, array_module, texts, stop, _Named(job.name, stream, lock))  # type: ignore[arg-type]
 
-    with ThreadPoolExecutor(at_once) as threads:
+    with ThreadPoolExecutor(at_once, initializer=begin) as threads:
         futures = {threads.submit(run, job): job for job in todo}
         for future in as_completed(futures):
             error = future.exception()
             if error is not None:
                 failures[futures[future].name] = f"{type(error).__name__}: {error}"
     return failures
-
-
-def _new_stream(array_module: Any) -> contextlib.AbstractContextManager[Any]:
-    """A stream of this thread's own, on a GPU."""
-    if array_module is np:
-        return contextlib.nullcontext()
-    return array_module.cuda.Stream(non_blocking=True)  # type: ignore[no-any-return]
 
 
 class Until:

@@ -54,6 +54,7 @@ class TrainingRun(Generic[TaskT]):
         self.model.to(array_module)
         self.optimiser = AdamW(decay_groups(self.model, recipe.weight_decay), betas=recipe.betas)
         self._captured = capture(self._update)
+        self._ahead: tuple[int, Any] = (-1, None)  # a step, and its batch
         self.losses: list[float] = []
         self.measures: list[tuple[int, float]] = []
         self.seconds = 0.0
@@ -92,7 +93,10 @@ class TrainingRun(Generic[TaskT]):
         start = time.perf_counter()
         self.optimiser.lr = self.task.recipe.rate(self.progress, self.options.lr)
         self.optimiser.advance()
-        loss = float(self._captured(*self._batch(len(self.losses))))
+        number = len(self.losses)
+        found = self._captured(*self._batch(number))
+        self._ahead = number + 1, self.task.batch(number + 1)  # while a GPU is at work
+        loss = float(found)  # which waits for it
         try:
             self._check_loss(loss)
         except FloatingPointError:
@@ -103,7 +107,7 @@ class TrainingRun(Generic[TaskT]):
 
     def _batch(self, step: int) -> tuple[Any, Any]:
         """Inputs and targets of a step, where the model is."""
-        inputs, targets = self.task.batch(step)
+        inputs, targets = self._ahead[1] if self._ahead[0] == step else self.task.batch(step)
         xp = array_module(self.model.parameters()[0].data)
         return move(inputs, xp), move(targets, xp)
 
