@@ -354,12 +354,14 @@ def _describe(run: TrainingRun[Text], device: str) -> None:
 
 def _report(run: TrainingRun[Text], folder: Path) -> None:
     """Say what a run has come to: held-out results, beside those of counting, and a sample."""
+    from sscan.nn import MambaLM
     from sscan.tasks.backoff import BackoffModel
     from sscan.tasks.loop import BEST_FOLDER
     from sscan.tasks.progress import draw_loss_curve
 
-    task = run.task
-    results = {"Mamba": task.held_out_bits(run.model)}
+    task, model = run.task, run.model
+    assert isinstance(model, MambaLM)
+    results = {"Mamba": task.held_out_bits(model)}
     start = task.bytes.size - task.held_out_bytes
     for order in (2, 4):
         results[f"order-{order} back-off"] = BackoffModel(task.bytes[:start], order).bits_per_byte(task.bytes, start)
@@ -378,7 +380,7 @@ def _report(run: TrainingRun[Text], folder: Path) -> None:
     )
     text = b"".join(map(task.vocabulary.writer(), prompt.tolist()))
     with _Continuations(text, task.vocabulary.writer, _text_writer(sys.stdout)) as streamer:
-        run.model.generate(prompt, SAMPLE_TOKENS, temperature=0.8, streamer=streamer, vocab_size=task.vocabulary.size)
+        model.generate(prompt, SAMPLE_TOKENS, temperature=0.8, streamer=streamer, vocab_size=task.vocabulary.size)
 
 
 def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Text], Path]:

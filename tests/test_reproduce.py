@@ -80,6 +80,59 @@ def test_jobs_that_are_none(what: tuple[Any, ...], message: str) -> None:
         jobs(table(), *what, [], [0], {})
 
 
+# The paper's tables
+
+TINIER = {"d_model": 16, "length": 16, "batch": 2, "steps": 2, "evaluations": 1}
+SMALLEST = {"table1": {"tokens": 2, "symbols": 3, "batch": 64}, "table11": {"longest": 64, "symbols": 3, "dt_rank": 2}}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_runs(name: str, tmp_path: Path) -> None:
+    """With a loss near that of guessing, as two steps leave it; and no two rows are the same model."""
+    made, text = TABLES[name], tmp_path / "text"
+    text.write_text("the rain it raineth every day, and the wind and the rain. " * 40)
+    todo = jobs(made, "small", [], [], [], [0], TINIER | SMALLEST.get(name, {}))
+    assert run_all(todo, tmp_path, np, [text], 1, (), io.StringIO()) == {}
+    found = {result["row"]: result for result in results(tmp_path, made, "small")}
+    assert found.keys() == {row.name for row in made.rows}
+    tokens = {"table1": 5, "table11": 4}.get(name, 256)
+    for result in found.values():
+        assert result["measures"].keys() <= made.headings.keys()
+        assert abs(result["curve"][0]["loss"] - np.log(tokens)) < 0.4
+    models = {json.dumps([r["options"]["layers"], r["options"]["positions"]]) for r in found.values()}
+    assert len(models) == len(found)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_both_scales_of_every_row_are_models(name: str) -> None:
+    made = TABLES[name]
+    for row in made.rows:
+        for generator in made.generators:
+            small, large = (made.options(row, scale, generator) for scale in tables.SCALES)
+            assert small.d_model <= large.d_model
+            assert small.steps < large.steps  # type: ignore[operator]
+        assert row.paper.keys() <= made.headings.keys()
+
+
+def parameters(name: str, row: str, vocabulary: int) -> int:
+    """Of the model of a row at the paper's scale."""
+    options: Any = TABLES[name].options(TABLES[name].row(row), "paper", next(iter(TABLES[name].generators)))
+    return int(options.config(vocabulary, tie_embeddings=False).parameter_count())
+
+
+def test_sizes_are_those_that_the_paper_prints() -> None:
+    """Table 11 in thousands: 137 without 16 embeddings of the trigger, 74 with R = 4; what a rank of delta costs."""
+    assert round(parameters("table11", "mha-absolute", 17) / 1000) == 137
+    assert round(parameters("table11", "mha-rotary", 17) / 1000) == 137
+    ranks = [parameters("table9", f"rank-{rank}", 256) for rank in (0, 1, 2, 4, 8, 16, 32, 64)]
+    each = 2 * 640 * 12  # a row of x_proj and a column of dt_proj in 12 blocks of d_inner 640
+    assert np.diff(ranks).tolist() == [each, each, 2 * each, 4 * each, 8 * each, 16 * each, 32 * each]
+    for n in (1, 2, 4, 8, 16):
+        assert parameters("table10", f"constant-{n}", 256) == parameters("table10", f"selective-{n}", 256)
+    sizes = [parameters("table6", row.name, 256) for row in TABLES["table6"].rows]
+    assert max(sizes) < 1.12 * min(sizes)
+
+
 # Runs
 
 

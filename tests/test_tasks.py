@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from sscan.nn import MambaLM
+from sscan.nn import MambaLM, no_grad
 from sscan.tasks.induction import Induction, InductionOptions
 from sscan.tasks.loop import train
 from sscan.tasks.selective_copying import SelectiveCopying, SelectiveCopyingOptions, distinct_places
@@ -83,6 +83,43 @@ def test_accuracy_counts_right_answers_at_any_length(monkeypatch: pytest.MonkeyP
     assert made.accuracy(model, 50, 40) == expected
     monkeypatch.setattr("sscan.tasks.induction.TOKENS_AT_ONCE", 40 * 7)
     assert made.accuracy(model, 50, 40) == expected
+
+
+@pytest.mark.parametrize("layer", [{"layer": "gated", "inner": "s4"}, {"layer": "attention", "heads": 1}])
+def test_accuracy_of_other_layers(layer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With states in parts, without them some sequences at a time."""
+    made = task(d_model=8, length=16, symbols=3, layers=(layer,))
+    model = made.new_model()
+    model.initialise(5)
+    ids, answers = made.sequences(np.random.default_rng(50), 40, 50)
+    with no_grad():
+        expected = float((model(ids).data[:, -1].argmax(-1) == answers).mean())
+    assert 0 < expected < 1
+    for tokens in (1 << 16, 40 * 7, 7 * 50):
+        monkeypatch.setattr("sscan.tasks.induction.TOKENS_AT_ONCE", tokens)
+        assert made.accuracy(model, 50, 40) == expected
+
+
+def test_runs_of_other_layers_go_on(tmp_path: Path) -> None:
+    options = InductionOptions(
+        d_model=8, length=8, symbols=3, steps=4, layers=({"layer": "attention", "heads": 2}, {"layer": "mlp"}),
+        positions="absolute",
+    )  # fmt: skip
+    run = TrainingRun(Induction(options))
+    assert [type(block.mixer).__name__ for block in run.model.backbone.layers] == ["Attention", "MLP"] * 2
+    assert run.model.config.positions == "absolute"
+    run.step()
+    run.save(tmp_path)
+    resumed = TrainingRun.load(tmp_path, Induction, changes={"layers": options.layers})
+    assert resumed.options == options
+    while not run.done:
+        run.step()
+        resumed.step()
+    assert resumed.losses == run.losses
+    with pytest.raises(ValueError, match="was trained with positions = absolute, not none"):
+        TrainingRun.load(tmp_path, Induction, changes={"positions": "none"})
+    with pytest.raises(ValueError, match=r"layer 0 must be one of mamba, .*got 'mambo'"):
+        InductionOptions(layers=("mambo",))  # type: ignore[arg-type]
 
 
 def test_measures_are_of_the_length_and_of_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan.models.arguments import check_integer
-from sscan.models.config import MambaConfig
 from sscan.nn import no_grad
 from sscan.nn.autodiff import to_numpy
 from sscan.tasks.evaluation import IGNORED
@@ -16,7 +15,7 @@ from sscan.tasks.synthetic import Synthetic
 from sscan.tasks.task import LayeredOptions, Recipe
 
 if TYPE_CHECKING:
-    from sscan.nn import MambaLM
+    from sscan.tasks.task import Model, ModelConfig
 
 NOISE = 0
 EXAMPLES, FINAL_EXAMPLES = 128, 1024  # sequences that are measured on the way, and in the end
@@ -81,12 +80,9 @@ class SelectiveCopying(Synthetic):
         super().__init__(options)
         self.options: SelectiveCopyingOptions = options
 
-    def model_config(self) -> MambaConfig:
+    def model_config(self) -> ModelConfig:
         """One token for noise, one for each symbol, and the last for the marker."""
-        options = self.options
-        return MambaConfig(
-            options.d_model, options.n_layer, options.symbols + 2, pad_vocab_size_multiple=1, tie_embeddings=False
-        )
+        return self.options.config(self.options.symbols + 2, tie_embeddings=False)
 
     def batch(self, step: int) -> tuple[Any, Any]:
         """New sequences; only what is said at the markers is a target."""
@@ -105,16 +101,16 @@ class SelectiveCopying(Synthetic):
         ids[:, options.memorised :] = options.symbols + 1
         return ids, symbols
 
-    def measure(self, model: MambaLM) -> dict[str, float]:
+    def measure(self, model: Model) -> dict[str, float]:
         """The share of right symbols, and that of mistakes."""
         accuracy = self.accuracy(model)
         return {self.goal: 1 - accuracy, "accuracy": accuracy}
 
-    def final(self, model: MambaLM) -> dict[str, float]:
+    def final(self, model: Model) -> dict[str, float]:
         """The share of right symbols, of more of them."""
         return {"accuracy": self.accuracy(model, FINAL_EXAMPLES)}
 
-    def accuracy(self, model: MambaLM, count: int = EXAMPLES) -> float:
+    def accuracy(self, model: Model, count: int = EXAMPLES) -> float:
         """The share of right symbols in sequences that are always the same, whatever the run's seed."""
         options = self.options
         ids, symbols = self.sequences(np.random.default_rng(options.length), count)
