@@ -81,3 +81,11 @@ LOOKUP = {
 }
 CASES = {**ELEMENTWISE, **MATRIX, **SHAPE, **LOOKUP}
 HOST_CONSTANTS = {"add_array", "constant_left"}  # cases that hold a NumPy array, which tensors elsewhere do not meet
+
+# Layers of a SequenceConfig of width 8
+S6 = {"layer": "gated", "d_state": 4}
+S4 = {"layer": "ungated", "inner": "s4", "d_state": 4}
+H3 = {"layer": "h3", "inner": "s6", "taps": 4, "d_state": 4}
+HYENA = {"layer": "hyena", "length": 16, "width": 4}
+ATTENTION = {"layer": "attention", "heads": 2, "positions": "rotary"}
+EVERY = ("mamba", S6, S4, H3, HYENA, ATTENTION, "mlp", "glu")

@@ -9,11 +9,11 @@ import device_double
 import ml_dtypes
 import numpy as np
 import pytest
-from nn_cases import CASES, HOST_CONSTANTS, tensor
+from nn_cases import CASES, EVERY, HOST_CONSTANTS, tensor
 
 from sscan import nn
 from sscan.models.files import load_arrays, save_arrays
-from sscan.nn import MambaConfig, MambaLM, Tensor, ops
+from sscan.nn import MambaConfig, MambaLM, SequenceConfig, SequenceModel, Tensor, ops
 from sscan.nn.autodiff import to_numpy
 
 if TYPE_CHECKING:
@@ -146,6 +146,23 @@ def test_language_model(device: Device, dtype: Any) -> None:
         (model(ids(2, 9), seq_idx) ** 2).mean().backward()
     for (name, expected), got in zip(host.named_parameters(), there.parameters(), strict=True):
         device.check(got.grad, expected.grad, name)
+
+
+@pytest.mark.parametrize("layer", EVERY, ids=lambda layer: layer if isinstance(layer, str) else layer["layer"])
+def test_layers(device: Device, layer: Any) -> None:
+    config = SequenceConfig(8, 11, (layer,), norm="layer", positions="absolute", dropout=0.2)
+    host, there = SequenceModel(config, np.float64), SequenceModel(config, np.float64)
+    there.to(device.xp)
+    x, y = ids(2, 9), ids(2, 9, seed=1)
+    expected = host.loss(x, y)
+    expected.backward()
+    x, y = device.xp.asarray(x), device.xp.asarray(y)
+    with device.without_reads():
+        got = there.loss(x, y)
+        got.backward()
+    device.check(got.data, np.asarray(expected.data))
+    for (name, parameter), other in zip(host.named_parameters(), there.parameters(), strict=True):
+        device.check(other.grad, parameter.grad, name)
 
 
 def train(model: MambaLM, steps: int, xp: Any = np) -> tuple[list[Any], nn.AdamW]:

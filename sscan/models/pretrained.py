@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -34,6 +34,24 @@ THEIR_EMBEDDING = "backbone.embeddings.weight"  # the one name that transformers
 # Reading
 
 
+class Described(Protocol):
+    """A configuration that files go with."""
+
+    @property
+    def n_layer(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """Whether the head uses the embedding's matrix."""
+
+    def shapes(self) -> Shapes:
+        """Names and shapes of all parameters."""
+
+    def to_dict(self, format: Format) -> dict[str, Any]:
+        """As plain values."""
+
+
 @dataclass(frozen=True)
 class _Place:
     """An array in an opened file."""
@@ -49,7 +67,7 @@ class Weights(Mapping[str, Any]):
     Names and shapes are those of the configuration, which only headers were read to find out.
     """
 
-    def __init__(self, config: MambaConfig, places: Mapping[str, _Place], source: Path) -> None:
+    def __init__(self, config: Described, places: Mapping[str, _Place], source: Path) -> None:
         """`source` is the file to name if an array is missing, or one too many.
 
         Raises
@@ -144,7 +162,7 @@ class _SafeArrays:
         return self.file.get_tensor(name)
 
 
-def weights_in(path: Path, file: Any, config: MambaConfig, prefix: str) -> Weights:
+def weights_in(path: Path, file: Any, config: Described, prefix: str) -> Weights:
     """Those arrays of an opened safetensors file whose names begin with the prefix, as the weights of a model."""
     places = _places(path, _SafeArrays(file))
     return Weights(config, {n.removeprefix(prefix): place for n, place in places.items() if n.startswith(prefix)}, path)
@@ -278,7 +296,7 @@ def first_line(error: BaseException) -> str:
 
 
 def save_model(
-    folder: str | Path, config: MambaConfig, arrays: Mapping[str, Array], format: Format = "original", *,
+    folder: str | Path, config: Described, arrays: Mapping[str, Array], format: Format = "original", *,
     pickled: bool = False,
 ) -> None:  # fmt: skip
     """Write a model to a folder, which is created if need be; no file takes its name before all are on the disk.
@@ -286,7 +304,7 @@ def save_model(
     Parameters
     ----------
     folder : str or Path
-    config : MambaConfig
+    config : MambaConfig or sscan.nn.SequenceConfig
     arrays : mapping
         The parameters by the original's names, tied embeddings once.
     format : {"original", "transformers"}

@@ -19,6 +19,8 @@ from sscan.nn.modules import Dropout, Embedding, LayerNorm, Linear, Module, Para
 from sscan.nn.optim import AdamW, clip_gradients, decay_groups, warmup_cosine
 from sscan.nn.s4d import S4D
 from sscan.nn.s6 import S6
+from sscan.nn.sequence_config import SequenceConfig
+from sscan.nn.sequence_model import SequenceModel
 from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selective_scan, ssm_convolution, ssm_kernel
 from sscan.nn.state_matrix import FixedMatrix, StateMatrix
 
@@ -47,6 +49,8 @@ __all__ = [
     "Parameter",
     "RMSNorm",
     "Sampler",
+    "SequenceConfig",
+    "SequenceModel",
     "StateMatrix",
     "States",
     "Tensor",

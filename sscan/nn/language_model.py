@@ -1,47 +1,62 @@
-"""The Mamba language model: embedding, residual blocks with RMSNorm before each, norm, head."""
+"""Language models: embedding, residual blocks with a norm before each, norm, head; and the one of Mamba blocks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from sscan.models.files import load_arrays, save_arrays
 from sscan.models.generation import GenerationMixin
 from sscan.models.pretrained import open_model, save_model
-from sscan.models.states import MambaState, States, check_states
+from sscan.models.states import States, check_states
 from sscan.nn import decoding
 from sscan.nn.autodiff import Array, Tensor, array_module, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
 from sscan.nn.mamba import Mamba
-from sscan.nn.modules import Embedding, Linear, Module, RMSNorm, lie_together
+from sscan.nn.modules import Embedding, LayerNorm, Linear, Module, RMSNorm, lie_together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from typing_extensions import Self
 
     from sscan.models.config import Format, MambaConfig
     from sscan.models.pretrained import Weights
     from sscan.models.sampling import Sampler
+    from sscan.nn.sequence_config import SequenceConfig
+
+StatesT = TypeVar("StatesT", bound=list[Any])
 
 
 class ResidualBlock(Module):
     """A norm and the mixer that reads it."""
 
-    def __init__(self, config: MambaConfig, dtype: Any) -> None:
-        self.norm = RMSNorm(config.d_model, config.norm_epsilon, dtype)
-        self.mixer = Mamba(config.d_model, **config.ssm_cfg, n_layer=config.n_layer, dtype=dtype, seed=None)
+    def __init__(self, norm: RMSNorm | LayerNorm, mixer: Any) -> None:
+        self.norm = norm
+        self.mixer = mixer
 
 
 class Backbone(Module):
     """Token ids (batch, length) to normalised hidden vectors (batch, length, d_model)."""
 
-    def __init__(self, config: MambaConfig, dtype: Any, activation_dtype: Any) -> None:
+    def __init__(
+        self,
+        config: MambaConfig | SequenceConfig,
+        mixers: Iterable[Any],
+        norm: type[RMSNorm | LayerNorm],
+        dtype: Any,
+        activation_dtype: Any,
+    ) -> None:
+        def new_norm() -> RMSNorm | LayerNorm:
+            return norm(config.d_model, config.norm_epsilon, dtype)
+
         self.config = config
         self.activation_dtype = np.dtype(activation_dtype)
         self.embedding = Embedding(config.padded_vocab_size, config.d_model, dtype)
-        self.layers = [ResidualBlock(config, dtype) for _ in range(config.n_layer)]
-        self.norm_f = RMSNorm(config.d_model, config.norm_epsilon, dtype)
+        self.layers = [ResidualBlock(new_norm(), mixer) for mixer in mixers]
+        self.norm_f = new_norm()
 
     def __call__(self, ids: Array, seq_idx: Array | None = None) -> Tensor:
         """Hidden vectors of sequences from their beginnings; `seq_idx` as in :class:`sscan.nn.Mamba`."""
@@ -49,29 +64,33 @@ class Backbone(Module):
             seq_idx = move(seq_idx, array_module(self.norm_f.weight.data))
         return self._run(ids, lambda i, mixer, hidden: mixer(hidden, seq_idx))
 
-    def extend(self, ids: Array, states: list[MambaState]) -> tuple[Tensor, States]:
+    def extend(self, ids: Array, states: StatesT) -> tuple[Tensor, StatesT]:
         """Hidden vectors of the continuation of sequences, and the states at its end."""
-        ends = States(states)
+        ends = type(states)(states)
 
-        def mix(i: int, mixer: Mamba, hidden: Tensor) -> Tensor:
+        def mix(i: int, mixer: Any, hidden: Tensor) -> Tensor:
             hidden, ends[i] = mixer.extend(hidden, states[i])
             return hidden
 
         return self._run(ids, mix), ends
 
-    def step(self, ids: Array, states: list[MambaState]) -> Tensor:
+    def step(self, ids: Array, states: list[Any]) -> Tensor:
         """Hidden vectors (batch, d_model) of one token each, ids (batch,); the states are updated in place."""
         return self._run(ids, lambda i, mixer, hidden: mixer.step(hidden, states[i]))
 
-    def _run(self, ids: Array, mix: Callable[[int, Mamba, Tensor], Tensor]) -> Tensor:
-        hidden = self.embedding(ids)
+    def _run(self, ids: Array, mix: Callable[[int, Any, Tensor], Tensor]) -> Tensor:
+        hidden = self.embedded(ids)
         residual = None
         for i, layer in enumerate(self.layers):
             hidden, residual = self._add_norm(layer.norm, hidden, residual)
             hidden = mix(i, layer.mixer, hidden)
         return self._add_norm(self.norm_f, hidden, residual)[0]
 
-    def _add_norm(self, norm: RMSNorm, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def embedded(self, ids: Array) -> Tensor:
+        """What the first block reads."""
+        return self.embedding(ids)
+
+    def _add_norm(self, norm: RMSNorm | LayerNorm, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The normalised sum in the dtype of the activations, and the sum in that of the residual stream."""
         dtype = self.activation_dtype
         stream = np.result_type(dtype, np.float32) if self.config.residual_in_fp32 else dtype
@@ -84,7 +103,72 @@ class Backbone(Module):
         return norm(residual.astype(hidden.dtype)), residual
 
 
-class MambaLM(GenerationMixin, Module):
+class LanguageModel(Module):
+    """What language models have in common, whatever their blocks are.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    dtype : dtype
+        Of the head.
+    seed : int, Generator or None
+        For the initial values; None leaves the parameters unallocated, to be loaded or only counted.
+    """
+
+    def __init__(self, backbone: Backbone, dtype: Any, seed: int | np.random.Generator | None) -> None:
+        config = backbone.config
+        self.backbone = backbone
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, dtype=dtype)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+        if seed is not None:
+            self.initialise(seed)
+
+    def __call__(self, ids: Array, seq_idx: Array | None = None) -> Tensor:
+        """Logits (batch, length, padded vocabulary) for ids (batch, length)."""
+        return self._logits(self.backbone(ids, seq_idx))
+
+    def loss(self, ids: Array, targets: Array, seq_idx: Array | None = None) -> Tensor:
+        """Mean cross-entropy in nats; the logits are never held. Targets of -100 do not count."""
+        return linear_cross_entropy(self.backbone(ids, seq_idx), self.lm_head.weight, targets)
+
+    def extend(self, ids: Array, states: StatesT) -> tuple[Tensor, StatesT]:
+        """Logits (batch, length, padded vocabulary) for the continuation of sequences, and the states at its end."""
+        hidden, states = self.backbone.extend(ids, states)
+        return self._logits(hidden), states
+
+    @no_grad()
+    def prefill(self, ids: Array, states: StatesT) -> tuple[Array, StatesT]:
+        """Read ids (batch, length >= 1) at once: logits (batch, padded vocabulary) for the next, and new states.
+
+        The logits are at least float32, so that those of a model in half precision can be told apart.
+        """
+        hidden, states = self.backbone.extend(ids, states)
+        return self._logits_to_choose_from(hidden[:, -1]), states
+
+    @no_grad()
+    def step(self, ids: Array, states: Any) -> Array:
+        """Read one token each, ids (batch,): logits for the next. The states are updated in place, at constant cost."""
+        return self._logits_to_choose_from(self.backbone.step(ids, states))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden.astype(self.lm_head.weight.dtype))
+
+    def _logits_to_choose_from(self, hidden: Tensor) -> Array:
+        logits = self._logits(hidden).data
+        return logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
+
+    @classmethod
+    def of_weights(cls, config: Any, weights: Weights, dtype: Any = np.float32, **options: Any) -> Self:
+        """The model of a configuration with the weights in opened files."""
+        model: Self = cls(config, dtype, seed=None, **options)
+        for name, parameter in model.named_parameters():
+            parameter.data = weights.read(name, parameter.dtype)
+        lie_together(model.parameters())
+        return model
+
+
+class MambaLM(GenerationMixin, LanguageModel):
     """A language model: token ids to logits over the padded vocabulary.
 
     Initial values are those of the paper's code: embeddings normal with deviation 0.02, everything else as in
@@ -113,41 +197,16 @@ class MambaLM(GenerationMixin, Module):
         activation_dtype: Any = None,
     ) -> None:
         self.config = config
-        self.backbone = Backbone(config, dtype, dtype if activation_dtype is None else activation_dtype)
-        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, dtype=dtype)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.backbone.embedding.weight
-        if seed is not None:
-            self.initialise(seed)
-
-    def __call__(self, ids: Array, seq_idx: Array | None = None) -> Tensor:
-        """Logits (batch, length, padded vocabulary) for ids (batch, length)."""
-        return self._logits(self.backbone(ids, seq_idx))
-
-    def loss(self, ids: Array, targets: Array, seq_idx: Array | None = None) -> Tensor:
-        """Mean cross-entropy in nats; the logits are never held. Targets of -100 do not count."""
-        return linear_cross_entropy(self.backbone(ids, seq_idx), self.lm_head.weight, targets)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden.astype(self.lm_head.weight.dtype))
+        mixers = [
+            Mamba(config.d_model, **config.ssm_cfg, n_layer=config.n_layer, dtype=dtype, seed=None)
+            for _ in range(config.n_layer)
+        ]
+        activations = dtype if activation_dtype is None else activation_dtype
+        super().__init__(Backbone(config, mixers, RMSNorm, dtype, activations), dtype, seed)
 
     def new_states(self, batch: int) -> States:
         """The states before the first token: their size is all that decoding ever needs."""
         return States(layer.mixer.new_state(batch) for layer in self.backbone.layers)
-
-    def extend(self, ids: Array, states: States) -> tuple[Tensor, States]:
-        """Logits (batch, length, padded vocabulary) for the continuation of sequences, and the states at its end."""
-        hidden, states = self.backbone.extend(ids, states)
-        return self._logits(hidden), states
-
-    @no_grad()
-    def prefill(self, ids: Array, states: States) -> tuple[Array, States]:
-        """Read ids (batch, length >= 1) at once: logits (batch, padded vocabulary) for the next, and new states.
-
-        The logits are at least float32, so that those of a model in half precision can be told apart.
-        """
-        hidden, states = self.backbone.extend(ids, states)
-        return self._logits_to_choose_from(hidden[:, -1]), states
 
     @no_grad()
     def step(self, ids: Array, states: States) -> Array:
@@ -159,11 +218,7 @@ class MambaLM(GenerationMixin, Module):
         weights in half precision are multiplied by the tensor cores if there are more than four rows.
         """
         logits = decoding.step(self, ids, states)
-        return self._logits_to_choose_from(self.backbone.step(ids, states)) if logits is None else logits
-
-    def _logits_to_choose_from(self, hidden: Tensor) -> Array:
-        logits = self._logits(hidden).data
-        return logits.astype(np.result_type(logits.dtype, np.float32), copy=False)
+        return super().step(ids, states) if logits is None else logits
 
     def _prefill_on_host(self, ids: Array, states: States) -> tuple[Array, States]:
         logits, states = self.prefill(ids, states)
@@ -223,15 +278,6 @@ class MambaLM(GenerationMixin, Module):
         """
         with open_model(model, revision) as (config, weights):
             return cls.of_weights(config, weights, dtype, activation_dtype=activation_dtype)
-
-    @classmethod
-    def of_weights(cls, config: MambaConfig, weights: Weights, dtype: Any = np.float32, **options: Any) -> MambaLM:
-        """The model of a configuration with the weights in opened files."""
-        model = cls(config, dtype, seed=None, **options)
-        for name, parameter in model.named_parameters():
-            parameter.data = weights.read(name, parameter.dtype)
-        lie_together(model.parameters())
-        return model
 
     def save_pretrained(self, folder: str | Path, format: Format = "original", *, pickled: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` to a folder, which is created if need be.

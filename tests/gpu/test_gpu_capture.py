@@ -8,6 +8,7 @@ import cupy
 import ml_dtypes
 import numpy as np
 import pytest
+from nn_cases import EVERY
 
 from sscan import nn
 from sscan.nn import MambaConfig, MambaLM
@@ -49,6 +50,33 @@ def test_a_captured_step_has_the_same_bits(dtype: Any) -> None:
     assert found[-2] < found[0]
     for name, array in arrays.items():
         np.testing.assert_array_equal(others[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("layer", EVERY, ids=lambda layer: layer if isinstance(layer, str) else layer["layer"])
+def test_a_captured_step_of_any_layer_has_the_same_bits(layer: Any) -> None:
+    """With dropout: every launch of the graph draws anew, and what it draws is what the plain step would."""
+    ends = []
+    for graph in (False, True):
+        model = nn.SequenceModel(nn.SequenceConfig(8, 60, (layer,), dropout=0.2))
+        model.to(cupy)
+        optimiser = nn.AdamW(nn.decay_groups(model))
+
+        def step(inputs: Any, targets: Any, model: Any = model, optimiser: Any = optimiser) -> Any:
+            model.zero_grad()
+            loss = model.loss(inputs, targets)
+            loss.backward()
+            optimiser.update(loss)
+            return loss.data
+
+        run = nn.capture(step) if graph else step
+        losses = []
+        for number in range(7):
+            optimiser.advance()
+            losses.append(float(run(*batch(number))))
+        ends.append((losses, {name: cupy.asnumpy(array) for name, array in model.state_dict().items()}))
+    assert ends[0][0] == ends[1][0]
+    for name, array in ends[0][1].items():
+        np.testing.assert_array_equal(ends[1][1][name], array, err_msg=name)
 
 
 def test_other_shapes_are_refused() -> None:
