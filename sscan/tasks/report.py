@@ -16,43 +16,50 @@ if TYPE_CHECKING:
 
 
 def markdown(table: Table, results: Sequence[Mapping[str, Any]], failures: Mapping[str, str] | None = None) -> str:
-    """The table: for each row a line of the paper, and for each generator one of ours for every seed.
+    """The table with the paper's numbers and ours, a line for each generator and seed.
 
-    Of several learning rates the lines are of the best, and all are named. What was not run says so, and so does what
-    is not finished or has failed.
+    Where there is one measure the paper's stands in a column beside ours, else in a line above. Of several learning
+    rates the lines are of the best, and all are named. What was not run says so, and so does what is not finished or
+    has failed.
     """
     measures = list(table.headings)
-    head = [*table.columns, "", *table.headings.values(), "rate (tried)", "steps", "minutes"]
+    of_paper, of_ours = (measures, measures) if table.across else (measures[:1], measures[-1:])
+    names = (
+        ["", *table.headings.values()]
+        if table.across
+        else [f"paper: {table.headings[of_paper[0]]}", "ours, by", table.headings[of_ours[0]]]
+    )
+    head = [*table.columns, *names, "rate (tried)", "steps", "minutes"]
     lines = [head, ["---"] * len(head)]
     for row in table.rows:
-        lines.append([*row.cells, "paper", *(_shown(table, row.paper.get(m)) for m in measures), "", "", ""])
-        ours = [result for result in results if result["row"] == row.name]
-        for generator in table.generators:
-            of = [result for result in ours if result["generator"] == generator]
-            lines += [[*[""] * len(row.cells), *cells] for cells in _ours(table, measures, generator, of)]
-        if not ours:
-            lines.append([*[""] * len(row.cells), "ours", *["not run"] * len(measures), "", "", ""])
+        paper = [_shown(table, row.paper.get(measure)) for measure in of_paper]
+        ours = list(_ours(table, of_ours, [result for result in results if result["row"] == row.name]))
+        if table.across:
+            lines.append([*row.cells, "paper", *paper, "", "", ""])
+            lines += [[*[""] * len(row.cells), *cells] for cells in ours]
+        else:
+            empty = [""] * len([*row.cells, *paper])
+            lines += [[*(empty if i else [*row.cells, *paper]), *cells] for i, cells in enumerate(ours)]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return text + "".join(f"\n{name} failed: {reason}\n" for name, reason in (failures or {}).items())
 
 
-def _ours(
-    table: Table, measures: Sequence[str], generator: str, results: Sequence[Mapping[str, Any]]
-) -> Iterable[list[str]]:
-    """The cells of our lines of a row and generator, behind those that name the row."""
-    chosen = best_rate(table, results)
-    tried = sorted({result["options"]["lr"] for result in results})
-    for result in chosen:
-        options = result["options"]
-        values = result["measures"]
-        unfinished = f"at step {result['steps']:,}"
-        yield [
-            " ".join(filter(None, ("ours", generator, f"seed {options['seed']}"))),
-            *(_shown(table, values.get(m)) if result["finished"] else unfinished for m in measures),
-            f"{options['lr']:g} ({', '.join(f'{rate:g}' for rate in tried)})",
-            f"{result['steps']:,}",
-            f"{result['seconds'] / 60:.1f}",
-        ]
+def _ours(table: Table, measures: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
+    """The cells of our lines of a row, behind those that are the paper's."""
+    if not results:
+        yield ["not run", *[""] * len(measures), "", "", ""]
+    for generator in table.generators:
+        of = [result for result in results if result["generator"] == generator]
+        tried = ", ".join(f"{rate:g}" for rate in sorted({result["options"]["lr"] for result in of}))
+        for result in best_rate(table, of):
+            options, values = result["options"], result["measures"]
+            yield [
+                " ".join(filter(None, (generator, f"seed {options['seed']}"))) + ", not finished" * (not values),
+                *(_shown(table, values.get(measure)) for measure in measures),
+                f"{options['lr']:g} ({tried})",
+                f"{result['steps']:,}",
+                f"{result['seconds'] / 60:.1f}",
+            ]
 
 
 def best_rate(table: Table, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
