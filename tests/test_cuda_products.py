@@ -133,6 +133,17 @@ def test_a_recorded_product_has_a_workspace_of_its_own(cublas: Cublas) -> None:
     assert cublas.calls[1] == ("workspace", workspace, _products.WORKSPACE)
 
 
+def test_a_recorded_graph_keeps_the_plans_of_its_transforms(cublas: Cublas) -> None:
+    """CuPy keeps the last 16; a graph would go on to use the memory of one that is gone."""
+    plans = [SimpleNamespace(plan=object()) for _ in range(2)]
+    fft = SimpleNamespace(config=SimpleNamespace(get_plan_cache=lambda: [("key", node) for node in plans]))
+    _products.keep_plans(fft)  # outside of a recording nobody is there to keep them
+    with _products.recorded() as kept:
+        assert kept == []
+        _products.keep_plans(fft)
+        assert kept == [node.plan for node in plans]
+
+
 def test_a_failure_is_an_error(cublas: Cublas) -> None:
     cublas.status = 13
     with pytest.raises(RuntimeError, match=r"a matrix product on the GPU failed \(cuBLAS status 13\)"):

@@ -18,7 +18,7 @@ class Graph:
         cuda = sys.modules["cupy"].cuda
         self._memory, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
         stream.wait_event(cuda.get_current_stream().record())
-        with stream, cuda.using_allocator(self._memory.malloc), recorded():
+        with stream, cuda.using_allocator(self._memory.malloc), recorded() as self._kept:
             stream.begin_capture()
             try:
                 self.results = function()

@@ -31,9 +31,12 @@ class Operand(NamedTuple):
 
 
 class _Recording(threading.local):
-    """The workspace of the graph that this thread records: shared with others, it would be written by two at once."""
+    """The graph that this thread records: its workspace, which shared with others would be written by two at once.
 
-    workspace = None
+    And what it has to keep beside that.
+    """
+
+    workspace, kept = None, None
 
 
 _recording = _Recording()
@@ -41,12 +44,24 @@ _recording = _Recording()
 
 @contextlib.contextmanager
 def recorded():
-    """Products that become part of a CUDA graph, for which the memory of CuPy's current allocator is taken."""
-    _recording.workspace = _launch.empty(WORKSPACE, _BYTE)
+    """Products that become part of a CUDA graph, for which the memory of CuPy's current allocator is taken.
+
+    Gives the list of what must live as long as the graph.
+    """
+    _recording.workspace, _recording.kept = _launch.empty(WORKSPACE, _BYTE), []
     try:
-        yield
+        yield _recording.kept
     finally:
-        _recording.workspace = None
+        _recording.workspace = _recording.kept = None
+
+
+def keep_plans(fft):
+    """Let the graph that is recorded, if one is, keep the plans of CuPy's module ``fft``, whose work memory it uses.
+
+    CuPy itself keeps the last 16 plans of a thread.
+    """
+    if _recording.kept is not None:
+        _recording.kept += [node.plan for _, node in fft.config.get_plan_cache()]
 
 
 def matmul(a, b):

@@ -4,7 +4,7 @@ import sys
 
 import scipy.fft
 
-from sscan.cuda import _launch
+from sscan.cuda import _launch, _products
 from sscan.cuda._launch import Kernel
 
 THREADS = 128
@@ -55,6 +55,7 @@ def ssm_convolution_forward(u, kernel, y):
         transform = fft.rfft(u[:, channels].astype(kernel.dtype, copy=False), padded)
         transform *= fft.rfft(kernel[channels], padded)
         y[:, channels] = fft.irfft(transform, padded)[..., : u.shape[2]]
+    _products.keep_plans(fft)
 
 
 def ssm_convolution_backward(dy, u, kernel, du, dkernel):
@@ -67,3 +68,4 @@ def ssm_convolution_backward(dy, u, kernel, du, dkernel):
         of_kernel = fft.rfft(kernel[channels], padded)
         du[:, channels] = fft.irfft(of_dy * of_kernel.conj(), padded)[..., :length]
         dkernel[channels] = fft.irfft((of_dy * of_u.conj()).sum(axis=0), padded)[..., :length]
+    _products.keep_plans(fft)

@@ -28,9 +28,10 @@ class S4D(Recurrent):
     A_bar = exp(delta A) and B_bar = (A_bar - 1) / A: zero-order hold of B = 1. Of a complex state y is 2 Re(C h) + D u.
     Nothing depends on the input, so y is the convolution of u with K_k = C A_bar^k B_bar, plus D u. On the CPU it is
     formed so, through the FFT. On a GPU, where a state enters, and in packed rows it is a scan with a constant step
-    size, the same up to rounding: CUDA graphs can hold it, whatever becomes of the work memory of FFTs.
+    size, the same up to rounding.
 
-    Step size and A are exempt from weight decay.
+    Step size, A and D are exempt from weight decay. S4's own code also keeps the learning rate of step size and A at
+    1e-3 where it is higher for the rest; here there is one rate, so stay at or below that.
 
     Parameters
     ----------

@@ -73,6 +73,8 @@ def test_a_captured_step_of_any_layer_has_the_same_bits(layer: Any) -> None:
         for number in range(7):
             optimiser.advance()
             losses.append(float(run(*batch(number))))
+            for length in range(100, 140):  # and CuPy forgets the plans of FFTs that the step has used
+                cupy.fft.rfft(cupy.ones(length))
         ends.append((losses, {name: cupy.asnumpy(array) for name, array in model.state_dict().items()}))
     assert ends[0][0] == ends[1][0]
     for name, array in ends[0][1].items():
