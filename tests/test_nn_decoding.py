@@ -27,10 +27,10 @@ CONFIGS = {
 SMALL = CONFIGS["odd"]
 
 
-def perturbed(config: MambaConfig, dtype: Any, seed: int = 0) -> MambaLM:
+def perturbed(config: MambaConfig, dtype: Any, seed: int = 0, by: float = 0.2) -> MambaLM:
     model, rng = MambaLM(config, dtype, seed=seed), np.random.default_rng(seed)
     for p in model.parameters():
-        p.data = (p.data.astype(np.float64) + 0.2 * rng.standard_normal(p.shape)).astype(p.dtype)
+        p.data = (p.data.astype(np.float64) + by * rng.standard_normal(p.shape)).astype(p.dtype)
     return model
 
 

@@ -16,6 +16,7 @@ class Graph:
 
     def __init__(self, function):
         cuda = sys.modules["cupy"].cuda
+        self._function = function  # and with it the arrays that the graph reads and writes
         self._memory, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
         stream.wait_event(cuda.get_current_stream().record())
         with stream, cuda.using_allocator(self._memory.malloc), recorded() as self._kept:

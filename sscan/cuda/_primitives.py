@@ -543,7 +543,7 @@ def writer(storage, number, count, together=False):
 
 def _words(storage, count):
     """How ``count`` stored reals lie in registers: their type and number. Two halves share a 32-bit word."""
-    return (types.int32, _I32, count // 2) if storage.itemsize == 2 else (*_REALS[storage], count)
+    return (types.int32, _I32, (count + 1) // 2) if storage.itemsize == 2 else (*_REALS[storage], count)
 
 
 def stored_array(size, storage):

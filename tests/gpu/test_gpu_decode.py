@@ -39,7 +39,8 @@ def in_torch(model: MambaLM) -> Any:
 
 
 def check_steps(config: MambaConfig, dtype: Any, batch: int) -> None:
-    model, ids = perturbed(config, dtype), tokens(config, batch, 4)
+    by = 0.02 if config is PAPERS else 0.2  # more would leave the range of float16
+    model, ids = perturbed(config, dtype, by=by), tokens(config, batch, 4)
     exact = in_dtype(model, np.float64)(ids).data
     plain = error(steps_of_operations(model, ids), exact)
     device, bound = there(model), 3 * plain + 4 * float(ml_dtypes.finfo(dtype).eps)
