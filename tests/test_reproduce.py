@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from typing import TYPE_CHECKING, Any
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -195,6 +200,38 @@ def test_runs_at_once_are_the_runs_one_by_one(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+class Stream:
+    """In the place of CuPy's: which one a thread uses."""
+
+    used: ClassVar[dict[int, list[Any]]] = {}
+
+    def __init__(self, non_blocking: bool) -> None:
+        assert non_blocking
+
+    def use(self) -> None:
+        self.used.setdefault(threading.get_ident(), []).append(self)
+
+
+class Module:
+    """NumPy, but that it has streams and the name of a GPU."""
+
+    cuda = SimpleNamespace(
+        Stream=Stream,
+        runtime=SimpleNamespace(getDevice=lambda: 1, getDeviceProperties=lambda i: {"name": f"GPU {i}".encode()}),
+    )
+    asarray = staticmethod(np.asarray)
+
+
+def test_every_thread_has_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stream, "used", {})
+    todo = jobs(table(), "small", [], [], [], [0, 1], {})
+    assert run_all(todo, tmp_path, Module, [], 2, (), io.StringIO()) == {}
+    assert {result["device"] for result in results(tmp_path, table(), "small")} == {"GPU 1"}
+    assert 1 <= len(Stream.used) <= 2
+    assert threading.get_ident() not in Stream.used
+    assert {len(streams) for streams in Stream.used.values()} == {1}
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_one_that_fails_leaves_the_others_alone(tmp_path: Path, at_once: int) -> None:
     made = table(Row("bad", ("Bad",), {}, {"lr": 1e30}), Row("good", ("Good",), {}))
@@ -307,6 +344,35 @@ def test_the_command_says_what_failed_and_what_is_left(
     slow = ["reproduce", "table11", "--steps", "1000000", "--minutes", "0.02", "--rows", "mamba", "--out"]
     assert main([*slow, str(tmp_path)]) == 0
     assert "goes on with the same command: table11-small-mamba-anywhere-lr0.001-seed0" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_checkpoints(tiny: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all that go on; they are not begun anew."""
+
+    begun, over = tmp_path / "runs", threading.Event()
+
+    def press() -> None:
+        while sum(b"held_out" in path.read_bytes() for path in begun.glob("*/log.jsonl")) < 2:
+            if over.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pressing = threading.Thread(target=press, daemon=True)
+    pressing.start()
+    command = ["reproduce", "table11", "--at-once", "2", "--steps", "400", "--out", str(tmp_path)]
+    code = main(command)
+    over.set()
+    assert code == 130
+    assert "sscan reproduce: stopped; the same command goes on" in capsys.readouterr().err
+    before = {result["row"]: result["steps"] for result in results(tmp_path, tiny, "small")}
+    assert before.keys() == {"mamba", "wide"}
+    assert 0 < min(before.values()) <= max(before.values()) < 400
+    assert main(command) == 0
+    for result in results(tmp_path, tiny, "small"):
+        lines = (tmp_path / "runs" / result["name"] / "log.jsonl").read_text().splitlines()
+        starts = [record["step"] for record in map(json.loads, lines) if "task" in record]
+        assert starts == [0, before[result["row"]]]
+        assert result["steps"] == 400
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class SelectiveCopyingOptions(LayeredOptions):
     length: int = 4096
     batch: int = 64
     lr: float = 1e-3
-    steps: int | None = 50_000
+    steps: int | None = 40_000
     minutes: float | None = None
     evaluations: int = 100
     tokens: int = 16
