@@ -39,6 +39,9 @@ from gpu_timing import (
 import sscan
 from sscan import reference
 from sscan.cuda import _launch
+from sscan.tasks.task import RunOptions
+from sscan.tasks.text import Text
+from sscan.tasks.training import TrainingRun
 
 Shape = tuple[int, int, int]
 
@@ -433,36 +436,54 @@ def in_torch(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: torch.from_dlpack(x).clone() if isinstance(x, cupy.ndarray) else x for k, x in arguments.items()}
 
 
-def training(report: Report) -> None:
-    from sscan.tasks.task import RunOptions
-    from sscan.tasks.text import Text
-    from sscan.tasks.training import TrainingRun
+# What is trained, and the bar of a step in milliseconds: the model of `sscan train` as it comes, and wider ones, which
+# must not take longer in bfloat16 than in float32.
+TRAINED: dict[str, tuple[dict[str, Any], float | None]] = {
+    "sscan train": ({}, 2.0),
+    "256": ({"d_model": 256, "n_layer": 4, "length": 1024, "batch": 8, "lr": 2e-3}, None),
+    "768": ({"d_model": 768, "n_layer": 4, "length": 1024, "batch": 8, "lr": 1e-3}, None),
+}
 
-    options = {"d_model": 256, "n_layer": 4, "length": 1024, "batch": 8, "steps": 1000, "lr": 2e-3}
-    report.add(
-        "", "## Training step of the language model", "", f"Bytes, {options}; AdamW, forward, backward and update."
+
+def training(report: Report) -> None:
+    """Steps of `sscan train`, CUDA graphs, beside the same steps called from Python."""
+    report.add("", "## Training step of the language model, bytes; AdamW, forward, backward and update, loss read")
+    report.table(
+        "model", "precision", "ms, as a graph", "ms, called", "bar", "tokens per second", "loss after 23 steps"
     )
-    report.table("precision", "ms per step", "tokens per second", "loss after 23 steps, bits per byte")
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("the rain it raineth every day, and the wind and the rain.\n" * 4000, encoding="utf-8")
-        for precision in ("float32", "bfloat16"):
-            run = TrainingRun(Text(RunOptions(**options, precision=precision), [text]), cupy)
-            run.warm_up()
-            for _ in range(3):
-                run.step()
-            times = []
-            for _ in range(20):
-                start = time.perf_counter()
-                run.step()  # reads the loss, so it waits for the GPU
-                times.append(time.perf_counter() - start)
-            median = float(np.median(times))
-            tokens = int(options["batch"]) * int(options["length"])
-            report.row(
-                precision, f"{1e3 * median:.1f}", f"{tokens / median:.0f}", f"{run.task.in_unit(run.losses[-1]):.2f}"
-            )
-            if not run.losses[-1] < run.losses[0]:
-                report.fail(f"training in {precision} does not learn")
+        for name, (changes, bar) in TRAINED.items():
+            taken: dict[str, float] = {}
+            for precision in ("float32", "bfloat16"):
+                task = Text(RunOptions(**{**changes, "steps": 1000, "precision": precision}), [text])
+                (taken[precision], losses), (called, expected) = (steps_of(task, graph) for graph in (True, False))
+                limit = bar or (taken["float32"] if name == "768" else None)
+                verdict = f"{limit:.2f}{' **missed**' if taken[precision] > limit else ''}" if limit else ""
+                rate = task.options.batch * task.options.length / taken[precision]
+                report.row(
+                    name, precision, f"{taken[precision]:.2f}", f"{called:.2f}", verdict, f"{1e3 * rate:.0f}",
+                    f"{task.in_unit(losses[-1]):.3f}",
+                )  # fmt: skip
+                if losses != expected:
+                    report.fail(f"training {name} in {precision}: other losses as a graph")
+                if not losses[-1] < losses[0]:
+                    report.fail(f"training {name} in {precision} does not learn")
+
+
+def steps_of(task: Any, graph: bool) -> tuple[float, list[float]]:
+    """Milliseconds of a step and the losses of 23."""
+    run = TrainingRun(task, cupy)
+    if not graph:
+        run._captured = run._update
+    run.warm_up()
+    times = []
+    for _ in range(23):
+        start = time.perf_counter()
+        run.step()  # reads the loss, so it waits for the GPU
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times[3:])), run.losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -216,15 +216,15 @@ def test_adamw(dtype: type, loss: float | None) -> None:
     """The equations of ``sscan.nn.AdamW`` in float64; nothing changes for a loss that is not finite."""
     rows = parameters_of(dtype, 1)
     exact = [[x.astype(np.float64) for x in row[:4]] for row in rows]
-    rate, correction, decays, (b1, b2), eps = 3e-3, 0.7, (0.9, 1.0), (0.9, 0.95), 1e-8
-    factors = {np.dtype(dtype).name: np.array([rate, correction, *decays], dtype)}
+    rates, correction, decays, (b1, b2), eps = (3e-3, 1e-3), 0.7, (0.9, 1.0), (0.9, 0.95), 1e-8
+    factors = {np.dtype(dtype).name: np.array([correction, rates[0], decays[0], rates[1], decays[1]], dtype)}
     value = None if loss is None else np.float32([loss])
     with emulator.patched():
         adamw.update(rows, factors, value, (b1, b2), eps)
     for (p, _, m, v, group), (p0, g, m0, v0) in zip(rows, exact, strict=True):
         if loss is None or np.isfinite(loss):
             m0, v0 = b1 * m0 + (1 - b1) * g, b2 * v0 + (1 - b2) * g * g
-            p0 = decays[group] * p0 - rate * m0 / (np.sqrt(v0) / correction + eps)
+            p0 = decays[group] * p0 - rates[group] * m0 / (np.sqrt(v0) / correction + eps)
         for got, expected in ((p, p0), (m, m0), (v, v0)):
             np.testing.assert_allclose(got, expected, rtol=16 * np.finfo(dtype).eps, atol=np.finfo(dtype).eps)
 

@@ -323,6 +323,13 @@ def test_no_layer_sees_what_is_to_come(name: str) -> None:
 
 
 @layers
+def test_layers_of_nothing(name: str) -> None:
+    layer = LAYERS[name](np.float64)
+    for shape in ((0, 5, 8), (2, 0, 8)):
+        assert layer(np.zeros(shape)).shape == shape
+
+
+@layers
 def test_gradients_of_layers(name: str) -> None:
     layer = perturbed(LAYERS[name](np.float64))
     x = Tensor(normal(1, 5, 8), requires_grad=True)

@@ -34,6 +34,24 @@ def test_decay_groups() -> None:
     assert not decayed["parameters"].keys() & kept["parameters"].keys()
 
 
+def test_step_sizes_and_a_of_s4_have_a_highest_rate() -> None:
+    layer = nn.Ungated(4, "s4", d_state=2)
+    decayed, kept, slow = nn.decay_groups(layer)
+    assert slow["parameters"].keys() == {"inner.log_delta", "inner.A.log", "inner.A.imag"}
+    assert (slow["weight_decay"], slow["max_lr"]) == (0, 1e-3)
+    assert decayed["parameters"].keys() == {"inner.C.real", "inner.C.imag", "out_proj.weight"}
+    assert kept["parameters"].keys() == {"inner.D", "out_proj.bias"}
+    for lr, expected in ((1e-2, 1e-3), (1e-4, 1e-4)):  # the first step is as long as the rate
+        layer.initialise(0)
+        before = {name: parameter.data.copy() for name, parameter in layer.named_parameters()}
+        for parameter in layer.parameters():
+            parameter.grad = np.full(parameter.shape, 7, np.float32)
+        nn.AdamW(nn.decay_groups(layer, 0.0), lr=lr).step()
+        for name, parameter in layer.named_parameters():
+            moved = expected if name in slow["parameters"] else lr
+            np.testing.assert_allclose(before[name] - parameter.data, moved, rtol=1e-2)
+
+
 def test_adamw_by_hand() -> None:
     p = parameter([1.0, -2.0], [0.5, -0.25])
     optimiser = nn.AdamW([{"parameters": {"p": p}, "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.95), eps=1e-8)

@@ -34,6 +34,8 @@ def _pieces(size, each, rows):
 class _Few:
     """The products of a few rows of a batch, and what they leave to each other."""
 
+    delta = None  # what dt_proj makes, where that is not left to ``advance``
+
     def __init__(self, weights, batch):
         self.weights, self.count = weights, batch
         self.groups = -(-batch // FEW)
@@ -72,6 +74,8 @@ class _Few:
 class _Tiles:
     """The products of more rows of a batch, by the tensor cores."""
 
+    delta = None
+
     def __init__(self, weights, batch):
         self.weights, self.count = weights, batch
         self.X = _launch.empty((batch, weights.model), weights.dtype)
@@ -100,11 +104,11 @@ class _Tiles:
         blocks = -(-self.count // (THREADS // WARP))
         _launch.launch(kernel, blocks, stream, norm, *numbers, self.X, self.count, w.model)
 
-    def _project(self, X, weight, bias, out, added):
+    def _project(self, X, weight, bias, out, added, rounded=None, columns=0):
         height, size = weight.shape
         shape, blocks = self._shape(size, height)
         kernel = Kernel("decode", "projection_tiles", (self.weights.storage, *shape, added))
-        _launch.launch(kernel, blocks, X, weight, bias, out, self.count, size, height)
+        _launch.launch(kernel, blocks, X, weight, bias, out, rounded, columns, self.count, size, height)
 
     def in_projection(self, stream, block, eps, state):
         w = self.weights
@@ -132,6 +136,8 @@ class _Many(_Tiles):
         super().__init__(weights, batch)
         self.xz = _launch.empty((batch, 2 * weights.inner), weights.dtype)
         self.z = self.xz[:, weights.inner :]
+        self.dt = _launch.empty((batch, weights.rank), weights.dtype)
+        self.delta = _launch.empty((batch, weights.inner), weights.real) if weights.rank else None
 
     def in_projection(self, stream, block, eps, state):
         w = self.weights
@@ -139,6 +145,11 @@ class _Many(_Tiles):
         _products.multiply(self.X, block[IN_PROJ], self.xz, False)
         kernel, blocks = Kernel("decode", "convolution", (w.storage, w.width)), -(-self.count * w.inner // THREADS)
         _launch.launch(kernel, blocks, self.xz, state, block[CONV], block[CONV_BIAS], self.x, self.count, w.inner)
+
+    def x_projection(self, block, low):
+        self._project(self.x, block[X_PROJ], None, low, False, self.dt, self.weights.rank)
+        if self.delta is not None:
+            _products.multiply(self.dt, block[DT_PROJ], self.delta, False)
 
     def out_projection(self, block, stream):
         _products.multiply(self.y, block[OUT_PROJ], stream, True)
@@ -216,7 +227,7 @@ class Weights:
         for block, of_norm, (conv, ssm) in zip(self.blocks, eps, states, strict=False):
             products.in_projection(stream, block, of_norm, conv)
             products.x_projection(block, low)
-            self._advance(block, ssm, products.x, products.z, low, products.y)
+            self._advance(block, ssm, products, low)
             products.out_projection(block, stream)
         products.head(stream, self.final_norm, eps[-1], self.head, logits)
 
@@ -231,17 +242,20 @@ class Weights:
         blocks = -(-batch * -(-self.model // each) // THREADS)
         _launch.launch(kernel, blocks, tokens, self.embedding, stream, batch, self.model, self.vocabulary)
 
-    def _advance(self, block, state, x, z, low, y):
-        batch = len(x)
+    def _advance(self, block, state, products, low):
+        x, z, delta = products.x, products.z, products.delta
+        batch, projected = len(x), delta is not None
         together = self.aligned_A and self.state % 4 == 0 and self.real.itemsize == 4 and _launch.aligned(4, state)
         key, channels, rows = _advance_plan(
-            self.storage, x.dtype.name, self.of_A, self.of_D, state.dtype.name, self.state, self.rank, together,
-            self.each_dt, _rows(batch, self.inner),
+            self.storage, x.dtype.name, self.of_A, self.of_D, state.dtype.name, self.state,
+            0 if projected else self.rank, together, 1 if projected else self.each_dt, _rows(batch, self.inner),
+            projected,
         )  # fmt: skip
         blocks = -(-batch // rows) * -(-self.inner // channels)
         _launch.launch(
-            Kernel("decode", "advance", key), blocks, block[DT_PROJ], block[DT_BIAS], block[A_LOG], block[D], state, x,
-            z, low, y, batch, self.inner, self.state, self.rank, z.strides[0] // z.itemsize,
+            Kernel("decode", "advance", key), blocks, delta if projected else block[DT_PROJ], block[DT_BIAS],
+            block[A_LOG], block[D], state, x, z, low, products.y, batch, self.inner, self.state, self.rank,
+            z.strides[0] // z.itemsize,
         )  # fmt: skip
 
 
@@ -251,7 +265,7 @@ def _rows(batch, inner):
 
 
 @functools.cache
-def _advance_plan(storage, between, of_A, of_D, of_state, count, rank, together, each_dt, rows):
+def _advance_plan(storage, between, of_A, of_D, of_state, count, rank, together, each_dt, rows, projected):
     """The key of ``advance``, and the channels and rows of a block."""
     each = 4 if together else 1
     lanes = 4
@@ -260,7 +274,7 @@ def _advance_plan(storage, between, of_A, of_D, of_state, count, rank, together,
     vectors = -(-count // (lanes * each))
     pieces = max(1, min(4, -(-rank // (lanes * each_dt))))
     exact = lanes * each * vectors == count
-    key = (storage, between, of_A, of_D, of_state, lanes, each, vectors, exact, each_dt, pieces, rows)
+    key = (storage, between, of_A, of_D, of_state, lanes, each, vectors, exact, each_dt, pieces, rows, projected)
     return key, THREADS // lanes, rows
 
 

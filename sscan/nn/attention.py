@@ -15,7 +15,7 @@ from sscan.nn.recurrent import Stateless
 
 BLOCK = 1024  # queries whose scores are held at once
 BASE = 10000.0  # of the wavelengths of positions
-SCALE, GAMMA = 512.0, 0.4  # xPos: after how many tokens a pair has shrunk to what it is worth, and the least that is
+SCALE, GAMMA = 512.0, 0.4  # of xPos: over SCALE tokens the first pair falls to GAMMA / (1 + GAMMA), the last hardly
 
 
 class Attention(Stateless):

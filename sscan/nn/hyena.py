@@ -61,6 +61,7 @@ class HyenaFilter(Stateless):
         dtype: Any = np.float32,
         seed: int | np.random.Generator | None = 0,
     ) -> None:
+        check_integer("HyenaFilter", "dim", dim)
         check_integer("HyenaFilter", "length", length, 2)
         check_integer("HyenaFilter", "width", width)
         check_integer("HyenaFilter", "depth", depth, 0)

@@ -32,14 +32,24 @@ class Parameter(Tensor):
     dtype : dtype
     decay : bool
         Whether weight decay applies to it, see :func:`sscan.nn.decay_groups`.
+    max_lr : float
+        The highest learning rate with which it shall be changed, see there too.
     """
 
-    __slots__ = ("decay", "draw")
+    __slots__ = ("decay", "draw", "max_lr")
 
-    def __init__(self, shape: tuple[int, ...], draw: Draw, dtype: Any = np.float32, *, decay: bool = True) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        draw: Draw,
+        dtype: Any = np.float32,
+        *,
+        decay: bool = True,
+        max_lr: float = math.inf,
+    ) -> None:
         super().__init__(np.broadcast_to(np.array(np.nan, dtype), shape), requires_grad=True)
         self.draw = draw
-        self.decay = decay
+        self.decay, self.max_lr = decay, max_lr
 
     def initialise(self, rng: np.random.Generator) -> None:
         """Draw the values anew; they do not depend on the old ones."""

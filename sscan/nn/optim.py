@@ -20,14 +20,20 @@ if TYPE_CHECKING:
 
 
 def decay_groups(module: Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """Two groups of parameters for :class:`AdamW`: those that decay, and those that must not.
+    """Groups of parameters for :class:`AdamW`: those that decay, those that must not, and those that go more slowly.
 
-    A_log, D, biases and norms do not decay. Each group is a dict with "parameters" (by name) and "weight_decay".
+    A_log, D, biases and norms do not decay. Step sizes and A of :class:`sscan.nn.S4D` have a highest learning rate.
+    Each group is a dict with "parameters" (by name), "weight_decay", and "max_lr" if there is one.
     """
     named = list(module.named_parameters())
+    kinds = dict.fromkeys([(True, math.inf), (False, math.inf), *((p.decay, p.max_lr) for _, p in named)])
     return [
-        {"parameters": {name: p for name, p in named if p.decay == decays}, "weight_decay": weight_decay * decays}
-        for decays in (True, False)
+        {
+            "parameters": {name: p for name, p in named if (p.decay, p.max_lr) == (decays, max_lr)},
+            "weight_decay": weight_decay * decays,
+            **({} if math.isinf(max_lr) else {"max_lr": max_lr}),
+        }
+        for decays, max_lr in kinds
     ]
 
 
@@ -42,7 +48,7 @@ class AdamW:
     groups : list of dict
         As :func:`decay_groups` returns.
     lr : float
-        May be assigned between steps.
+        May be assigned between steps. A group with a "max_lr" below it takes that.
     betas, eps
         Decay rates of the moments, and what keeps the quotient finite.
 
@@ -68,6 +74,8 @@ class AdamW:
                 raise ValueError(f"AdamW: betas must be in [0, 1), got {betas}")
         for group in groups:
             check_number("AdamW", "weight_decay", group["weight_decay"])
+            if "max_lr" in group:
+                check_number("AdamW", "max_lr", group["max_lr"])
         self.groups, self.lr, self.betas, self.eps = groups, lr, betas, eps
         self.steps = 0
         self._factors: dict[str, Array] = {}  # on a GPU, by dtype: what `advance` found
@@ -95,10 +103,16 @@ class AdamW:
 
     def _put_factors(self) -> None:
         (b1, b2), steps = self.betas, self.steps
-        decays = [1 - self.lr * group["weight_decay"] for group in self.groups]
+        numbers = [math.sqrt(1 - b2**steps)]
+        for group in self.groups:
+            lr = self._rate(group)
+            numbers += [lr / (1 - b1**steps), 1 - lr * group["weight_decay"]]
         for factors in self._factors.values():
-            numbers = [self.lr / (1 - b1**steps), math.sqrt(1 - b2**steps), *decays]
             factors.set(np.array(numbers, factors.dtype))
+
+    def _rate(self, group: dict[str, Any]) -> float:
+        highest: float = group.get("max_lr", math.inf)
+        return min(self.lr, highest)
 
     def update(self, loss: Tensor | None = None) -> None:
         """Update every parameter that has a gradient, behind `advance`; none, if the loss is given and not finite.
@@ -115,20 +129,20 @@ class AdamW:
             self._update_on_gpu(table, loss)
         elif loss is None or math.isfinite(loss.item()):
             for value, gradient, m, v, number in table:
-                self._update(value, gradient, m, v, self.groups[number]["weight_decay"])
+                self._update(value, gradient, m, v, self.groups[number])
 
     def _update_on_gpu(self, table: list[Any], loss: Tensor | None) -> None:
         from sscan.cuda import adamw
 
         xp = array_module(table[0][0])
         for dtype in {row[0].dtype.name for row in table} - self._factors.keys():
-            self._factors[dtype] = xp.empty(2 + len(self.groups), dtype)
+            self._factors[dtype] = xp.empty(1 + 2 * len(self.groups), dtype)
             self._put_factors()
         value = None if loss is None else xp.asarray(loss.data, np.float32)
         adamw.update(table, self._factors, value, self.betas, self.eps)  # type: ignore[no-untyped-call]
 
-    def _update(self, value: Array, gradient: Array, m: Array, v: Array, weight_decay: float) -> None:
-        b1, b2 = self.betas
+    def _update(self, value: Array, gradient: Array, m: Array, v: Array, group: dict[str, Any]) -> None:
+        (b1, b2), lr = self.betas, self._rate(group)
         scratch = gradient * (1 - b1)
         m *= b1
         m += scratch
@@ -140,8 +154,8 @@ class AdamW:
         scratch /= math.sqrt(1 - b2**self.steps)
         scratch += self.eps
         array_module(value).divide(m, scratch, out=scratch)
-        scratch *= self.lr / (1 - b1**self.steps)
-        value *= 1 - self.lr * weight_decay
+        scratch *= lr / (1 - b1**self.steps)
+        value *= 1 - lr * group["weight_decay"]
         value -= scratch
 
     def state_dict(self) -> dict[str, Array]:

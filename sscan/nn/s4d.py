@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sscan._arrays import on_gpu
-from sscan.models.arguments import check_number
+from sscan.models.arguments import check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Tensor, array_module
 from sscan.nn.modules import Parameter, normal
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from sscan.nn.recurrent import State
 
 
+MAX_LR = 1e-3  # of step size and A, as S4 is trained
+
+
 class S4D(Recurrent):
     """h_t = A_bar h_{t-1} + B_bar u_t, y_t = C h_t + D u_t in every channel: (batch, dim, length) to the same.
 
@@ -30,8 +33,7 @@ class S4D(Recurrent):
     formed so, through the FFT. On a GPU, where a state enters, and in packed rows it is a scan with a constant step
     size, the same up to rounding.
 
-    Step size, A and D are exempt from weight decay. S4's own code also keeps the learning rate of step size and A at
-    1e-3 where it is higher for the rest; here there is one rate, so stay at or below that.
+    Step size, A and D are exempt from weight decay, and the learning rate of step size and A is at most 1e-3.
 
     Parameters
     ----------
@@ -61,9 +63,10 @@ class S4D(Recurrent):
         dtype: Any = np.float32,
         seed: int | np.random.Generator | None = 0,
     ) -> None:
+        check_integer("S4D", "dim", dim)
         wide = np.result_type(dtype, np.float32)
-        self.log_delta = Parameter((dim,), log_uniform("S4D", dt_min, dt_max), wide, decay=False)
-        self.A = StateMatrix(dim, d_state, A, imaginary, wide)
+        self.log_delta = Parameter((dim,), log_uniform("S4D", dt_min, dt_max), wide, decay=False, max_lr=MAX_LR)
+        self.A = StateMatrix(dim, d_state, A, imaginary, wide, max_lr=MAX_LR)
         self.C = FixedMatrix(self.A)
         self.D = Parameter((dim,), normal(1.0), wide, decay=False)
         if seed is not None:

@@ -71,6 +71,8 @@ class S6(Recurrent):
     ) -> None:
         if isinstance(selective, str) or not set(selective) <= set(SELECTIVE):
             raise ValueError(f"S6: selective must be some of {', '.join(SELECTIVE)}, got {selective!r}")
+        check_integer("S6", "dim", dim)
+        check_integer("S6", "d_state", d_state)
         if dt_rank != "auto":
             check_integer("S6", "dt_rank", dt_rank, 0)
         if discretization not in ("mamba", "zoh"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from sscan.nn.modules import Draw, Module, Parameter, normal, ones, zeros
 if TYPE_CHECKING:
     from sscan.nn.autodiff import Array, Tensor
 
-from typing import Literal
-
-Initial = Literal["real", "lin", "half", "random"]
+INITIAL = ("real", "lin", "half", "random")
 
 
 class StateMatrix(Module):
@@ -41,21 +39,33 @@ class StateMatrix(Module):
     imaginary : float
         Of A_1, for "lin".
     dtype : dtype
+    max_lr : float
+        As of :class:`sscan.nn.Parameter`.
     """
 
     def __init__(
-        self, dim: int, d_state: int, initial: str, imaginary: float = math.pi, dtype: Any = np.float32
+        self,
+        dim: int,
+        d_state: int,
+        initial: str,
+        imaginary: float = math.pi,
+        dtype: Any = np.float32,
+        *,
+        max_lr: float = math.inf,
     ) -> None:
+        check_integer("StateMatrix", "dim", dim)
         check_integer("StateMatrix", "d_state", d_state)
         check_number("StateMatrix", "imaginary", imaginary)
-        if initial not in get_args(Initial):
-            raise ValueError(f"StateMatrix: initial must be one of {', '.join(get_args(Initial))}, got {initial!r}")
+        if initial not in INITIAL:
+            raise ValueError(f"StateMatrix: initial must be one of {', '.join(INITIAL)}, got {initial!r}")
         self.is_complex = initial == "lin"
         if self.is_complex and d_state % 2:
             raise ValueError(f"StateMatrix: d_state must be even for a complex state, got {d_state}")
         self.shape = dim, d_state // 2 if self.is_complex else d_state
-        self.log = Parameter(self.shape, _log_of(initial), dtype, decay=False)
-        self.imag = Parameter(self.shape, _multiples(imaginary), dtype, decay=False) if self.is_complex else None
+        self.log = Parameter(self.shape, _log_of(initial), dtype, decay=False, max_lr=max_lr)
+        self.imag: Parameter | None = None
+        if self.is_complex:
+            self.imag = Parameter(self.shape, _multiples(imaginary), dtype, decay=False, max_lr=max_lr)
 
     def __call__(self) -> Tensor:
         """A (dim, d_state), or complex (dim, d_state / 2)."""

@@ -129,7 +129,7 @@ def scale(real):
 def update(real):
     """The step of AdamW for every number: see ``sscan.nn.AdamW``.
 
-    ``factors`` are lr / (1 - b1^t), sqrt(1 - b2^t), and 1 - lr weight_decay of each group of parameters. Nothing
+    ``factors`` are sqrt(1 - b2^t), and of each group of parameters lr / (1 - b1^t) and 1 - lr weight_decay. Nothing
     changes if the loss at ``loss`` (address 0: there is none) is not finite.
     """
     real, loss_type = np.dtype(real), np.dtype(np.float32)
@@ -157,10 +157,10 @@ def update(real):
         read_loss(x, loss, 0, select(loss == 0, 0, 1))
         size = select(x[0] - x[0] == zero, size, 0)
         read(x, factors, 0, 1)
-        rate = x[0]
-        read(x, factors, 1, 1)
         correction = x[0]
-        read(x, factors, 2 + group, 1)
+        read(x, factors, 1 + 2 * group, 1)
+        rate = x[0]
+        read(x, factors, 2 + 2 * group, 1)
         decay = x[0]
         b1, c1, b2, c2 = single(as_real(beta1)), single(as_real(rest1)), single(as_real(beta2)), single(as_real(rest2))
         start = (block - first) * EACH * THREADS + thread_index()

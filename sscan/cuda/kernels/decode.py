@@ -255,11 +255,12 @@ def embed(storage, each):
     return kernel, Shape(THREADS, 8)
 
 
-def advance(storage, between, of_A, of_D, of_state, lanes, each, vectors, exact, each_dt, pieces, rows):
+def advance(storage, between, of_A, of_D, of_state, lanes, each, vectors, exact, each_dt, pieces, rows, projected):
     """The states and y: dt_proj, softplus, the step of the states, gate.
 
     ``lanes`` threads have a channel; each has ``vectors`` times ``each`` of its states, and of the weights of its step
     size ``pieces`` times ``each_dt`` at once, in ``rows`` rows of the batch. ``low`` has dt, B and C behind each other.
+    ``projected``: ``weight`` is not the weight of dt_proj but its result (batch, inner).
     """
     real = real_of_storage(storage)
     f, total_of = real_functions(real), lane_sum(lanes)
@@ -275,7 +276,7 @@ def advance(storage, between, of_A, of_D, of_state, lanes, each, vectors, exact,
     widen_dt, read_dt = widener(own, real, each_dt), reader(real, real, each_dt, each_dt > 1)
     numbers, numbers_dt, of_rows = local_array(each, real), local_array(each_dt, real), local_array(rows, real)
     read, read_D, read_bias = element_reader(between, real), element_reader(of_D, real), element_reader(storage, real)
-    write, channels = element_writer(between, real), THREADS // lanes
+    read_delta, write, channels = element_reader(real.name, real), element_writer(between, real), THREADS // lanes
 
     def kernel(weight, bias, A_log, D, state, x, z, low, y, count, inner, size, rank, z_row):
         H, As, weights = make_states(), make_A(), make_dt()
@@ -296,8 +297,8 @@ def advance(storage, between, of_A, of_D, of_state, lanes, each, vectors, exact,
             there = present & (first + r < count)
             u[r] = read(x, (first + r) * inner + d, there)
             gate[r] = read(z, (first + r) * z_row + d, there)
-            delta[r] = zero
-        for turn in range((rank + lanes * each_dt * pieces - 1) // (lanes * each_dt * pieces)):
+            delta[r] = read_delta(weight, (first + r) * inner + d, there & (lane == 0)) if projected else zero
+        for turn in range(0 if projected else (rank + lanes * each_dt * pieces - 1) // (lanes * each_dt * pieces)):
             begin = (turn * lanes * pieces + lane) * each_dt
             for p in unroll(pieces):
                 column = begin + p * lanes * each_dt
@@ -479,17 +480,14 @@ def in_projection_tiles(storage, m, splits, tiles, depth, whole, width):
 
 
 def projection_tiles(storage, m, splits, tiles, depth, whole, added):
-    """out, in float32, = X weight^T, or added to what is there."""
+    """out, in float32, = X weight^T, or added to what is there; its first ``columns`` columns also rounded."""
     real = np.dtype(np.float32)
     products, output, memory = tile_products(storage, m, splits, tiles, depth, whole)
     read_bias, read_out = element_reader(storage, real), element_reader(real.name, real, constant=False)
-    write, (threads, outputs, turns), side = (
-        element_writer(real.name, real),
-        tile_threads(m, splits, tiles),
-        ROWS * tiles,
-    )
+    write, write_rounded = element_writer(real.name, real), element_writer(storage, real)
+    (threads, outputs, turns), side = tile_threads(m, splits, tiles), ROWS * tiles
 
-    def kernel(X, weight, bias, out, count, size, height):
+    def kernel(X, weight, bias, out, rounded, columns, count, size, height):
         shared = memory()
         over_rows = (height + side - 1) // side
         group = quotient(block_index(), over_rows)
@@ -503,6 +501,7 @@ def projection_tiles(storage, m, splits, tiles, depth, whole, added):
             if added:
                 value = value + read_out(out, b * height + own, mine)
             write(out, b * height + own, value, mine)
+            write_rounded(rounded, b * columns + own, value, mine & (own < columns))
 
     return kernel, Shape(threads, max(1, (384 if m < 8 else 256) // threads))
 
@@ -521,9 +520,10 @@ def shipped():
             ("projection", ("bfloat16", "float32", 8, 6, True, 1, 4, 4, False, True)),
             ("projection", ("bfloat16", "float32", 8, 3, True, 4, 4, 4, True, False)),
             ("projection", ("float64", "float64", 2, 4, False, 4, 2, 4, True, False)),
-            ("advance", ("bfloat16", "float32", "float32", "float32", "float32", 4, 4, 1, True, 8, 2, 1)),
-            ("advance", ("bfloat16", "bfloat16", "float32", "float32", "float32", 4, 4, 1, True, 8, 2, 4)),
-            ("advance", ("float64", "float64", "float64", "float64", "float64", 4, 1, 3, False, 1, 2, 1)),
+            ("advance", ("bfloat16", "float32", "float32", "float32", "float32", 4, 4, 1, True, 8, 2, 1, False)),
+            ("advance", ("bfloat16", "bfloat16", "float32", "float32", "float32", 4, 4, 1, True, 8, 2, 2, False)),
+            ("advance", ("bfloat16", "bfloat16", "float32", "float32", "float32", 4, 4, 1, True, 1, 1, 2, True)),
+            ("advance", ("float64", "float64", "float64", "float64", "float64", 4, 1, 3, False, 1, 2, 1, False)),
             ("normalise", ("bfloat16", 6)),
             ("convolution", ("float16", 4)),
             ("in_projection_tiles", ("bfloat16", 2, 4, 1, 6, True, 4)),
