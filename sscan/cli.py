@@ -1,4 +1,4 @@
-"""The command ``sscan``: train a Mamba on a text; continue texts with models, evaluate and convert them.
+"""The command ``sscan``: train a Mamba on a text; continue texts with models, evaluate and convert them; reproduce.
 
 Results go to standard output; progress and errors go to standard error. Exit codes: 0, 1 for a failure that is not the
 user's, 2 for a mistake in what was asked for, 128 + signal after an interruption.

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import threading
-import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -155,9 +154,13 @@ def test_a_run_leaves_its_result_and_is_not_run_again(tmp_path: Path) -> None:
     assert todo[0].is_of(result)
     with pytest.raises(ValueError, match=f"{todo[0].name} has been run with batch = 4, not 5"):
         jobs(table(), "small", ["mamba"], [], [], [0], {"batch": 5})[0].is_of(result)
-    (tmp_path / "table11-small-x.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"table11-small-x.json is no result of table11"):
-        results(tmp_path, table(), "small")
+    for change, message in (
+        ({"table": "table1"}, "is no result of table11"), ({"row": "mambo"}, "row must be one of mamba, wide, got 'm"),
+        ({"measures": {"63": 1.0}}, "measures must be of 64, 128, .*got {'63'"), ({"measures": {}}, "measures must be"),
+    ):  # fmt: skip
+        (tmp_path / "table11-small-x.json").write_text(json.dumps(result | change))
+        with pytest.raises(ValueError, match=rf"table11-small-x.json.* {message}"):
+            results(tmp_path, table(), "small")
 
 
 def test_stopped_runs_go_on_bit_for_bit(tmp_path: Path) -> None:

@@ -44,21 +44,22 @@ def _of_block(mixer: Mamba, hidden: Any) -> Any:
 
 
 def draw(task: SelectiveCopying, model: MambaLM, path: Path) -> None:
-    """One sequence: every channel as a line of the picture, and their mean at noise, symbols and markers."""
+    """One sequence: in every block the channels that open widest, as curves, and all of them, as rows of a picture."""
     ids, _ = task.sequences(np.random.default_rng(1), 1)
+    symbols = np.flatnonzero((ids[0] > 0) & (ids[0] <= task.options.symbols))
     figure = Figure(figsize=(9, 6), layout="constrained")
-    rows = figure.subplots(2, 2, sharex=True, squeeze=False)
-    kinds = {"noise": ids[0] == 0, "marker": ids[0] == task.options.symbols + 1}
-    kinds["symbol"] = ~(kinds["noise"] | kinds["marker"])
+    panels = figure.subplots(2, 2, sharex=True)
     for i, delta in enumerate(step_sizes(model, ids)):
-        mean, places = delta[0].mean(axis=0), np.arange(ids.size)
-        rows[0][i].set(title=f"block {i + 1}: mean of delta over the channels", yscale="log")
-        for kind, here in kinds.items():
-            rows[0][i].plot(places[here], mean[here], ".", label=kind)
-        order = np.argsort(delta[0].mean(axis=1))
-        rows[1][i].imshow(np.log10(delta[0][order]), aspect="auto", interpolation="nearest")
-        rows[1][i].set(title="log10 delta of every channel", xlabel="token")
-    rows[0][0].legend()
+        order = np.argsort(delta[0].max(axis=1) / np.median(delta[0], axis=1))[::-1]
+        curves, rows = panels[0][i], panels[1][i]
+        for place in symbols:
+            curves.axvline(place, color="0.8")
+        curves.axvspan(task.options.memorised, ids.size, color="0.9")
+        curves.plot(delta[0][order[:4]].T, linewidth=0.9)
+        curves.set(title=f"block {i + 1}: delta of the channels that open widest", yscale="log")
+        image = rows.imshow(np.log10(delta[0][order]), aspect="auto", interpolation="nearest")
+        rows.set(title="log10 delta of every channel", xlabel="token")
+        figure.colorbar(image, ax=rows)
     figure.savefig(path, dpi=110)
 
 

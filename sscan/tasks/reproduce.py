@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 import sscan
-from sscan.models.files import read_object, remove_leftovers, write_atomically
+from sscan.models.files import content_of, read_object, remove_leftovers, write_atomically
 from sscan.tasks.loop import BEST_FOLDER, train
 from sscan.tasks.training import STATE_FILE, TrainingRun
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sscan.tasks.task import RunOptions
 
 RUNS_FOLDER = "runs"
+RESULT = {"name", "table", "row", "scale", "generator", "options", "steps", "seconds", "finished", "measures"}
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,13 @@ def results(out: Path, table: Table, scale: str) -> list[dict[str, Any]]:
         result = read_object(path)
         if result.get("table") != table.name or not result.keys() >= RESULT:
             raise ValueError(f"{path} is no result of {table.name}")
+        with content_of(path):
+            table.row(result["row"])
+            measures = result["measures"]
+            if bool(measures) != result["finished"] or not measures.keys() <= table.headings.keys():
+                raise ValueError(f"measures must be of {', '.join(table.headings)}, got {measures}")
         found.append(result)
     return found
-
-
-RESULT = {"name", "table", "row", "scale", "generator", "options", "steps", "seconds", "finished", "measures"}
 
 
 def run_all(
