@@ -130,7 +130,10 @@ def test_measures_are_of_the_length_and_of_longer_ones(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"length": 2}, "length must be at least 3"), ({"symbols": 1}, "symbols must be at least 2"),
+    [({"length": 2}, "length must be at least 3"), ({"longest": 63}, "longest must be at least 64"),
+     ({"positions": "absolute"}, "positions need layers, got 'absolute' without"),
+     ({"layers": ("mamba",), "positions": "odd"}, "positions must be one of none, absolute, got 'odd'"),
+     ({"symbols": 1}, "symbols must be at least 2"),
      ({"front": 0}, "front must be at least 1"), ({"dt_rank": "auto"}, "dt_rank must be an integer")],
 )  # fmt: skip
 def test_options_that_are_none(change: dict[str, Any], message: str) -> None:

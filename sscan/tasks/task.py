@@ -108,7 +108,10 @@ class LayeredOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None:
-            object.__setattr__(self, "layers", SequenceConfig(self.d_model, 1, self.layers).layers)
+            checked = SequenceConfig(self.d_model, 1, self.layers, positions=self.positions)
+            object.__setattr__(self, "layers", checked.layers)
+        elif self.positions != "none":
+            raise ValueError(f"run: positions need layers, got {self.positions!r} without")
 
     def config(self, vocab_size: int, *, tie_embeddings: bool, **ssm_cfg: Any) -> ModelConfig:
         """What the model is, with so many tokens; `ssm_cfg` is of a Mamba language model."""
