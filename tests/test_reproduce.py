@@ -250,8 +250,8 @@ def test_one_that_fails_leaves_the_others_alone(tmp_path: Path, at_once: int) ->
 
 def result(row: str, lr: float, seed: int, measures: dict[str, float], generator: str = "anywhere") -> dict[str, Any]:
     return {
-        "row": row, "generator": generator, "options": {"lr": lr, "seed": seed}, "finished": bool(measures),
-        "measures": measures, "steps": 1200, "seconds": 90.0,
+        "row": row, "scale": "small", "generator": generator, "options": {"lr": lr, "seed": seed}, "steps": 1200,
+        "seconds": 90.0, "finished": bool(measures), "measures": measures,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,6 +88,7 @@ def draw(table: Table, results: Sequence[Mapping[str, Any]], path: Path) -> bool
     except ImportError:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure.suptitle(f"{table.title}, scale {results[0]['scale']}" if results else table.title)
     if table.across:
         _draw_curves(figure, table, results)
     else:
@@ -95,7 +97,7 @@ def draw(table: Table, results: Sequence[Mapping[str, Any]], path: Path) -> bool
     return True
 
 
-def _means(table: Table, row: Row, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _means(table: Table, results: Sequence[Mapping[str, Any]], row: Row) -> dict[str, float]:
     """Our measures of a row: means over the seeds at the best rate, of the first generator that was run."""
     for generator in table.generators:
         of = [r for r in results if r["row"] == row.name and r["generator"] == generator and r["finished"]]
@@ -106,34 +108,33 @@ def _means(table: Table, row: Row, results: Sequence[Mapping[str, Any]]) -> dict
 
 
 def _draw_bars(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]) -> None:
-    """Paper and ours for each row; two axes where they are measured in different units."""
-    ours, theirs = ({row.name: values for row in table.rows if (values := of(row))} for of in (
-        lambda row: _means(table, row, results), lambda row: row.paper,
-    ))  # fmt: skip
-    measures = list(table.headings)
-    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    places = np.arange(len(table.rows))
-    for panel, measure in zip(panels, measures, strict=True):
-        for shift, label, values in ((-0.2, "paper", theirs), (0.2, "ours", ours)):
-            known = {name: v[measure] for name, v in values.items() if measure in v}
-            if known:
-                at = [i for i, row in enumerate(table.rows) if row.name in known]
-                panel.barh(places[at] + shift, list(known.values()), 0.4, label=label)
-        panel.set(xlabel=table.headings[measure])
-        panel.legend()
-    panels[0].set(yticks=places, yticklabels=[" ".join(row.cells) for row in table.rows], title=table.title)
+    """Paper and ours for each row; two panels where they are measured in different units."""
+    panels = figure.subplots(1, len(table.headings), sharey=True, squeeze=False)[0]
+    paper, ours = ([of(row) for row in table.rows] for of in (lambda row: row.paper, partial(_means, table, results)))
+    for panel, (measure, heading) in zip(panels, table.headings.items(), strict=True):
+        for shift, label, rows in ((-0.2, "paper", paper), (0.2, "ours", ours)):
+            bars = [(place + shift, values[measure]) for place, values in enumerate(rows) if measure in values]
+            if bars:
+                panel.barh(*zip(*bars, strict=True), 0.4, label=label)
+                panel.legend()
+        if not table.higher_is_better:  # zero is far from all of them
+            panel.set_xlim(left=0.95 * min((bar.get_width() for bar in panel.patches), default=0))
+        panel.set(xlabel=heading)
+        panel.xaxis.set_major_formatter(lambda value, place: table.shown(value))
+    panels[0].set_yticks(range(len(table.rows)), [" ".join(row.cells) for row in table.rows])
     panels[0].invert_yaxis()
 
 
 def _draw_curves(figure: Any, table: Table, results: Sequence[Mapping[str, Any]]) -> None:
     """Ours by measure, and the paper's dashed."""
     measures = list(table.headings)
-    axes = figure.add_subplot(title=table.title, xlabel=table.across, ylabel=table.unit)
+    axes = figure.add_subplot(xlabel=table.across, ylabel=table.unit)
     for i, row in enumerate(table.rows):
-        for style, label, values in (("--", "paper", row.paper), ("-", "ours", _means(table, row, results))):
+        for style, label, values in (("--", "paper", row.paper), ("-", "ours", _means(table, results, row))):
             points = [(j, values[m]) for j, m in enumerate(measures) if isinstance(values.get(m), float)]
             if points:
                 label = f"{' '.join(row.cells)}, {label}"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", marker=".", label=label)
     axes.set_xticks(range(len(measures)), list(table.headings.values()))
+    axes.yaxis.set_major_formatter(lambda value, place: table.shown(value))
     axes.legend(fontsize="small")

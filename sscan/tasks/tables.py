@@ -84,7 +84,7 @@ class Table:
     generators: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     shown: Callable[[float], str] = percent
     higher_is_better: bool = True
-    unit: str = "accuracy"
+    unit: str = "accuracy, %"
     across: str = ""
     headings: Mapping[str, str] = field(default_factory=lambda: {"accuracy": "accuracy, %"})
 
@@ -161,7 +161,7 @@ _ABLATIONS = {
 
 def _ablation(name: str, title: str, columns: tuple[str, ...], *rows: Row) -> Table:
     return Table(
-        name, f"{title}, bits per byte", columns, Ablation, _ABLATIONS, rows, shown="{:.4g}".format,
+        name, title, columns, Ablation, _ABLATIONS, rows, shown="{:.4g}".format,
         higher_is_better=False, headings={"perplexity": "perplexity", "bits_per_byte": "bits per byte"},
     )  # fmt: skip
 
