@@ -52,5 +52,5 @@ def update(parameters, factors, loss, betas, eps):
     """
     b1, b2 = betas
     constants = [_launch.bits(x) for x in (b1, 1 - b1, b2, 1 - b2, eps)]
-    table = [(p[0].size, (*p[:4], p[0].size, p[4])) for p in parameters]
+    table = [(p[0].size, (*p[:4], p[0].size, 1 + 2 * p[4])) for p in parameters]
     _launches("update", lambda dtype, blocks: (factors[dtype], loss, *constants), table)

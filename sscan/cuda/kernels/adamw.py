@@ -129,8 +129,8 @@ def scale(real):
 def update(real):
     """The step of AdamW for every number: see ``sscan.nn.AdamW``.
 
-    ``factors`` are sqrt(1 - b2^t), and of each group of parameters lr / (1 - b1^t) and 1 - lr weight_decay. Nothing
-    changes if the loss at ``loss`` (address 0: there is none) is not finite.
+    ``factors`` are sqrt(1 - b2^t), and of each group of parameters lr / (1 - b1^t) and 1 - lr weight_decay; ``group``
+    is the place of these. Nothing changes if the loss at ``loss`` (address 0: there is none) is not finite.
     """
     real, loss_type = np.dtype(real), np.dtype(np.float32)
     read, read_changed, read_loss = (
@@ -158,9 +158,9 @@ def update(real):
         size = select(x[0] - x[0] == zero, size, 0)
         read(x, factors, 0, 1)
         correction = x[0]
-        read(x, factors, 1 + 2 * group, 1)
+        read(x, factors, group, 1)
         rate = x[0]
-        read(x, factors, 2 + 2 * group, 1)
+        read(x, factors, group + 1, 1)
         decay = x[0]
         b1, c1, b2, c2 = single(as_real(beta1)), single(as_real(rest1)), single(as_real(beta2)), single(as_real(rest2))
         start = (block - first) * EACH * THREADS + thread_index()
@@ -185,7 +185,7 @@ def update(real):
             x[0] = ps[k] * decay - new_m / (square_root(new_v) / correction + single(as_real(eps))) * rate
             write(value, i, x, valid)
 
-    return kernel, Shape(THREADS, 4)
+    return kernel, Shape(THREADS, 4 if real.itemsize == 4 else 3)
 
 
 def shipped():
