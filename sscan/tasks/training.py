@@ -54,7 +54,7 @@ class TrainingRun(Generic[TaskT]):
         self.model.to(array_module)
         self.optimiser = AdamW(decay_groups(self.model, recipe.weight_decay), betas=recipe.betas)
         self._captured = capture(self._update)
-        self._ahead: tuple[int, Any] = (-1, None)  # a step, and its batch
+        self._made: tuple[int, Any] | None = None
         self.losses: list[float] = []
         self.measures: list[tuple[int, float]] = []
         self.seconds = 0.0
@@ -94,9 +94,9 @@ class TrainingRun(Generic[TaskT]):
         self.optimiser.lr = self.task.recipe.rate(self.progress, self.options.lr)
         self.optimiser.advance()
         number = len(self.losses)
-        found = self._captured(*self._batch(number))
-        self._ahead = number + 1, self.task.batch(number + 1)  # while a GPU is at work
-        loss = float(found)  # which waits for it
+        result = self._captured(*self._batch(number))
+        self._make(number + 1)  # while a GPU is at work
+        loss = float(result)
         try:
             self._check_loss(loss)
         except FloatingPointError:
@@ -107,9 +107,15 @@ class TrainingRun(Generic[TaskT]):
 
     def _batch(self, step: int) -> tuple[Any, Any]:
         """Inputs and targets of a step, where the model is."""
-        inputs, targets = self._ahead[1] if self._ahead[0] == step else self.task.batch(step)
+        inputs, targets = self._make(step)
         xp = array_module(self.model.parameters()[0].data)
         return move(inputs, xp), move(targets, xp)
+
+    def _make(self, step: int) -> tuple[Any, Any]:
+        """The task's batch of a step, made once."""
+        if self._made is None or self._made[0] != step:
+            self._made = step, self.task.batch(step)
+        return self._made[1]
 
     def _update(self, inputs: Any, targets: Any) -> Any:
         """One update of the parameters, unless the loss, which is returned, is not finite."""
