@@ -183,7 +183,7 @@ def _add_train(commands: Any) -> None:
     # What they do not get, the options in front of their names keep.
     tasks = train.add_subparsers(dest="task", metavar="task", help="what else to train on (default: texts)")
     dna = tasks.add_parser("dna", help="FASTA files, base by base", argument_default=argparse.SUPPRESS)
-    dna.add_argument("fasta", type=_path, nargs="*", metavar="FASTA", help="plain or compressed")
+    dna.add_argument("fasta", type=_path, nargs="*", default=[], metavar="FASTA", help="plain or compressed")
     _add_run_options(dna, DNAOptions(), "bits per base are")
     dna.add_argument(
         "--length-warmup", type=_number, metavar="EPOCHS",
@@ -202,7 +202,7 @@ def _add_train(commands: Any) -> None:
     species = tasks.add_parser(
         "species", help="alignments in MAF: which species is a window of?", argument_default=argparse.SUPPRESS
     )
-    species.add_argument("maf", type=_path, nargs="*", metavar="MAF", help="plain or compressed")
+    species.add_argument("maf", type=_path, nargs="*", default=[], metavar="MAF", help="plain or compressed")
     _add_run_options(species, SpeciesOptions(), "share of mistakes is")
     species.add_argument("--from", type=_model, dest="pretrained", metavar="MODEL", help="folder of `sscan train dna`")
     species.add_argument("--species", nargs="+", metavar="NAME", help="to tell apart (default: all in the alignment)")

@@ -321,8 +321,8 @@ def _cut(
     """Inputs and targets of the windows that begin there, some from the other strand; targets are bases."""
     windows = np.stack([data[place : place + length + 1] for place in places])
     windows[turned] = reverse_complement(windows[turned])
-    targets = np.where(is_base(windows[:, 1:]), windows[:, 1:], IGNORED).astype(np.int32)
-    return windows[:, :-1].astype(np.int32), targets
+    ids = windows.astype(np.int32)
+    return ids[:, :-1], np.where(is_base(ids[:, 1:]), ids[:, 1:], np.int32(IGNORED))
 
 
 # Baselines
