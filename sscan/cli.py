@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sscan.models.tokens import Vocabulary
     from sscan.nn import MambaLM
+    from sscan.tasks.sequences import Record
     from sscan.tasks.task import RunOptions
     from sscan.tasks.training import TrainingRun
 
@@ -245,13 +246,16 @@ def _add_run_options(parser: argparse.ArgumentParser, default: RunOptions, targe
 
 
 def _add_language_models(commands: Any) -> None:
-    """The commands for models that are there: generate, evaluate, convert."""
+    """The commands for models that are there: generate, evaluate, score, convert."""
     from sscan.tasks.task import PRECISIONS
 
     generate = commands.add_parser("generate", help="continue a prompt with a model")
     evaluate = commands.add_parser("evaluate", help="measure how well a model predicts a text")
+    score = commands.add_parser("score", help="say how likely each base of DNA is, or what variants do to that")
     convert = commands.add_parser("convert", help="write a model in the format of the original or of transformers")
-    for command, function in ((generate, _generate), (evaluate, _evaluate), (convert, _convert)):
+    for command, function in (
+        (generate, _generate), (evaluate, _evaluate), (score, _score), (convert, _convert),
+    ):  # fmt: skip
         command.set_defaults(command=function)
         command.add_argument(
             "model", type=_model, metavar="MODEL", help="folder of a model or of a run, or its name on the hub"
@@ -260,8 +264,10 @@ def _add_language_models(commands: Any) -> None:
     for command in (generate, evaluate):
         command.add_argument(
             "--tokenizer", type=_model, metavar="FILE",
-            help="tokenizer.json, or a folder or name on the hub that has one (default: the model's, else bytes)",
+            help="tokenizer.json, or a folder or name on the hub that has one (default: the model's; else tokens are "
+            "bytes, or bases if there are 12)",
         )  # fmt: skip
+    for command in (generate, evaluate, score):
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
 
     source = generate.add_mutually_exclusive_group()
@@ -295,6 +301,18 @@ def _add_language_models(commands: Any) -> None:
     evaluate.add_argument(
         "--stride", type=_positive_int, metavar="N", help="let windows begin every N tokens; the last N count"
     )
+
+    score.set_defaults(tokenizer=None)
+    score.add_argument("fasta", type=_path, metavar="FASTA", help="plain or compressed")
+    score.add_argument(
+        "--variant", action="append", default=[], metavar="RECORD:POS:REF:ALT",
+        help="log p(ALT) - log p(REF) in place of every base's log p; positions begin with 1; repeatable",
+    )  # fmt: skip
+    score.add_argument(
+        "--context", type=_positive_int, default=1024, metavar="N",
+        help="letters that are read before and behind a variant (default %(default)s)",
+    )  # fmt: skip
+    score.add_argument("--both-strands", action="store_true", help="the mean of both strands, for variants")
 
     convert.add_argument("folder", type=_path, metavar="FOLDER", help="where to write it")
     convert.add_argument("--format", choices=["original", "transformers"], default="transformers")
@@ -602,9 +620,12 @@ def _open_model(options: argparse.Namespace) -> tuple[MambaLM, Vocabulary]:
     """The model, where it is to compute, and what its tokens mean."""
     from sscan.models.tokens import vocabulary_of
     from sscan.nn import MambaLM
+    from sscan.tasks.species import NAMES_FILE
     from sscan.tasks.task import PRECISIONS
 
     xp = _array_module(options.device)
+    if (Path(options.model) / NAMES_FILE).exists():
+        raise Mistake(f"{options.model} tells species apart, and continues nothing")
     model = MambaLM.from_pretrained(options.model, PRECISIONS[options.dtype or "float32"])
     vocabulary = vocabulary_of(options.model, model.config.vocab_size, options.tokenizer)
     model.to(xp)
@@ -736,6 +757,63 @@ def _evaluate(options: argparse.Namespace) -> int:
     print(f"perplexity  {result.perplexity:.4f}")
     print(f"bits        {result.bits_a_byte:.4f} a byte")
     return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from sscan.models.tokens import Bases
+    from sscan.tasks.scoring import Variant
+    from sscan.tasks.sequences import read_fasta
+
+    with _mistakes():
+        if options.both_strands and not options.variant:
+            raise Mistake("--both-strands: goes with --variant")
+        variants = [Variant.parse(text) for text in options.variant]
+        model, vocabulary = _open_model(options)
+        if not isinstance(vocabulary, Bases):
+            raise Mistake(f"{options.model}: a model of DNA has {Bases.size} tokens, this one {vocabulary.size}")
+        records = {record.name: record for record in read_fasta(options.fasta)}
+        pairs = []
+        for variant in variants:
+            if variant.record not in records:
+                raise Mistake(f"{variant}: {options.fasta} has no record {variant.record}")
+            pairs.append((variant, *variant.both(records[variant.record], options.context)))
+    if variants:
+        _score_variants(model, pairs, both_strands=options.both_strands)
+    else:
+        _score_bases(model, list(records.values()))
+    return 0
+
+
+def _score_variants(model: MambaLM, pairs: list[Any], *, both_strands: bool) -> None:
+    """Print the log-likelihood ratio of each variant."""
+    from sscan.tasks.scoring import log_likelihood_ratio
+
+    print("record", "position", "ref", "alt", "log_likelihood_ratio", sep="\t")
+    for variant, ref, alt in pairs:
+        ratio = log_likelihood_ratio(model, ref, alt, both_strands=both_strands)
+        print(variant.record, variant.position, variant.ref, variant.alt, f"{ratio:.4f}", sep="\t", flush=True)
+
+
+def _score_bases(model: MambaLM, records: list[Record]) -> None:
+    """Print log p of every letter but the first of each record; and on standard error what it comes to."""
+    from sscan.tasks.evaluation import Evaluation
+    from sscan.tasks.scoring import log_likelihoods
+    from sscan.tasks.sequences import BASES, is_base
+
+    nats, bases = 0.0, 0
+    print("record", "position", "base", "log_likelihood", sep="\t")
+    for record in records:
+        at = 1
+        for part in log_likelihoods(model, record.tokens):
+            tokens = record.tokens[at : at + part.size]
+            for i, (letter, value) in enumerate(zip(BASES.decode(tokens.tolist()), part.tolist(), strict=True), at + 1):
+                sys.stdout.write(f"{record.name}\t{i}\t{letter}\t{value:.4f}\n")
+            counts = is_base(tokens)
+            nats, bases, at = nats - float(part[counts].sum()), bases + int(counts.sum()), at + part.size
+    if bases:
+        found = Evaluation(nats, bases, bases)
+        line = f"{found.bits_a_byte:.4f} bits a base, perplexity {found.perplexity:.4f}"
+        print(f"{bases:,} bases of {len(records):,} records: {line}", file=sys.stderr)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ def log_likelihoods(model: Model, tokens: Tokens) -> Iterator[npt.NDArray[np.flo
         piece = tokens[start : start + PIECE + 1].astype(np.int32)
         with no_grad():
             logits, states = model.extend(piece[None, :-1], states)
-        scores = to_numpy(logits)[0].astype(np.float64)
+        scores = to_numpy(logits.data)[0].astype(np.float64)
         scores -= scores.max(axis=1, keepdims=True)
         yield scores[np.arange(piece.size - 1), piece[1:]] - np.log(np.exp(scores).sum(axis=1))
 
