@@ -15,7 +15,9 @@ class Graph:
     """
 
     def __init__(self, function):
-        cuda = sys.modules["cupy"].cuda
+        cupy = sys.modules["cupy"]
+        cuda = cupy.cuda
+        cupy.get_default_memory_pool().free_all_blocks()  # of a call before, which had as much
         self._function = function  # and with it the arrays that the graph reads and writes
         self._memory, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
         stream.wait_event(cuda.get_current_stream().record())
