@@ -13,7 +13,7 @@ from sscan.nn import linear_cross_entropy, no_grad
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sscan.nn import MambaLM
+    from sscan.nn import MambaLM, SequenceModel
 
 PIECE = 1024  # tokens that are read at once
 IGNORED = -100
@@ -53,7 +53,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: MambaLM,
+    model: MambaLM | SequenceModel,
     ids: Any,
     sizes: Any,
     window: int | None = None,
@@ -64,7 +64,8 @@ def evaluate(
 
     Parameters
     ----------
-    model : MambaLM
+    model : MambaLM or SequenceModel
+        One whose layers have states.
     ids : array of int (tokens,)
         The text.
     sizes : array of int (tokens,)
@@ -114,7 +115,7 @@ def _spans(length: int, window: int | None, stride: int | None) -> Iterator[tupl
             counted = end
 
 
-def _nats(model: MambaLM, ids: Any, targets: Any) -> Iterator[tuple[float, int]]:
+def _nats(model: MambaLM | SequenceModel, ids: Any, targets: Any) -> Iterator[tuple[float, int]]:
     """The sum over the targets that count, of one piece after the other, and how many tokens were read by then."""
     states = model.new_states(1)
     for at in range(0, len(ids), PIECE):
