@@ -119,9 +119,7 @@ class Audio(Task):
             samples, found = read_recording(path, rate)
             self.rate = self.rate or found
             if found != self.rate:
-                raise ValueError(
-                    f"{path}: has {found} samples a second, those before have {self.rate}; --rate makes one"
-                )
+                raise ValueError(f"{path}: has {found} Hz, those before have {self.rate}; --rate makes them one")
             parts.append(compress(samples))
         parts.sort(key=lambda part: hashlib.sha256(part.data).digest())
         self.data = np.concatenate(parts)

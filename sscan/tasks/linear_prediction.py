@@ -11,14 +11,15 @@ from sscan.tasks.recordings import SILENCE, Levels, compress, expand, soundfile
 
 ORDER = 32
 RECENT, LOUDNESS = 16, 24  # residuals that say how large the next will be, and how many sizes are told apart
+DISTANCES = 16  # of a prediction from silence that are told apart
 
 
 class LinearPrediction:
     """The next level, as a weighted sum of the 32 samples before it, and how far off that is.
 
     The weights are those of least squares over the training data (autocorrelation method); the prediction is rounded to
-    a level. The difference from it is coded with its frequencies in the training data, by how large the last 16 were
-    on average: what an ideal coder needs, with nothing said of the tables.
+    a level. The difference from it is coded with its frequencies in the training data, given how large the last 16 were
+    on average and how far from silence the prediction is: what an ideal coder needs, with nothing said of the tables.
     """
 
     def __init__(self, levels: Levels) -> None:
@@ -28,25 +29,25 @@ class LinearPrediction:
         lags = np.array([x[: x.size - k] @ x[k:] for k in range(ORDER + 1)])
         lags[0] += 1e-9 * (lags[0] + 1)  # so that there is a solution for silence, too
         self.weights = solve_toeplitz(lags[:-1], lags[1:])
-        self.counts = np.full((LOUDNESS, 511), 0.5)
+        self.counts = np.full((LOUDNESS, DISTANCES, 511), 0.5)
         np.add.at(self.counts, self._coded(levels), 1)
 
-    def _coded(self, levels: Levels) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _coded(self, levels: Levels) -> tuple[npt.NDArray[np.int64], ...]:
         """Which table codes each level, and the place in it."""
         from scipy.signal import lfilter
 
-        predicted = lfilter([0.0, *self.weights], [1.0], expand(levels))
-        residuals = levels.astype(np.int64) - compress(np.clip(predicted, -1, 1))
+        predicted = compress(np.clip(lfilter([0.0, *self.weights], [1.0], expand(levels)), -1, 1)).astype(np.int64)
+        residuals = levels - predicted
         sums = np.concatenate([np.zeros(RECENT + 1, np.int64), np.cumsum(np.abs(residuals))])
         recent = (sums[RECENT:-1] - sums[: -1 - RECENT]) / RECENT  # of those before each
         loudness = np.minimum(3 * np.log2(1 + recent), LOUDNESS - 1).astype(np.int64)
-        return loudness, residuals + 255
+        distance = np.abs(2 * predicted - 255) * DISTANCES // 256
+        return loudness, distance, residuals + 255
 
     def bits_per_sample(self, levels: Levels, start: int) -> float:
         """Mean of -log2 p over the levels from `start` on."""
-        p = self.counts / self.counts.sum(axis=1, keepdims=True)
-        loudness, places = self._coded(levels)
-        return float(-np.log2(p[loudness[start:], places[start:]]).mean())
+        p = self.counts / self.counts.sum(axis=-1, keepdims=True)
+        return float(-np.log2(p[self._coded(levels)][start:]).mean())
 
 
 def flac_bits_per_sample(levels: Levels, rate: int) -> float:

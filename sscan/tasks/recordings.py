@@ -28,7 +28,8 @@ def compress(samples: Samples) -> Levels:
     No level is zero: 127 and 128 are the smallest numbers below and above it, -8.6e-5 and 8.6e-5. 0 itself is 128.
     """
     curved = np.sign(samples) * np.log1p(MU * np.abs(samples)) / np.log1p(MU)
-    return np.floor((curved + 1) / 2 * MU + 0.5).astype(np.uint8)
+    levels: Levels = np.floor((curved + 1) / 2 * MU + 0.5).astype(np.uint8)
+    return levels
 
 
 def expand(levels: npt.NDArray[Any]) -> Samples:
@@ -42,9 +43,7 @@ def soundfile() -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: its own library cannot be loaded
-        raise ValueError(
-            f'soundfile cannot be imported ({error}); it comes with: pip install "sscan[audio]"'
-        ) from error
+        raise ValueError(f'soundfile is not there ({error}); it comes with: pip install "sscan[audio]"') from error
     return soundfile
 
 
