@@ -264,10 +264,8 @@ def test_from_recordings_to_a_wav(tmp_path: Path, wav: Path, capsys: pytest.Capt
     assert "2.0 s at 800 Hz, 0.2 s of them held out" in said
     assert "1 blocks a stage of a U-Net of width 4, 2 windows of 32 samples a step" in said
     names = "mamba, windows of 32", "mamba, states carried along", "linear prediction", "FLAC", "order-2 back-off"
-    number = r"(\d+\.\d\d\d)"
-    assert re.search(
-        r"^held out    " + ", ".join(f"{name} {number}" for name in names) + " bits per sample$", said, re.M
-    )
+    line = ", ".join(rf"{name} \d+\.\d\d\d" for name in names)
+    assert re.search(f"^held out    {line} bits per sample$", said, re.MULTILINE)
     assert main(["train", "audio", "--resume", str(run), "--steps", "5"]) == 0
     assert "5 steps" in capsys.readouterr().out
     again = TrainingRun.load(run, Audio)
@@ -297,7 +295,7 @@ def test_from_recordings_to_a_wav(tmp_path: Path, wav: Path, capsys: pytest.Capt
     assert got.tolist() == expected
 
     for more, message in [
-        (["--prompt", "x"], "--prompt-file takes a recording"),
+        (["--stop", "x"], "--prompt-file takes a recording"),
         (["--samples", "2"], "--samples"),
         (["--seconds", "1"], "--seconds: not beside -n"),
         (["--out", "x.mp3"], "--out: must be a .wav"),
@@ -305,6 +303,8 @@ def test_from_recordings_to_a_wav(tmp_path: Path, wav: Path, capsys: pytest.Capt
     ]:
         assert main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
+    assert main(["generate", str(tmp_path), "--seconds", "1"]) == 2
+    assert f"--seconds: {tmp_path} is no model of audio" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--text", str(wav)]) == 2
     assert "is a model of audio" in capsys.readouterr().err
 
