@@ -363,8 +363,9 @@ def _report(run: TrainingRun[Text], folder: Path) -> None:
     assert isinstance(model, MambaLM)
     results = {"Mamba": task.held_out_bits(model)}
     start = task.bytes.size - task.held_out_bytes
+    counted = BackoffModel(task.bytes[:start], 4)
     for order in (2, 4):
-        results[f"order-{order} back-off"] = BackoffModel(task.bytes[:start], order).bits_per_byte(task.bytes, start)
+        results[f"order-{order} back-off"] = counted.bits_per_byte(task.bytes, start, order)
     print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + " bits per byte")
     if run.best is not None:
         step, bits = run.best

@@ -717,4 +717,6 @@ def test_baseline_by_hand() -> None:
 def test_baseline_learns_from_context() -> None:
     data = np.frombuffer(POEM.encode(), np.uint8)
     bits = [BackoffModel(data[:2000], order).bits_per_byte(data, 2000) for order in range(4)]
+    highest = BackoffModel(data[:2000], 3)
+    assert bits == [highest.bits_per_byte(data, 2000, order) for order in range(4)]
     assert bits == sorted(bits, reverse=True)

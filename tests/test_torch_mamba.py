@@ -13,8 +13,9 @@ import torch
 from cases import assert_within, eps_of
 
 import sscan.nn
+import sscan.nn.products
 from sscan.compat.mamba_ssm import mamba_inner_ref
-from sscan.torch import Mamba, causal_conv1d
+from sscan.torch import Mamba, _block, causal_conv1d
 from sscan.torch._block import _diagonal, mamba, mamba_inner
 
 BATCH, LENGTH, D_MODEL = 2, 19, 10
@@ -474,3 +475,33 @@ def test_inputs_that_are_none() -> None:
         made(x[0])
     with pytest.raises(TypeError, match=r"^Mamba: cu_seqlens must be a torch\.Tensor, got list$"):
         made(x, cu_seqlens=[0, 5])
+
+
+def test_products_on_the_cpu_are_made_on_the_threads_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None by PyTorch, whose threads and the kernels' would take the cores from each other."""
+    torch.manual_seed(0)
+    made = Mamba(96)
+    x = torch.randn(2, 700, 96, requires_grad=True)
+    multiply, products = sscan.nn.products.matmul, []
+
+    def outputs(dtype: torch.dtype) -> list[Any]:
+        here = x.detach().to(dtype).requires_grad_()
+        return [numbers(y) for y in with_gradients(made.to(dtype)(here), [here, *made.parameters()])]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_block, "_is_wide_on_cpu", lambda x: False)
+        exact, by_pytorch = outputs(torch.float64), outputs(torch.float32)
+
+    def counting(a: Any, b: Any) -> Any:
+        products.append(a.shape)
+        return multiply(a, b)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a product by PyTorch")
+
+    monkeypatch.setattr(sscan.nn.products, "matmul", counting)
+    for name in ("bmm", "baddbmm"):
+        monkeypatch.setattr(torch, name, refuse)
+    for found, other, right in zip(outputs(torch.float32), by_pytorch, exact, strict=True):
+        assert_within(found, other, right, eps_of("float32"))
+    assert len(products) == 4 + 12  # forward, and backward with two of them again

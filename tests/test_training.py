@@ -283,6 +283,32 @@ def test_the_recipe_of_language_models(text: Path) -> None:
     assert LANGUAGE_MODELS.rate(1.0, 0.3) == pytest.approx(1e-5)
 
 
+def test_the_next_batch_is_made_before_the_loss_is_waited_for(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = TrainingRun(Text(options(), [text]))
+    make, happened, given = run.task.batch, [], []  # type: ignore[var-annotated]
+
+    class Loss:
+        def __float__(self) -> float:
+            happened.append("waited")
+            return 1.0
+
+    def making(step: int) -> Any:
+        happened.append(step)
+        return make(step)
+
+    def captured(*batch: Any) -> Loss:
+        given.append(batch)
+        return Loss()
+
+    monkeypatch.setattr(run.task, "batch", making)
+    monkeypatch.setattr(run, "_captured", captured)
+    run.step()
+    run.step()
+    assert happened == [0, 1, "waited", 2, "waited"]
+    for step, batch in enumerate(given):
+        np.testing.assert_array_equal(batch, make(step))
+
+
 # Evaluations, the best model, and where to stop
 
 

@@ -25,16 +25,19 @@ class BackoffModel:
         self.order = order
         self.tables = [_Counts(data, k) for k in range(order + 1)]
 
-    def probabilities(self, data: Bytes, start: int) -> npt.NDArray[np.float64]:
-        """p of every byte of `data` from `start` (at least the order) on, given the bytes before it."""
+    def probabilities(self, data: Bytes, start: int, order: int | None = None) -> npt.NDArray[np.float64]:
+        """p of every byte of `data` from `start` (at least the order) on, given the bytes before it.
+
+        With an `order` those are the probabilities of the model of that order, which is inside of this one.
+        """
         p = np.full(data.size - start, 1 / 256)
-        for table in self.tables:
+        for table in self.tables[: None if order is None else order + 1]:
             p = table.interpolate(_codes(data, start, table.order), p)
         return p
 
-    def bits_per_byte(self, data: Bytes, start: int) -> float:
+    def bits_per_byte(self, data: Bytes, start: int, order: int | None = None) -> float:
         """Mean of -log2 p over the bytes from `start` on."""
-        return float(-np.log2(self.probabilities(data, start)).mean())
+        return float(-np.log2(self.probabilities(data, start, order)).mean())
 
 
 class _Counts:

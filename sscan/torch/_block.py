@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 import sscan
+from sscan._arrays import TORCH
 from sscan.torch import ops
 from sscan.torch._composed import pulled_back
 from sscan.torch._library import Saved, cast_under_autocast, define, differentiate, for_each
@@ -31,8 +33,35 @@ _DIFFERENTIABLE_OF_BLOCK = 14
 _PROJECTIONS = (0, 1, 2, 5, 6, 7, 8)  # of a block's arguments, what is multiplied or added in the input's dtype
 
 
-def _block(causal_conv1d: Any, selective_scan: Any) -> Any:
-    """The block behind its input projection, of these two ops."""
+def _bmm(a: Any, b: Any) -> Any:
+    """a @ b of stacks of matrices, of plain tensors that nobody differentiates.
+
+    On the CPU it is made on the threads of the kernels. PyTorch's spin while they wait for each other and for more to
+    do, so that where cores are few or busy the kernels wait for those and those for the kernels.
+    """
+    if not _is_wide_on_cpu(a):
+        return torch.bmm(a, b)
+    from sscan.nn.products import matmul
+
+    return torch.from_numpy(matmul(TORCH.view(a), TORCH.view(b)))
+
+
+def _add_bmm(out: Any, a: Any, b: Any) -> Any:
+    """out + a @ b, in place, likewise."""
+    return out.add_(_bmm(a, b)) if _is_wide_on_cpu(a) else out.baddbmm_(a, b)
+
+
+def _exp(x: Any) -> Any:
+    """exp of a few numbers, likewise: on the thread that asks."""
+    return torch.from_numpy(np.exp(TORCH.view(x))) if _is_wide_on_cpu(x) else torch.exp(x)
+
+
+def _is_wide_on_cpu(x: Any) -> bool:
+    return bool(x.is_cpu) and x.dtype in (torch.float32, torch.float64)
+
+
+def _block(causal_conv1d: Any, selective_scan: Any, bmm: Any) -> Any:
+    """The block behind its input projection, of these three operations."""
 
     def block(
         x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
@@ -42,19 +71,19 @@ def _block(causal_conv1d: Any, selective_scan: Any) -> Any:
         u = causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, return_states, seq_idx, cu_seqlens)
         u, conv_state = u if return_states else (u, None)
         u = masked(u, mask)
-        dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
+        dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A, bmm)
         y = selective_scan(
-            u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus, return_states,
+            u, applied(dt_proj_weight, dt, bmm=bmm), A, B, C, D, z, delta_bias, delta_softplus, return_states,
             initial_state=ssm_state, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         y, ssm_state = y if return_states else (y, None)
-        return applied_back(out_proj_weight, out_proj_bias, y), conv_state, ssm_state
+        return applied_back(out_proj_weight, out_proj_bias, y, bmm), conv_state, ssm_state
 
     return block
 
 
 # Of ops that are differentiable any number of times, for second derivatives.
-_composed_block = _block(ops.causal_conv1d, ops.selective_scan)
+_composed_block = _block(ops.causal_conv1d, ops.selective_scan, torch.bmm)
 
 
 def masked(u: Any, mask: Any) -> Any:
@@ -62,29 +91,29 @@ def masked(u: Any, mask: Any) -> Any:
     return u if mask is None else u * mask[:, None].to(u.dtype)
 
 
-def projections(u: Any, x_proj_weight: Any, dt_proj_weight: Any, A: Any) -> Any:
+def projections(u: Any, x_proj_weight: Any, dt_proj_weight: Any, A: Any, bmm: Any) -> Any:
     """dt (batch, dt_rank, length), and B and C (batch, state, length), as views of one product."""
-    return applied(x_proj_weight, u).split([dt_proj_weight.shape[1], A.shape[1], A.shape[1]], 1)
+    return applied(x_proj_weight, u, bmm=bmm).split([dt_proj_weight.shape[1], A.shape[1], A.shape[1]], 1)
 
 
 # Products with the weights keep (batch, channels, length): a batched product reads an expanded or transposed operand
 # where it is, while matmul would fold batch and length and leave the kernels a strided last axis, to be copied.
 
 
-def applied(weight: Any, x: Any, bias: Any = None) -> Any:
+def applied(weight: Any, x: Any, bias: Any = None, bmm: Any = torch.bmm) -> Any:
     """weight x + bias along the channels: (batch, in, length) to (batch, out, length)."""
     weight = weight.expand(x.shape[0], -1, -1)
-    return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias[:, None], weight, x)
+    return bmm(weight, x) if bias is None else torch.baddbmm(bias[:, None], weight, x)
 
 
-def applied_back(weight: Any, bias: Any, y: Any) -> Any:
+def applied_back(weight: Any, bias: Any, y: Any, bmm: Any = torch.bmm) -> Any:
     """The same with the channels last: (batch, in, length) to (batch, length, out)."""
     weight = weight.t().expand(y.shape[0], -1, -1)
-    return torch.bmm(y.mT, weight) if bias is None else torch.baddbmm(bias, y.mT, weight)
+    return bmm(y.mT, weight) if bias is None else torch.baddbmm(bias, y.mT, weight)
 
 
 def _weight_gradient(dout: Any, x: Any) -> Any:
-    return dout[0] @ x[0].mT if len(x) == 1 else torch.bmm(dout, x.mT).sum(0)
+    return _bmm(dout, x.mT)[0] if len(x) == 1 else _bmm(dout, x.mT).sum(0)
 
 
 def _fake(*arguments: Any) -> tuple[Any, ...]:
@@ -110,17 +139,17 @@ def _inner_gradients(
 ) -> list[Any]:  # fmt: skip
     u = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, False, seq_idx, cu_seqlens)
     u = masked(u, mask)
-    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A)
-    scanned = (u, applied(dt_proj_weight, dt), A, B, C, D, z, delta_bias, delta_softplus)
+    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A, _bmm)
+    scanned = (u, applied(dt_proj_weight, dt, bmm=_bmm), A, B, C, D, z, delta_bias, delta_softplus)
     packing = {"initial_state": ssm_state, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     y, _, checkpoints = sscan.selective_scan_forward(*scanned, **packing)
-    dy = applied(out_proj_weight.t(), dout.mT)
+    dy = applied(out_proj_weight.t(), dout.mT, bmm=_bmm)
     dout_proj_weight = _weight_gradient(dout.mT, y)
     del y
     scan = sscan.selective_scan_backward(dy, *scanned, dlast_state=dssm_state, checkpoints=checkpoints, **packing)
     del dy, checkpoints
-    dx_dbl = torch.cat([applied(dt_proj_weight.t(), scan.ddelta), scan.dB, scan.dC], 1)
-    du = scan.du.baddbmm_(x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
+    dx_dbl = torch.cat([applied(dt_proj_weight.t(), scan.ddelta, bmm=_bmm), scan.dB, scan.dC], 1)
+    du = _add_bmm(scan.du, x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
     conv = sscan.causal_conv1d_backward(
         masked(du, mask), x, conv_weight, conv_bias, "silu", conv_state, seq_idx, cu_seqlens, dconv_state
     )
@@ -143,7 +172,7 @@ def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any
 # asked for. Shapes are those of the block's parameters: x and z (batch, d_inner, length), conv_weight
 # (d_inner, d_conv), out (batch, length, d_model). The weights of the projections have the dtype of x. Where the mask
 # (batch, length) is 0, nothing enters the scan.
-_inner = _block(sscan.causal_conv1d, sscan.selective_scan)
+_inner = _block(sscan.causal_conv1d, sscan.selective_scan, _bmm)
 mamba_inner = define(f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _inner, _fake)
 mamba_inner_backward = define(
     f"mamba_inner_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, {_ARGUMENTS}) -> Tensor[]",
@@ -187,31 +216,32 @@ def _lowered(tensors: Any, dtype: Any) -> list[Any]:
     return lowered
 
 
-def _diagonal(A_log: Any) -> Any:
+def _diagonal(A_log: Any, exp: Any = torch.exp) -> Any:
     """A of the scan: always negative, so that no state grows by itself."""
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+    return -exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
-def _of_inner(lowered: Any, xz: Any) -> tuple[Any, ...]:
+def _of_inner(lowered: Any, xz: Any, exp: Any) -> tuple[Any, ...]:
     """Tensors of ``mamba_inner`` from those of the block and the product of its input projection."""
     x, z = xz.chunk(2, 1)
     conv_weight, *rest = lowered[3:9]
-    return x, z, conv_weight.squeeze(1), *rest, _diagonal(lowered[9]), *lowered[10:]
+    return x, z, conv_weight.squeeze(1), *rest, _diagonal(lowered[9], exp), *lowered[10:]
 
 
 def _mamba(*arguments: Any) -> tuple[Any, ...]:
     *tensors, dtype, return_states = arguments
     lowered = _lowered(tensors, dtype)
     hidden, weight, bias = lowered[:3]
-    xz = applied(weight, hidden.mT, bias)
-    return *_inner(*_of_inner(lowered, xz), True, return_states), xz
+    xz = applied(weight, hidden.mT, bias, _bmm)
+    return *_inner(*_of_inner(lowered, xz, _exp), True, return_states), xz
 
 
 def _composed_mamba(*arguments: Any) -> tuple[Any, ...]:
     *tensors, dtype, return_states = arguments
     lowered = _lowered(tensors, dtype)
     hidden, weight, bias = lowered[:3]
-    made: tuple[Any, ...] = _composed_block(*_of_inner(lowered, applied(weight, hidden.mT, bias)), True, return_states)
+    xz = applied(weight, hidden.mT, bias)
+    made: tuple[Any, ...] = _composed_block(*_of_inner(lowered, xz, torch.exp), True, return_states)
     return made
 
 
@@ -232,12 +262,12 @@ def _mamba_backward_kernel(*arguments: Any) -> list[Any]:
     *tensors, dtype, return_states = arguments[4:]
     lowered = _lowered(tensors, dtype)
     hidden, weight, bias = lowered[:3]
-    inner = (*cotangents, *_of_inner(lowered, xz), True, return_states)
+    inner = (*cotangents, *_of_inner(lowered, xz, _exp), True, return_states)
     dx, dz, dconv_weight, *rest = _inner_gradients(*inner)
     dA, A = rest[5], inner[len(cotangents) + 8]
     half = weight.shape[0] // 2
-    dhidden = torch.bmm(dx.mT, weight[:half].expand(len(dx), -1, -1))
-    dhidden.baddbmm_(dz.mT, weight[half:].expand(len(dx), -1, -1))
+    dhidden = _bmm(dx.mT, weight[:half].expand(len(dx), -1, -1))
+    _add_bmm(dhidden, dz.mT, weight[half:].expand(len(dx), -1, -1))
     gradients = [
         dhidden, torch.cat([_weight_gradient(d, hidden.mT) for d in (dx, dz)]),
         None if bias is None else torch.cat([d.sum((0, 2)) for d in (dx, dz)]), dconv_weight.unsqueeze(1),
