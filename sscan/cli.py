@@ -1,4 +1,4 @@
-"""The command ``sscan``: train a Mamba on a text; continue texts with models, evaluate and convert them.
+"""The command ``sscan``: train a Mamba on a text; continue texts with models, evaluate and convert them; reproduce.
 
 Results go to standard output; progress and errors go to standard error. Exit codes: 0, 1 for a failure that is not the
 user's, 2 for a mistake in what was asked for, 128 + signal after an interruption.
@@ -186,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default %(default)s)")
 
     _add_language_models(commands)
+    _add_reproduce(commands)
 
     info = commands.add_parser("info", help="devices, versions, threads and cache folder")
     info.set_defaults(command=_info)
@@ -248,6 +249,40 @@ def _add_language_models(commands: Any) -> None:
     convert.add_argument("--format", choices=["original", "transformers"], default="transformers")
     convert.add_argument(
         "--pickle", action="store_true", help="write pytorch_model.bin, which mamba_ssm reads; takes PyTorch"
+    )
+
+
+def _add_reproduce(commands: Any) -> None:
+    """The command that runs the paper's experiments."""
+    from sscan.tasks.tables import SCALES, TABLES
+
+    reproduce = commands.add_parser("reproduce", help="run a table of the paper, and show its numbers beside ours")
+    reproduce.set_defaults(command=_reproduce)
+    reproduce.add_argument("table", choices=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
+    reproduce.add_argument("--rows", nargs="+", metavar="ROW", default=[], help="those to run, in this order (all)")
+    reproduce.add_argument("--scale", choices=SCALES, default=SCALES[0], help="(default %(default)s)")
+    reproduce.add_argument(
+        "--generators", nargs="+", metavar="NAME", default=[],
+        help="how the data are made where the paper does not say it: " + "; ".join(
+            f"{name} {', '.join(table.generators)}" for name, table in TABLES.items() if len(table.generators) > 1
+        ) + " (default: the first)",
+    )  # fmt: skip
+    reproduce.add_argument(
+        "--lr", type=_positive_float, nargs="+", metavar="RATE", default=[],
+        help="highest learning rates, of which the best is shown for each row (default: the row's own)",
+    )  # fmt: skip
+    reproduce.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=[0], help="(default 0)")
+    reproduce.add_argument("--steps", type=_positive_int, help="of every run, instead of the scale's")
+    reproduce.add_argument(
+        "--text", type=_path, nargs="+", metavar="FILE", help="for table6 to table10, as for sscan train"
+    )
+    reproduce.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
+    reproduce.add_argument("--at-once", type=_positive_int, default=1, metavar="N", help="runs (default %(default)s)")
+    reproduce.add_argument(
+        "--minutes", type=_positive_float, help="stop after so many in all; the same command goes on then"
+    )
+    reproduce.add_argument(
+        "--out", type=_path, metavar="DIR", default=Path("runs", "reproduce"), help="(default %(default)s)"
     )
 
 
@@ -319,12 +354,14 @@ def _describe(run: TrainingRun[Text], device: str) -> None:
 
 def _report(run: TrainingRun[Text], folder: Path) -> None:
     """Say what a run has come to: held-out results, beside those of counting, and a sample."""
+    from sscan.nn import MambaLM
     from sscan.tasks.backoff import BackoffModel
     from sscan.tasks.loop import BEST_FOLDER
     from sscan.tasks.progress import draw_loss_curve
 
-    task = run.task
-    results = {"Mamba": task.held_out_bits(run.model)}
+    task, model = run.task, run.model
+    assert isinstance(model, MambaLM)
+    results = {"Mamba": task.held_out_bits(model)}
     start = task.bytes.size - task.held_out_bytes
     counted = BackoffModel(task.bytes[:start], 4)
     for order in (2, 4):
@@ -344,7 +381,7 @@ def _report(run: TrainingRun[Text], folder: Path) -> None:
     )
     text = b"".join(map(task.vocabulary.writer(), prompt.tolist()))
     with _Continuations(text, task.vocabulary.writer, _text_writer(sys.stdout)) as streamer:
-        run.model.generate(prompt, SAMPLE_TOKENS, temperature=0.8, streamer=streamer, vocab_size=task.vocabulary.size)
+        model.generate(prompt, SAMPLE_TOKENS, temperature=0.8, streamer=streamer, vocab_size=task.vocabulary.size)
 
 
 def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Text], Path]:
@@ -436,6 +473,53 @@ def _stop_requests() -> Iterator[list[int]]:
         for number, handler in before.items():
             gone = number == signal.SIGHUP and number in received
             signal.signal(number, signal.SIG_IGN if gone else handler)
+
+
+# sscan reproduce
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from sscan.tasks.reproduce import Until, jobs, results, run_all
+    from sscan.tasks.tables import TABLES
+    from sscan.tasks.text import text_files
+
+    table, out = TABLES[options.table], options.out
+    with _mistakes():
+        if options.text is not None and not table.of_texts:
+            raise Mistake(f"--text: {table.name} is of no text")
+        changes = {} if options.steps is None else {"steps": options.steps}
+        wanted = jobs(table, options.scale, options.rows, options.generators, options.lr, options.seeds, changes)
+        texts = text_files(options.text or [_default_text()]) if table.of_texts else []
+        out.mkdir(parents=True, exist_ok=True)
+        finished = [result for result in results(out, table, options.scale) if result["finished"]]
+        todo = [job for job in wanted if not any(job.is_of(result, texts) for result in finished)]
+        array_module = _array_module(options.device)
+    print(f"{table.title}, {options.scale}: {len(todo)} of {len(wanted)} runs to do", file=sys.stderr, flush=True)
+    with _stop_requests() as received:
+        stop = Until(options.minutes, received)
+        failures = run_all(todo, out, array_module, texts, options.at_once, stop, sys.stderr)
+    _show(options, failures)
+    left = [result["name"] for result in results(out, table, options.scale) if not result["finished"]]
+    if received:
+        return _fail("sscan reproduce: stopped; the same command goes on", 128 + received[0])
+    for name, reason in failures.items():
+        _fail(f"sscan reproduce: {name}: {reason}", 1)
+    if left:
+        print(f"not finished, and goes on with the same command: {', '.join(left)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _show(options: argparse.Namespace, failures: dict[str, str]) -> None:
+    """Print and draw what there is of a table."""
+    from sscan.tasks.report import draw, markdown
+    from sscan.tasks.reproduce import results
+    from sscan.tasks.tables import TABLES
+
+    table = TABLES[options.table]
+    found = results(options.out, table, options.scale)
+    print(markdown(table, found, failures), flush=True)
+    picture = options.out / f"{table.name}-{options.scale}.png"
+    print(f"picture     {picture if draw(table, found, picture) else NO_CURVE}")
 
 
 # sscan generate, evaluate, convert

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 from sscan.models.arguments import check_integer, check_number
 from sscan.models.pretrained import weights_in
-from sscan.nn import MambaLM, warmup_cosine
+from sscan.nn import MambaConfig, MambaLM, SequenceConfig, SequenceModel, warmup_cosine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sscan.nn import MambaConfig
+Model: TypeAlias = MambaLM | SequenceModel
+ModelConfig: TypeAlias = MambaConfig | SequenceConfig
 
 PRECISIONS: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -93,6 +94,36 @@ class RunOptions:
             check_number("run", "target", self.target)
 
 
+@dataclass(frozen=True)
+class LayeredOptions(RunOptions):
+    """Options of a run whose model need not be a Mamba language model.
+
+    `layers` are those of one block, as :class:`sscan.nn.SequenceConfig` takes them, and so are `positions`; the model
+    has `n_layer` times as many. None is a Mamba language model of `n_layer` blocks.
+    """
+
+    layers: tuple[dict[str, Any], ...] | None = None
+    positions: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            checked = SequenceConfig(self.d_model, 1, self.layers, positions=self.positions)
+            object.__setattr__(self, "layers", checked.layers)
+        elif self.positions != "none":
+            raise ValueError(f"run: positions need layers, got {self.positions!r} without")
+
+    def config(self, vocab_size: int, *, tie_embeddings: bool, **ssm_cfg: Any) -> ModelConfig:
+        """What the model is, with so many tokens; `ssm_cfg` is of a Mamba language model."""
+        if self.layers is None:
+            return MambaConfig(
+                self.d_model, self.n_layer, vocab_size, ssm_cfg, pad_vocab_size_multiple=1,
+                tie_embeddings=tie_embeddings,
+            )  # fmt: skip
+        layers = self.layers * self.n_layer
+        return SequenceConfig(self.d_model, vocab_size, layers, positions=self.positions, tie_embeddings=tie_embeddings)
+
+
 # May be others when a run goes on: they decide when it ends and what is said of it, not what has been.
 CHANGEABLE = ("steps", "minutes", "evaluations", "target")
 TaskT = TypeVar("TaskT", bound="Task")
@@ -124,7 +155,7 @@ class Task(ABC):
         self.options = options
 
     @abstractmethod
-    def model_config(self) -> MambaConfig:
+    def model_config(self) -> ModelConfig:
         """What the model is."""
 
     @abstractmethod
@@ -136,8 +167,12 @@ class Task(ABC):
         """A loss as it is shown."""
 
     @abstractmethod
-    def measure(self, model: MambaLM) -> dict[str, float]:
+    def measure(self, model: Model) -> dict[str, float]:
         """How well a model does on what it is not trained on, the goal among others."""
+
+    def final(self, model: Model) -> dict[str, float]:
+        """What a finished run has come to, as a table shows it; the goal need not be among it."""
+        return self.measure(model)
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
@@ -148,16 +183,24 @@ class Task(ABC):
     def again(cls: type[TaskT], options: Any, about: dict[str, Any], checkpoint: Path, **given: Any) -> TaskT:
         """The task of a run, of which `checkpoint` is the file that options and about were read from."""
 
-    def new_model(self) -> MambaLM:
+    def new_model(self) -> Model:
         """A model with initial values."""
-        precision = PRECISIONS[self.options.precision]
-        return MambaLM(self.model_config(), seed=self.options.seed, activation_dtype=precision)
+        config, precision = self.model_config(), PRECISIONS[self.options.precision]
+        model: Model = model_class(config)(config, seed=self.options.seed, activation_dtype=precision)
+        return model
 
-    def read_model(self, path: Path, file: Any) -> MambaLM:
+    def read_model(self, path: Path, file: Any) -> Model:
         """The model in an opened checkpoint."""
         config, precision = self.model_config(), PRECISIONS[self.options.precision]
-        return MambaLM.of_weights(config, weights_in(path, file, config, "model."), activation_dtype=precision)
+        weights = weights_in(path, file, config, "model.")
+        model: Model = model_class(config).of_weights(config, weights, activation_dtype=precision)
+        return model
 
-    def save_model(self, model: MambaLM, folder: Path) -> None:
+    def save_model(self, model: Model, folder: Path) -> None:
         """Write the model for use."""
         model.save_pretrained(folder)
+
+
+def model_class(config: ModelConfig) -> Any:
+    """What a configuration is of."""
+    return MambaLM if isinstance(config, MambaConfig) else SequenceModel

@@ -16,13 +16,13 @@ from sscan.models.files import check_readable, content_of, write_atomically
 from sscan.models.tokens import TOKENIZER, Bytes, Tokens
 from sscan.nn import no_grad
 from sscan.tasks.evaluation import IGNORED
-from sscan.tasks.task import LANGUAGE_MODELS, RunOptions, Task
+from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, RunOptions, Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sscan.models.tokens import Vocabulary
-    from sscan.nn import MambaLM
+    from sscan.tasks.task import Model, ModelConfig
 
 HELD_OUT = 0.1  # the share of a text, at its end, that no model is trained on
 MEASURED_BATCHES = 16  # of held-out windows; their loss costs as much as five steps
@@ -86,7 +86,7 @@ class Text(Task):
         if self.data.max() >= self.vocabulary.size:
             raise ValueError(f"{tokenizer}: token {self.data.max()} is beyond its size of {self.vocabulary.size}")
 
-    def model_config(self) -> MambaConfig:
+    def model_config(self) -> ModelConfig:
         """One token of the model for each of the vocabulary."""
         return MambaConfig(self.options.d_model, self.options.n_layer, vocab_size=self.vocabulary.size)
 
@@ -99,16 +99,16 @@ class Text(Task):
         """Bits per byte, if the tokens stand for as many bytes as those of the whole training part do."""
         return nats / math.log(2) * (self.held_out / (self.bytes.size - self.held_out_bytes))
 
-    def measure(self, model: MambaLM) -> dict[str, float]:
+    def measure(self, model: Model) -> dict[str, float]:
         """Bits per byte of windows that are spread evenly over the held-out part, always the same."""
         return {self.goal: self.held_out_bits(model, MEASURED_BATCHES * self.options.batch)}
 
-    def held_out_bits(self, model: MambaLM, most: int | None = None) -> float:
+    def held_out_bits(self, model: Model, most: int | None = None) -> float:
         """Bits per byte of the held-out part, or of so many windows at most of it."""
         nats = mean_nats(model, self.data, self.held_out, self.options.length, self.options.batch, most)
         return nats / math.log(2) * ((self.data.size - self.held_out) / self.held_out_bytes)
 
-    def save_model(self, model: MambaLM, folder: Path) -> None:
+    def save_model(self, model: Model, folder: Path) -> None:
         """Write the model, and its tokenizer beside it."""
         super().save_model(model, folder)
         if self._tokenizer is not None:
@@ -151,6 +151,22 @@ class Text(Task):
         if found.tokenizer_sha256 != origin.tokenizer_sha256:
             raise ValueError(f"{folder} was trained with another tokenizer than {tokenizer}")
         return task
+
+
+class Ablation(Text):
+    """A language model of any layers, on texts by bytes: what the paper's Tables 6 to 10 compare."""
+
+    name = "ablation"
+    Options = LayeredOptions
+
+    def model_config(self) -> ModelConfig:
+        """One token of the model for each byte."""
+        assert isinstance(self.options, LayeredOptions)
+        return self.options.config(self.vocabulary.size, tie_embeddings=True)
+
+    def final(self, model: Model) -> dict[str, float]:
+        """Bits per byte of all of the held-out part."""
+        return {self.goal: self.held_out_bits(model)}
 
 
 @dataclass(frozen=True)
@@ -251,7 +267,7 @@ def overlapping_windows(data: npt.NDArray[Any], start: int, length: int, most: i
 
 
 def mean_nats(
-    model: MambaLM, data: npt.NDArray[Any], start: int, length: int, batch: int, most: int | None = None
+    model: Model, data: npt.NDArray[Any], start: int, length: int, batch: int, most: int | None = None
 ) -> float:
     """Mean of -log p over the tokens from `start` on that count in :func:`overlapping_windows`."""
     places = _places(data.size, start, length, most)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from sscan.nn import MambaLM, Tensor
-    from sscan.tasks.task import RunOptions, Task
+    from sscan.nn import Tensor
+    from sscan.tasks.task import Model, RunOptions, Task
 
 STATE_FILE = "training.safetensors"
 
@@ -35,7 +35,7 @@ class TrainingRun(Generic[TaskT]):
     task : Task
     array_module : module
         numpy, or cupy to train on its current GPU. A run may change between them when it is saved and continued.
-    model : MambaLM, optional
+    model : MambaLM or SequenceModel, optional
         To go on with; a new one if it is left out.
 
     Attributes
@@ -48,7 +48,7 @@ class TrainingRun(Generic[TaskT]):
         Time spent in steps so far, over all sessions.
     """
 
-    def __init__(self, task: TaskT, array_module: Any = np, model: MambaLM | None = None) -> None:
+    def __init__(self, task: TaskT, array_module: Any = np, model: Model | None = None) -> None:
         self.task, self.options, recipe = task, task.options, task.recipe
         self.model = model or task.new_model()
         self.model.to(array_module)
