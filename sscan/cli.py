@@ -478,6 +478,7 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Any], Path]:
 
 def _task_and_data(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The task that was named, and what it is given beside options, files first."""
+    from sscan.models.pretrained import open_model
     from sscan.models.tokens import tokenizer_file
     from sscan.tasks.dna import DNA, TRANSFORMER
     from sscan.tasks.species import Species
@@ -499,6 +500,8 @@ def _task_and_data(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return Species, {"maf": options.maf}
     if not new:
         raise Mistake("--from: a resumed run has its model")
+    with open_model(pretrained) as (config, _):
+        options.d_model, options.n_layer = options.d_model or config.d_model, options.n_layer or config.n_layer
     return Species, {"maf": options.maf, "pretrained": Path(pretrained)}
 
 

@@ -36,8 +36,8 @@ FIRST_LENGTH = 1 << 10  # of the warmup
 HELD_OUT = 0.1  # the share of every record, at its end, that no model is trained on
 MEASURED_BATCHES = 16  # of held-out windows
 HIGHEST_ORDER = 12  # of Markov models
-# A Transformer of the size of two Mamba blocks.
-TRANSFORMER = ({"layer": "attention", "positions": "rotary"}, {"layer": "glu"})
+# Blocks of a Transformer, each with about as many parameters as two of Mamba.
+TRANSFORMER = ({"layer": "attention", "positions": "rotary"}, {"layer": "glu", "expand": 10 / 3})
 
 
 @dataclass(frozen=True)
