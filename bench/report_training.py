@@ -3,7 +3,8 @@
     python bench/report_training.py bench/results/training-DATE --out docs/trained.md
 
 The folder has mamba.json, mamba.jsonl, transformer.json and transformer.jsonl, the ``result.json`` and ``log.jsonl`` of
-bench/train_beside.py, and baselines.json of bench/count_baselines.py. The picture lies beside the page.
+bench/train_beside.py, baselines.json of bench/count_baselines.py, and remarks.md, what else is to be known of the runs.
+The picture lies beside the page.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ PyTorch on another: the same text, the same windows in the same order, the same 
 ![Held-out bits per byte over the minutes of training]({picture})
 
 {table}
+
+{remarks}
 
 The held-out part is {held_out_bytes:,} bytes, the last tenth of each source. Both models predict each of its bytes from
 the {half:,} to {length:,} bytes before it. Back-off has counted in the training part. PPMd (7-Zip's) and xz have read
@@ -67,6 +70,11 @@ sscan train --text corpus --device cuda --precision {precision} --minutes {minut
 """
 
 
+def content(folder: Path, name: str) -> Any:
+    """What a JSON file of the folder holds."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def evaluations(path: Path) -> list[dict[str, Any]]:
     """The lines of a log that hold one."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -95,17 +103,18 @@ def draw(path: Path, logs: dict[str, list[dict[str, Any]]], lines: dict[str, flo
 def table(results: dict[str, dict[str, Any]], baselines: dict[str, float]) -> list[str]:
     """The rows of all that predict the held-out part."""
     lines = [
-        "| | parameters | steps | bytes read | bytes/s | held-out bits per byte |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | parameters | steps | bytes read | bytes/s | held-out bits per byte | lowest on the way |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, result in results.items():
         options, steps = result["options"], result["steps"]
-        read = steps * options["batch"] * options["length"]
+        read, (best, lowest) = steps * options["batch"] * options["length"], result["best"]
         lines.append(
             f"| {NAMES[name]} | {result['parameters']:,} | {steps:,} | {read / 1e6:,.0f} M | "
-            f"{read / result['seconds'] / 1e6:.2f} M | **{result['bits_per_byte']:.3f}** |"
+            f"{read / result['seconds'] / 1e6:.2f} M | **{result['bits_per_byte']:.3f}** | "
+            f"{lowest:.3f}, step {best:,} |"
         )
-    return lines + [f"| {name} | | | | | {bits:.3f} |" for name, bits in baselines.items()]
+    return lines + [f"| {name} | | | | | {bits:.3f} | |" for name, bits in baselines.items()]
 
 
 def quoted(text: str) -> str:
@@ -113,8 +122,9 @@ def quoted(text: str) -> str:
     return text.replace("```", "'''").replace("\x00", "\N{REPLACEMENT CHARACTER}")
 
 
-def page(results: dict[str, dict[str, Any]], baselines: dict[str, float], picture: str) -> str:
+def page(folder: Path, picture: str) -> str:
     """All of it."""
+    results, baselines = {name: content(folder, name) for name in NAMES}, content(folder, "baselines")
     mamba, transformer = results["mamba"], results["transformer"]
     options, others = mamba["options"], transformer["options"]
     differing = [key for key in options if key != "lr" and options[key] != others[key]]
@@ -128,6 +138,7 @@ def page(results: dict[str, dict[str, Any]], baselines: dict[str, float], pictur
     return PAGE.format(
         **{name: options[name] for name in ("minutes", "length", "d_model", "n_layer", "precision", "batch")},
         device=mamba["device"], picture=picture, table="\n".join(table(results, baselines)), size=mamba["bytes"],
+        remarks=(folder / "remarks.md").read_text(encoding="utf-8").strip(),
         held_out_bytes=mamba["held_out_bytes"], half=options["length"] // 2, layers=options["n_layer"] // 2,
         compiled="torch.compile" if transformer["compiled"] else "without torch.compile, which failed",
         mamba_lr=options["lr"], transformer_lr=others["lr"], prompt=PROMPT, new=SAMPLE, samples="\n".join(samples),
@@ -140,14 +151,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    def read(name: str) -> Any:
-        return json.loads((args.folder / name).read_text(encoding="utf-8"))
-
-    results, baselines = {name: read(f"{name}.json") for name in NAMES}, read("baselines.json")
-    picture = args.out.with_suffix(".png")
+    picture, baselines = args.out.with_suffix(".png"), content(args.folder, "baselines")
     logs = {name: evaluations(args.folder / f"{name}.jsonl") for name in NAMES}
     draw(picture, logs, {name: baselines[name] for name in DRAWN})
-    args.out.write_text(page(results, baselines, picture.name), encoding="utf-8")
+    args.out.write_text(page(args.folder, picture.name), encoding="utf-8")
 
 
 if __name__ == "__main__":

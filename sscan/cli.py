@@ -586,7 +586,7 @@ def _reproduce(options: argparse.Namespace) -> int:
         texts = text_files(options.text or [_default_text()]) if table.of_texts else []
         out.mkdir(parents=True, exist_ok=True)
         finished = [result for result in results(out, table, options.scale) if result["finished"]]
-        todo = [job for job in wanted if not any(job.is_of(result) for result in finished)]
+        todo = [job for job in wanted if not any(job.is_of(result, texts) for result in finished)]
         array_module = _array_module(options.device)
     print(f"{table.title}, {options.scale}: {len(todo)} of {len(wanted)} runs to do", file=sys.stderr, flush=True)
     with _stop_requests() as received:

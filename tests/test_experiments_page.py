@@ -1,11 +1,13 @@
-"""docs/experiments.md shows what is in bench/results/experiments, all of it and nothing else."""
+"""docs/experiments.md and docs/trained.md show what is in bench/results, all of it and nothing else."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import report_experiments
+import report_training
 from report_experiments import BLOCK, PAGE, PICTURES, RESULTS, page
 
 from sscan.tasks.reproduce import jobs
@@ -45,5 +47,12 @@ def test_a_result_is_of_what_its_command_runs_today(path: object) -> None:
         TABLES[result["table"]], result["scale"], [result["row"]], [result["generator"]], [options["lr"]],
         [options["seed"]], {"steps": options["steps"]},
     )  # fmt: skip
-    assert job.is_of(result)
     assert path.name == f"{job.name}.json"  # type: ignore[attr-defined]
+    assert result["options"] == json.loads(json.dumps(dataclasses.asdict(job.options)))
+
+
+def test_the_page_of_the_trained_model_is_what_its_runs_make() -> None:
+    path = PAGE.parent / "trained.md"
+    made = report_training.page(RESULTS.parent / "training-2026-11-29", "trained.png")
+    assert path.read_text(encoding="utf-8") == made, "run python bench/report_training.py"
+    assert path.with_suffix(".png").exists()

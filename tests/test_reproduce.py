@@ -57,6 +57,7 @@ def test_jobs_are_the_rows_at_every_rate_and_seed_and_generator() -> None:
     made = table()
     todo = jobs(made, "small", ["wide", "mamba"], ["front", "anywhere"], [1e-3, 5e-4], [0, 3], {"steps": 5})
     assert len(todo) == 16
+    assert len(jobs(made, "small", ["wide", "wide"], [], [], [2, 2], {})) == 1
     assert len({job.name for job in todo}) == 16
     assert [job.row.name for job in todo] == ["wide"] * 8 + ["mamba"] * 8
     assert todo[1].name == "table11-small-wide-front-lr0.001-seed3"
@@ -151,9 +152,9 @@ def test_a_run_leaves_its_result_and_is_not_run_again(tmp_path: Path) -> None:
     task = Induction(TINY)
     assert result["measures"] == {"64": task.accuracy(model, 64), "128": task.accuracy(model, 128)}
     assert result["versions"].keys() >= {"python", "sscan", "numpy", "numba"}
-    assert todo[0].is_of(result)
+    assert todo[0].is_of(result, [])
     with pytest.raises(ValueError, match=f"{todo[0].name} has been run with batch = 4, not 5"):
-        jobs(table(), "small", ["mamba"], [], [], [0], {"batch": 5})[0].is_of(result)
+        jobs(table(), "small", ["mamba"], [], [], [0], {"batch": 5})[0].is_of(result, [])
     for change, message in (
         ({"table": "table1"}, "is no result of table11"), ({"row": "mambo"}, "row must be one of mamba, wide, got 'm"),
         ({"measures": {"63": 1.0}}, "measures must be of 64, 128, .*got {'63'"), ({"measures": {}}, "measures must be"),
@@ -161,6 +162,29 @@ def test_a_run_leaves_its_result_and_is_not_run_again(tmp_path: Path) -> None:
         (tmp_path / "table11-small-x.json").write_text(json.dumps(result | change))
         with pytest.raises(ValueError, match=rf"table11-small-x.json.* {message}"):
             results(tmp_path, table(), "small")
+
+
+def test_another_text_is_another_run(tmp_path: Path) -> None:
+    made, texts = TABLES["table7"], [tmp_path / "rain", tmp_path / "wind"]
+    for path in texts:
+        path.write_text(f"the {path.name} it raineth every day. " * 40)
+    (job,) = jobs(made, "small", ["none"], [], [], [0], TINIER)
+    assert run_all([job], tmp_path, np, texts[:1], 1, (), io.StringIO()) == {}
+    (result,) = results(tmp_path, made, "small")
+    assert job.is_of(result, texts[:1])
+    with pytest.raises(ValueError, match=r"table7-small-none-lr0\.01-seed0 has been run on another text"):
+        job.is_of(result, texts[1:])
+
+
+def test_errors_that_nobody_foresaw_are_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(self: Any, model: Any) -> Any:
+        raise KeyError("x")
+
+    monkeypatch.setattr(Induction, "measure", measure)
+    stream = io.StringIO()
+    (failure,) = run(jobs(table(), "small", ["mamba"], [], [], [0], {}), tmp_path, stream=stream).values()
+    assert failure == "KeyError: 'x'"
+    assert 'raise KeyError("x")' in stream.getvalue()
 
 
 def test_stopped_runs_go_on_bit_for_bit(tmp_path: Path) -> None:

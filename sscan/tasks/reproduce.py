@@ -9,6 +9,7 @@ import os
 import platform
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import metadata
@@ -59,13 +60,22 @@ class Job:
         options = self.options
         return f"{self.table.name}-{self.scale}-{self.row.name}{generator}-lr{options.lr:g}-seed{options.seed}"
 
-    def is_of(self, result: Mapping[str, Any]) -> bool:
-        """Whether a result is of this job; ValueError if it has the name of it, but other options."""
+    def given(self, texts: Sequence[Path]) -> dict[str, Any]:
+        """What its task takes beside the options."""
+        return {"texts": texts} if self.table.of_texts else {}
+
+    def is_of(self, result: Mapping[str, Any], texts: Sequence[Path]) -> bool:
+        """Whether a result is of this job; ValueError if it has the name of it, but other options or data."""
         if result["name"] != self.name:
             return False
         for name, value in json.loads(json.dumps(dataclasses.asdict(self.options))).items():
             if result["options"].get(name) != value:
                 raise ValueError(f"{self.name} has been run with {name} = {result['options'].get(name)}, not {value}")
+        if (
+            self.table.of_texts
+            and result["sha256"] != self.table.task(self.options, **self.given(texts)).about()["sha256"]
+        ):
+            raise ValueError(f"{self.name} has been run on another text")
         return True
 
     def run(self, out: Path, array_module: Any, texts: Sequence[Path], stop: Sized, stream: TextIO) -> None:
@@ -76,7 +86,7 @@ class Job:
         if len(stop):
             return
         folder = out / RUNS_FOLDER / self.name
-        given = {"texts": texts} if self.table.of_texts else {}
+        given = self.given(texts)
         if (folder / STATE_FILE).exists():
             remove_leftovers(folder)
             remove_leftovers(folder / BEST_FOLDER)
@@ -98,6 +108,7 @@ class Job:
             "parameters": run.model.parameter_count(), "steps": len(run.losses), "seconds": round(run.seconds, 1),
             "device": device_name(array_module), "versions": versions(), "finished": run.done,
             "measures": run.task.final(run.model) if run.done else {},
+            **({"sha256": run.task.about()["sha256"]} if self.table.of_texts else {}),
             "curve": [
                 {"step": step, "loss": loss, run.task.goal: goal}
                 for (step, goal), loss in zip(run.measures, losses, strict=True)
@@ -119,13 +130,14 @@ def jobs(
         If the table has no such row, scale or generator, or an option is none.
     """
     chosen = [table.row(name) for name in rows] or list(table.rows)
-    return [
+    made = (
         Job(table, row, scale, generator, table.options(row, scale, generator, seed=seed, **rate, **changes))
         for row in chosen
         for generator in generators or list(table.generators)[:1]
         for rate in [{"lr": rate} for rate in rates] or [{}]
         for seed in seeds
-    ]
+    )
+    return list({job.name: job for job in made}.values())  # what is asked for twice is done once
 
 
 def results(out: Path, table: Table, scale: str) -> list[dict[str, Any]]:
@@ -173,6 +185,8 @@ def run_all(
         for future in as_completed(futures):
             error = future.exception()
             if error is not None:
+                if not isinstance(error, FloatingPointError | OSError):  # nobody has foreseen it
+                    stream.write("".join(traceback.format_exception(error)))
                 failures[futures[future].name] = f"{type(error).__name__}: {error}"
     return failures
 
