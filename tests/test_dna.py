@@ -21,7 +21,7 @@ from sscan import nn
 from sscan.cli import main
 from sscan.models.tokens import Bases, vocabulary_of
 from sscan.nn import MambaConfig, MambaLM, SequenceModel
-from sscan.tasks import dna, scoring, species
+from sscan.tasks import backoff, dna, scoring, species
 from sscan.tasks.backoff import BackoffModel
 from sscan.tasks.dna import DNA, TRANSFORMER, DNAOptions
 from sscan.tasks.scoring import Variant, log_likelihood_ratio, log_likelihoods, nats_of_bases
@@ -386,8 +386,10 @@ def test_variants_that_are_none(text: str, message: str) -> None:
         Variant.parse(text).both(read_record("ACGT"), 10)
 
 
-def test_the_markov_model_of_bases() -> None:
+@pytest.mark.parametrize("table_bits", [0, 4, 26])
+def test_the_markov_model_of_bases(table_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Witten-Bell over four symbols, counted in a loop; the best order is that of the source."""
+    monkeypatch.setattr(backoff, "TABLE_BITS", table_bits)
     rng = np.random.default_rng(0)
     chain = [0, 1]
     for _ in range(3000):
