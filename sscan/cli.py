@@ -426,10 +426,11 @@ def _report(run: TrainingRun[Any], folder: Path) -> None:
     """Say what a run has come to: held-out results, beside those of simpler models, and a sample."""
     from sscan.nn import MambaLM
     from sscan.tasks.loop import BEST_FOLDER
-    from sscan.tasks.progress import draw_loss_curve
+    from sscan.tasks.progress import Bar, draw_loss_curve
 
     task, model = run.task, run.model
-    results = task.compared(model)
+    with Bar("held out", sys.stderr) as bar:
+        results = task.compared(model, bar)
     print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + f" {task.goal_is}")
     if run.best is not None:
         step, goal = run.best
@@ -469,7 +470,7 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Any], Path]:
     if not files:
         raise Mistake(f"{task.name}: files to train on must be named")
     run = TrainingRun(task(task.Options(**given), **data), array_module)
-    folder = options.out or _new_folder(files[0].resolve().name.partition(".")[0])
+    folder = options.out or _new_folder((options.text or files)[0].resolve().stem)
     if (folder / STATE_FILE).exists():
         raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)

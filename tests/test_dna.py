@@ -341,8 +341,10 @@ def test_log_likelihoods_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = list(log_likelihoods(model, tokens))
     assert len(parts) == 11
     np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-4, atol=1e-5)
-    nats, count = nats_of_bases(model, tokens)
+    *_, (_, _, read) = found = list(nats_of_bases(model, tokens))
+    nats, count, _ = np.sum(found, axis=0)
     counted = [7 <= token <= 10 for token in tokens[1:]]
+    assert read == tokens.size
     assert count == sum(counted) == 69
     assert nats == pytest.approx(-expected[counted].sum(), rel=1e-5)
 
@@ -451,7 +453,10 @@ def test_measures_are_of_held_out_windows(tmp_path: Path) -> None:
     found = task.final(model)
     assert found["bits_per_base"] == pytest.approx(nats.mean() / math.log(2), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
-    results = task.compared(model)
+    shares: list[float] = []
+    results = task.compared(model, shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
     assert list(results) == ["Mamba, windows of 16", "Mamba, states carried along", *list(results)[2:]]
     whole = -expected_log_p(model, tokens).mean() / math.log(2)
     assert results["Mamba, states carried along"] == pytest.approx(whole, rel=1e-5)
@@ -543,6 +548,16 @@ def test_options_may_stand_before_the_task(tmp_path: Path, capsys: pytest.Captur
     assert "carried" not in said, "attention has no states"
     assert isinstance(SequenceModel.from_pretrained(out), SequenceModel)
     assert main(["train", "dna", "--resume", str(out), "--steps", "3"]) == 0
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = write_fasta(tmp_path / "x.fa", a=letters(400, 8)), tmp_path / "run"
+    monkeypatch.setattr("sscan.cli._train_until_done", lambda run, folder: 15)
+    tiny = ["--d-model", "8", "--n-layer", "1", "--length", "16", "--batch", "2", "--steps", "2"]
+    assert main(["train", "dna", str(path), "--out", str(out), *tiny]) == 128 + 15
+    assert f"continue with: sscan train dna --resume {out}\n" in capsys.readouterr().err
 
 
 # Species
