@@ -44,7 +44,7 @@ def log_likelihoods(model: Model, tokens: Tokens) -> Iterator[npt.NDArray[np.flo
 
 
 def nats_of_bases(model: Model, tokens: Tokens) -> Iterator[tuple[float, int, int]]:
-    """Of one piece after the other: the sum of -log p over its bases, how many they are, and how much was read so far."""
+    """Of one piece after the other: the sum of -log p over its bases, how many they are, how much was read so far."""
     at = 1
     for part in log_likelihoods(model, tokens):
         counts = is_base(tokens[at : at + part.size])

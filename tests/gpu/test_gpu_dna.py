@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import cupy
 import numpy as np
-import pytest
 from test_dna import letters, new_model, options, write_fasta
 
 from sscan.tasks import dna
@@ -17,6 +16,8 @@ from sscan.tasks.training import TrainingRun
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 
 def test_stages_are_graphs_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
