@@ -403,6 +403,9 @@ def _train_and_report(run: TrainingRun[Any], folder: Path, options: argparse.Nam
             _discard(sys.stdout)
         return _fail(f"sscan train: stopped; continue with: {again} {folder}{where}", 128 + interrupted)
     print(checkpoint)
+    if options.device == "cuda":
+        free, total = _cupy_with_gpu().cuda.runtime.memGetInfo()
+        print(f"memory      {(total - free) / 2**30:.1f} GiB of the GPU are taken, by whatever is on it")
     _report(run, folder)
     return 0
 
