@@ -425,6 +425,9 @@ def _train_and_report(run: TrainingRun[Any], folder: Path, options: argparse.Nam
             _discard(sys.stdout)
         return _fail(f"sscan train: stopped; continue with: {again} {folder}{where}", 128 + interrupted)
     print(checkpoint)
+    if options.device == "cuda":
+        free, total = _cupy_with_gpu().cuda.runtime.memGetInfo()
+        print(f"memory      {(total - free) / 2**30:.1f} GiB of the GPU are taken, by whatever is on it")
     _report(run, folder)
     return 0
 
@@ -448,10 +451,11 @@ def _report(run: TrainingRun[Any], folder: Path) -> None:
     """Say what a run has come to: held-out results, beside those of simpler models, and a sample."""
     from sscan.nn import MambaLM
     from sscan.tasks.loop import BEST_FOLDER
-    from sscan.tasks.progress import draw_loss_curve
+    from sscan.tasks.progress import Bar, draw_loss_curve
 
     task, model = run.task, run.model
-    results = task.compared(model)
+    with Bar("held out", sys.stderr) as bar:
+        results = task.compared(model, bar)
     print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + f" {task.goal_is}")
     if run.best is not None:
         step, goal = run.best
@@ -491,7 +495,7 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Any], Path]:
     if not files:
         raise Mistake(f"{task.name}: files to train on must be named")
     run = TrainingRun(task(task.Options(**given), **data), array_module)
-    folder = options.out or _new_folder(files[0].resolve().name.partition(".")[0])
+    folder = options.out or _new_folder((options.text or files)[0].resolve().stem)
     if (folder / STATE_FILE).exists():
         raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -500,6 +504,7 @@ def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Any], Path]:
 
 def _task_and_data(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The task that was named, and what it is given beside options, files first."""
+    from sscan.models.pretrained import open_model
     from sscan.models.tokens import tokenizer_file
     from sscan.tasks.audio import Audio
     from sscan.tasks.dna import DNA, TRANSFORMER
@@ -525,6 +530,8 @@ def _task_and_data(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return Species, {"maf": options.maf}
     if not new:
         raise Mistake("--from: a resumed run has its model")
+    with open_model(pretrained) as (config, _):
+        options.d_model, options.n_layer = options.d_model or config.d_model, options.n_layer or config.n_layer
     return Species, {"maf": options.maf, "pretrained": Path(pretrained)}
 
 

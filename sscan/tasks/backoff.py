@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
+TABLE_BITS = 26  # of a context and what follows it: up to so many, counts lie in a table of all that there may be
 
 
 class BackoffModel:
@@ -46,10 +47,18 @@ class _Counts:
 
     def __init__(self, data: Bytes, order: int, bits: int) -> None:
         self.order, self.bits = order, bits
-        self.codes, self.counts = np.unique(_codes(data, order, order, bits), return_counts=True)
-        self.contexts, first = np.unique(self.codes >> bits, return_index=True)
-        self.totals = np.add.reduceat(self.counts, first)
-        self.kinds = np.diff(np.append(first, self.codes.size))
+        self.codes: Any = None  # those that were seen, and their contexts; None: all
+        self.contexts: Any = None
+        codes, width = _codes(data, order, order, bits), bits * (order + 1)
+        if width <= TABLE_BITS:
+            self.counts = np.bincount(codes, minlength=1 << width)
+            followed = self.counts.reshape(-1, 1 << bits)
+            self.totals, self.kinds = followed.sum(axis=1), np.count_nonzero(followed, axis=1)
+        else:
+            self.codes, self.counts = np.unique(codes, return_counts=True)
+            self.contexts, first = np.unique(self.codes >> bits, return_index=True)
+            self.totals = np.add.reduceat(self.counts, first)
+            self.kinds = np.diff(np.append(first, self.codes.size))
 
     def interpolate(self, codes: npt.NDArray[np.int64], p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Probabilities for contexts and bytes, from those of the order below."""
@@ -63,11 +72,14 @@ def _codes(data: Bytes, start: int, order: int, bits: int) -> npt.NDArray[np.int
     """Each byte from `start` on and the `order` bytes before it, as one number with the byte in its lowest digit."""
     codes = np.zeros(data.size - start, np.int64)
     for back in range(order, -1, -1):
-        codes = codes << bits | data[start - back : data.size - back]
+        codes <<= bits
+        codes |= data[start - back : data.size - back]
     return codes
 
 
-def _look_up(keys: npt.NDArray[Any], values: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The value of each wanted key, or 0 where there is none; keys are sorted."""
+def _look_up(keys: Any, values: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The value of each wanted key, or 0 where there is none; keys are sorted, or None if they are all numbers."""
+    if keys is None:
+        return np.asarray(values[wanted])
     place = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
     return np.where(keys[place] == wanted, values[place], 0)

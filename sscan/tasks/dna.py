@@ -22,7 +22,7 @@ from sscan.tasks.sequences import BASES, is_base, read_fasta, reverse_complement
 from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -36,8 +36,8 @@ FIRST_LENGTH = 1 << 10  # of the warmup
 HELD_OUT = 0.1  # the share of every record, at its end, that no model is trained on
 MEASURED_BATCHES = 16  # of held-out windows
 HIGHEST_ORDER = 12  # of Markov models
-# A Transformer of the size of two Mamba blocks.
-TRANSFORMER = ({"layer": "attention", "positions": "rotary"}, {"layer": "glu"})
+# Blocks of a Transformer, each with about as many parameters as two of Mamba.
+TRANSFORMER = ({"layer": "attention", "positions": "rotary"}, {"layer": "glu", "expand": 10 / 3})
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,9 @@ class DNA(Task):
     def _results(self, nats: float, bases: int) -> dict[str, float]:
         return {self.goal: self.in_unit(nats / bases), "perplexity": math.exp(min(nats / bases, 700.0))}
 
-    def _nats_of_windows(self, model: Model, most: int | None = None) -> tuple[float, int]:
+    def _nats_of_windows(
+        self, model: Model, most: int | None = None, progress: Callable[[float], object] = lambda share: None
+    ) -> tuple[float, int]:
         """The sum of -log p over the bases of held-out windows, so many at most, and how many they are."""
         options = self.options
         places = self._pieces(self.held_out, options.length)
@@ -222,25 +224,32 @@ class DNA(Task):
             counted = int((targets != IGNORED).sum())
             with no_grad():
                 nats, bases = nats + model.loss(inputs, targets).item() * counted, bases + counted
+            progress((i + some.size) / places.size)
         return nats, bases
 
-    def compared(self, model: Model) -> dict[str, float]:
+    def compared(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
         """Bits per base of what is held out, by the model and by counting and compressing.
 
         The model reads windows of its length, as in training, and if it has states also each region as a whole. The
         order of the Markov model is the one that does best here.
         """
         name = "Mamba" if isinstance(model, MambaLM) else "model"
-        found = {f"{name}, windows of {self.options.length}": self.final(model)[self.goal]}
+        nats, bases = self._nats_of_windows(model, progress=lambda share: progress(share / 2))
+        found = {f"{name}, windows of {self.options.length}": self.in_unit(nats / bases)}
         if isinstance(model, MambaLM):
-            parts = [nats_of_bases(model, self.data[start:end]) for start, end in self.held_out]
-            nats, bases = map(sum, zip(*parts, strict=True))
+            nats, bases, done = 0.0, 0, 0
+            letters = sum(end - start for start, end in self.held_out)
+            for start, end in self.held_out:
+                for part_nats, part_bases, read in nats_of_bases(model, self.data[start:end]):
+                    nats, bases = nats + part_nats, bases + part_bases
+                    progress((1 + (done + read) / letters) / 2)
+                done += end - start
             found[f"{name}, states carried along"] = self.in_unit(nats / bases)
         seen, held_out = (_bases(self.data, regions) for regions in (self.training, self.held_out))
         order, bits = best_markov(seen, held_out, both_strands=self.options.reverse_complement)
         found[f"Markov of order {order}"] = bits
-        letters = lzma.compress(held_out.tobytes(), preset=9 | lzma.PRESET_EXTREME)
-        return {**found, "xz": 8 * len(letters) / held_out.size}
+        compressed = lzma.compress(held_out.tobytes(), preset=9 | lzma.PRESET_EXTREME)
+        return {**found, "xz": 8 * len(compressed) / held_out.size}
 
     def described(self) -> dict[str, str]:
         """What is trained on and held out, and how the lengths of windows rise."""

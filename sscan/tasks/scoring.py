@@ -43,13 +43,13 @@ def log_likelihoods(model: Model, tokens: Tokens) -> Iterator[npt.NDArray[np.flo
         yield scores[np.arange(piece.size - 1), piece[1:]] - np.log(np.exp(scores).sum(axis=1))
 
 
-def nats_of_bases(model: Model, tokens: Tokens) -> tuple[float, int]:
-    """The sum of -log p over the bases of a sequence but its first token, and how many they are."""
-    nats, bases, at = 0.0, 0, 1
+def nats_of_bases(model: Model, tokens: Tokens) -> Iterator[tuple[float, int, int]]:
+    """Of one piece after the other: the sum of -log p over its bases, how many they are, how much was read so far."""
+    at = 1
     for part in log_likelihoods(model, tokens):
         counts = is_base(tokens[at : at + part.size])
-        nats, bases, at = nats - float(part[counts].sum()), bases + int(counts.sum()), at + part.size
-    return nats, bases
+        at += part.size
+        yield -float(part[counts].sum()), int(counts.sum()), at
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def log_likelihood_ratio(model: Model, ref: Tokens, alt: Tokens, *, both_strands
     """
 
     def log_p(tokens: Tokens) -> float:
-        return -nats_of_bases(model, tokens)[0]
+        return -sum(nats for nats, _, _ in nats_of_bases(model, tokens))
 
     found = [log_p(alt) - log_p(ref)]
     if both_strands:

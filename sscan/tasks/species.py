@@ -160,7 +160,7 @@ class Species(Task):
         """The share of mistakes in more of them."""
         return {self.goal: self._error(model, FINAL_EXAMPLES)}
 
-    def compared(self, model: Model) -> dict[str, float]:
+    def compared(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
         """Shares of mistakes in the same windows: of the model, of regressions on counts, and by chance."""
         found = {"Mamba": self._error(model, FINAL_EXAMPLES)}
         for name, features in (("6-mers", six_mers), ("GC content", gc_content)):

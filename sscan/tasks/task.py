@@ -14,6 +14,7 @@ from sscan.models.pretrained import weights_in
 from sscan.nn import MambaConfig, MambaLM, SequenceConfig, SequenceModel, warmup_cosine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from sscan.models.tokens import Vocabulary
@@ -186,8 +187,11 @@ class Task(ABC):
         """What a finished run has come to, as a table shows it; the goal need not be among it."""
         return self.measure(model)
 
-    def compared(self, model: Model) -> dict[str, float]:
-        """What the goal is for all that is held out, for the model and for simpler ones."""
+    def compared(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
+        """What the goal is for all that is held out, for the model and for simpler ones.
+
+        `progress` is called with the share that is done of what takes long.
+        """
         return {}
 
     def described(self) -> dict[str, str]:

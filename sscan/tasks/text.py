@@ -20,7 +20,7 @@ from sscan.tasks.evaluation import IGNORED
 from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, RunOptions, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from sscan.tasks.task import Model, ModelConfig
 
@@ -109,7 +109,7 @@ class Text(Task):
         nats = mean_nats(model, self.data, self.held_out, self.options.length, self.options.batch, most)
         return nats / math.log(2) * ((self.data.size - self.held_out) / self.held_out_bytes)
 
-    def compared(self, model: Model) -> dict[str, float]:
+    def compared(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
         """Bits per byte of all of the held-out part, of the model and of byte models that back off."""
         start = self.bytes.size - self.held_out_bytes
         counted = BackoffModel(self.bytes[:start], 4)
