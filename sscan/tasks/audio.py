@@ -162,14 +162,14 @@ class Audio(Task):
     def _bits_of_windows(self, model: Model, most: int | None = None) -> float:
         return self.in_unit(mean_nats(model, self.data, self.held_out, self.options.length, self.options.batch, most))
 
-    def compared(self, model: Model) -> dict[str, float]:
+    def compared(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
         """Bits per sample of what is held out: by the model, by linear prediction, FLAC and counting.
 
         The model reads windows as in training, of which the second halves count, and all of it with its states.
         """
         name, rest = self.options.block, self.data[self.held_out :]
         seen = self.data[: self.held_out]
-        carried = evaluate(model, rest.astype(np.int64), np.ones(rest.size, np.int64))
+        carried = evaluate(model, rest.astype(np.int64), np.ones(rest.size, np.int64), progress=progress)
         return {
             f"{name}, windows of {self.options.length}": self._bits_of_windows(model),
             f"{name}, states carried along": carried.bits_a_byte,
