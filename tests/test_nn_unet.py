@@ -144,7 +144,7 @@ def check_directions(function: Callable[[], Any], model: SequenceModel) -> None:
         np.testing.assert_allclose((parameter.grad * direction).sum(), expected, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["real", "complex"])
 def test_gradients(kind: str) -> None:
     model, x, y = model_of(kind), ids(1, 48), ids(1, 48, seed=1)
     check_directions(lambda: model.loss(x, y), model)

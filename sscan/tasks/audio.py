@@ -90,6 +90,8 @@ class Audio(Task):
         The levels.
     held_out : int
         Where in `data` those begin that are not trained on.
+    rate : int
+        Samples a second.
 
     Raises
     ------
@@ -114,13 +116,14 @@ class Audio(Task):
         if rate is not None:
             check_integer("run", "rate", rate)
         parts: list[Levels] = []
-        self.rate = rate
+        rates: list[int] = []
         for path in self.recordings:
             samples, found = read_recording(path, rate)
-            self.rate = self.rate or found
-            if found != self.rate:
-                raise ValueError(f"{path}: has {found} Hz, those before have {self.rate}; --rate makes them one")
             parts.append(compress(samples))
+            rates.append(found)
+            if found != rates[0]:
+                raise ValueError(f"{path}: has {found} Hz, those before have {rates[0]}; --rate makes them one")
+        self.rate = rates[0]
         parts.sort(key=lambda part: hashlib.sha256(part.data).digest())
         self.data = np.concatenate(parts)
         self.held_out = held_out_start(self.data)
@@ -174,18 +177,13 @@ class Audio(Task):
             f"{name}, windows of {self.options.length}": self._bits_of_windows(model),
             f"{name}, states carried along": carried.bits_a_byte,
             "linear prediction": LinearPrediction(seen).bits_per_sample(self.data, self.held_out),
-            "FLAC": flac_bits_per_sample(rest, self._rate),
+            "FLAC": flac_bits_per_sample(rest, self.rate),
             "order-2 back-off": BackoffModel(seen).bits_per_byte(self.data, self.held_out),
         }
 
-    @property
-    def _rate(self) -> int:
-        assert self.rate is not None  # there is one recording at least
-        return self.rate
-
     def described(self) -> dict[str, str]:
         """How much there is."""
-        seconds, held_out = self.data.size / self._rate, (self.data.size - self.held_out) / self._rate
+        seconds, held_out = self.data.size / self.rate, (self.data.size - self.held_out) / self.rate
         return {"audio": f"{self._files}: {seconds:,.1f} s at {self.rate} Hz, {held_out:,.1f} s of them held out"}
 
     def save_model(self, model: Model, folder: Path) -> None:
@@ -196,7 +194,7 @@ class Audio(Task):
 
     def about(self) -> dict[str, Any]:
         """Where the files are, their rate, and a digest of what is in them."""
-        return asdict(_Origin([str(path.resolve()) for path in self.recordings], self._rate, self._sha256))
+        return asdict(_Origin([str(path.resolve()) for path in self.recordings], self.rate, self._sha256))
 
     @classmethod
     def again(  # type: ignore[override]  # of what may be given, each task has its own
