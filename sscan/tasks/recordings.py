@@ -61,12 +61,13 @@ def read_recording(path: Path, rate: int | None = None) -> tuple[Samples, int]:
     OSError
         If the file cannot be read.
     ValueError
-        If it is not audio, empty, of several channels, or has samples that are not numbers in [-1, 1]; the message
+        If it is not audio, empty, torn, of several channels, or has samples that are no numbers in [-1, 1]; the message
         names the file.
     """
     library = soundfile()
     check_readable(path)
     with content_of(path):
+        _check_whole(path)
         try:
             samples, found = library.read(path, dtype="float64", always_2d=True)
         except library.LibsndfileError as error:
@@ -83,6 +84,16 @@ def read_recording(path: Path, rate: int | None = None) -> tuple[Samples, int]:
     if rate is None or rate == found:
         return samples, found
     return _resampled(samples, found, rate), rate
+
+
+def _check_whole(path: Path) -> None:
+    """ValueError for a WAV file that ends too early, of which the library reads what there is. It tells torn FLAC."""
+    with path.open("rb") as file:
+        kind, announced = file.read(4), int.from_bytes(file.read(4), "little")
+    size = path.stat().st_size
+    # What a pipe was written to says 2^32 - 1; the last byte may be one that only makes the size even.
+    if kind == b"RIFF" and announced != 0xFFFFFFFF and size < announced + 7:
+        raise ValueError(f"is torn: {size} of {announced + 8} bytes")
 
 
 def _resampled(samples: Samples, found: int, rate: int) -> Samples:
