@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LEVELS = 256
 FILE = "audio.json"  # beside a model: what its tokens are
-PIECE = 4096  # samples of a prompt that are read at once
+PIECE = 1 << 14  # samples that are read at once where states are carried along
 
 # What the stages of the U-Net repeat; the paper's names of Figure 10 and Table 5.
 BLOCKS: dict[str, list[dict[str, Any]]] = {
@@ -172,7 +172,7 @@ class Audio(Task):
         """
         name, rest = self.options.block, self.data[self.held_out :]
         seen = self.data[: self.held_out]
-        carried = evaluate(model, rest.astype(np.int64), np.ones(rest.size, np.int64), progress=progress)
+        carried = evaluate(model, rest.astype(np.int64), np.ones(rest.size, np.int64), progress=progress, piece=PIECE)
         return {
             f"{name}, windows of {self.options.length}": self._bits_of_windows(model),
             f"{name}, states carried along": carried.bits_a_byte,

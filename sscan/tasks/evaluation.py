@@ -61,6 +61,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     progress: Callable[[float], object] = lambda share: None,
+    piece: int = PIECE,
 ) -> Evaluation:
     """Evaluate a model on a text.
 
@@ -80,6 +81,8 @@ def evaluate(
         `stride` count; in the first one all but the first token.
     progress : callable
         Called with the share that is done.
+    piece : int
+        How many tokens of a text, or of a window, are read at once.
 
     Raises
     ------
@@ -96,7 +99,7 @@ def evaluate(
         inputs = np.stack([ids[start : end - 1] for start, _, end in group])
         counted = np.stack([np.arange(start + 1, end) >= counts for start, counts, end in group])
         targets = np.where(counted, np.stack([ids[start + 1 : end] for start, _, end in group]), IGNORED)
-        for piece_nats, done in _nats(model, inputs, targets):
+        for piece_nats, done in _nats(model, inputs, targets, piece):
             nats += piece_nats
             progress((group[-1][0] + done) / len(ids))
         for _, counts, end in group:
@@ -127,11 +130,11 @@ def _groups(spans: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, 
         yield from (alike[i : i + most] for i in range(0, len(alike), most))
 
 
-def _nats(model: MambaLM | SequenceModel, ids: Any, targets: Any) -> Iterator[tuple[float, int]]:
+def _nats(model: MambaLM | SequenceModel, ids: Any, targets: Any, size: int) -> Iterator[tuple[float, int]]:
     """The sum over the targets of some rows that count, piece by piece, and how much of a row is read by then."""
     states = model.new_states(len(ids))
-    for at in range(0, ids.shape[1], PIECE):
-        piece, wanted = ids[:, at : at + PIECE], targets[:, at : at + PIECE]
+    for at in range(0, ids.shape[1], size):
+        piece, wanted = ids[:, at : at + size], targets[:, at : at + size]
         with no_grad():
             hidden, states = model.backbone.extend(piece, states)
             mean = linear_cross_entropy(hidden, model.lm_head.weight, wanted).item()
