@@ -164,6 +164,14 @@ def test_parameter_counts_of_the_paper() -> None:
         assert abs(config.parameter_count() / (1e6 * printed) - 1) < 0.03
 
 
+def test_initial_values_know_how_many_layers_add_up() -> None:
+    unet = UNet(16, ["mlp"], ["mlp", "glu"], blocks=2, n_layer=3)  # 4 stages of 2, and 4 in the middle
+    for stage in (unet.before, unet.inner.before, unet.inner.inner):
+        weight = stage.layers[0].mixer.out_proj.weight
+        bound = 1 / np.sqrt(weight.shape[1] * 3 * 12)
+        assert 0.95 * bound < np.abs(weight.data).max() <= bound
+
+
 def test_errors() -> None:
     model = model_of("real")
     with pytest.raises(ValueError, match=re.escape("UNet: length must be a multiple of 16, got 40")):
