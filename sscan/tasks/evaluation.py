@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
     from sscan.nn import MambaLM
 
-PIECE = 1024  # tokens that are read at once
+PIECE = 1024  # tokens of a text that are read at once
+AT_ONCE = 4096  # tokens of windows that are
 IGNORED = -100
 
 
@@ -89,12 +91,15 @@ def evaluate(
     if not any(end > counts for _, counts, end in spans):
         raise ValueError(f"the text is too short: {len(ids)} tokens")
     nats, tokens, size = 0.0, 0, 0
-    for start, counts, end in spans:
-        targets = np.where(np.arange(start + 1, end) >= counts, ids[start + 1 : end], IGNORED)
-        for piece_nats, done in _nats(model, ids[start : end - 1], targets):
+    for group in _groups(spans):
+        inputs = np.stack([ids[start : end - 1] for start, _, end in group])
+        counted = np.stack([np.arange(start + 1, end) >= counts for start, counts, end in group])
+        targets = np.where(counted, np.stack([ids[start + 1 : end] for start, _, end in group]), IGNORED)
+        for piece_nats, done in _nats(model, inputs, targets):
             nats += piece_nats
-            progress((start + done) / len(ids))
-        tokens, size = tokens + end - counts, size + int(sizes[counts:end].sum())
+            progress((group[-1][0] + done) / len(ids))
+        for _, counts, end in group:
+            tokens, size = tokens + end - counts, size + int(sizes[counts:end].sum())
     return Evaluation(nats, tokens, size)
 
 
@@ -114,11 +119,18 @@ def _spans(length: int, window: int | None, stride: int | None) -> Iterator[tupl
             counted = end
 
 
+def _groups(spans: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Neighbours of one length, as many as are read at once."""
+    for length, found in itertools.groupby(spans, lambda span: span[2] - span[0]):
+        alike, most = list(found), max(1, AT_ONCE // length)
+        yield from (alike[i : i + most] for i in range(0, len(alike), most))
+
+
 def _nats(model: MambaLM, ids: Any, targets: Any) -> Iterator[tuple[float, int]]:
-    """The sum over the targets that count, of one piece after the other, and how many tokens were read by then."""
-    states = model.new_states(1)
-    for at in range(0, len(ids), PIECE):
-        piece, wanted = ids[None, at : at + PIECE], targets[None, at : at + PIECE]
+    """The sum over the targets of some rows that count, piece by piece, and how much of a row is read by then."""
+    states = model.new_states(len(ids))
+    for at in range(0, ids.shape[1], PIECE):
+        piece, wanted = ids[:, at : at + PIECE], targets[:, at : at + PIECE]
         with no_grad():
             hidden, states = model.backbone.extend(piece, states)
             mean = linear_cross_entropy(hidden, model.lm_head.weight, wanted).item()
