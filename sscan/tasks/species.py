@@ -90,7 +90,7 @@ class Species(Task):
     name = "species"
     unit = "bits"
     goal = "error"
-    goal_is = "wrong, of one"
+    goal_is = "share of mistakes"
     tokens_are = "bases"
     Options = SpeciesOptions
     recipe = Recipe(weight_decay=0.1, betas=(0.9, 0.95), warmup=0.5, final=1e-6, clip=1.0)
