@@ -228,10 +228,13 @@ class DNA(Task):
         return nats, bases
 
     def compared(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
-        """Bits per base of what is held out, by the model and by counting and compressing.
+        """Bits per base of what is held out, by the model and by counting and compressing."""
+        return {**self.held_out_bits(model, progress), **self.baselines()}
 
-        The model reads windows of its length, as in training, and if it has states also each region as a whole. The
-        order of the Markov model is the one that does best here.
+    def held_out_bits(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
+        """Bits per base of what is held out: in windows as in training, and of each region as a whole.
+
+        The latter are there if the model has states.
         """
         name = "Mamba" if isinstance(model, MambaLM) else "model"
         nats, bases = self._nats_of_windows(model, progress=lambda share: progress(share / 2))
@@ -245,11 +248,14 @@ class DNA(Task):
                     progress((1 + (done + read) / letters) / 2)
                 done += end - start
             found[f"{name}, states carried along"] = self.in_unit(nats / bases)
+        return found
+
+    def baselines(self) -> dict[str, float]:
+        """Bits per base of what is held out, of the Markov model whose order does best there, and of xz."""
         seen, held_out = (_bases(self.data, regions) for regions in (self.training, self.held_out))
         order, bits = best_markov(seen, held_out, both_strands=self.options.reverse_complement)
-        found[f"Markov of order {order}"] = bits
         compressed = lzma.compress(held_out.tobytes(), preset=9 | lzma.PRESET_EXTREME)
-        return {**found, "xz": 8 * len(compressed) / held_out.size}
+        return {f"Markov of order {order}": bits, "xz": 8 * len(compressed) / held_out.size}
 
     def described(self) -> dict[str, str]:
         """What is trained on and held out, and how the lengths of windows rise."""
