@@ -185,6 +185,7 @@ def test_linear_prediction_is_a_code() -> None:
     noise = np.random.default_rng(0).integers(0, 256, 40_000).astype(np.uint8)
     assert LinearPrediction(sine[:36_000]).bits_per_sample(sine, 36_000) < 3
     assert 7.9 < LinearPrediction(noise[:36_000]).bits_per_sample(noise, 36_000) < 9.5
+    assert LinearPrediction(sine[:20]).bits_per_sample(sine[:25], 20) < 10  # fewer than it looks back
     silent = np.full(5000, SILENCE, np.uint8)
     assert LinearPrediction(silent[:4000]).bits_per_sample(silent, 4000) < 0.1
 

@@ -26,7 +26,7 @@ class LinearPrediction:
         from scipy.linalg import solve_toeplitz
 
         x = expand(levels)
-        lags = np.array([x[: x.size - k] @ x[k:] for k in range(ORDER + 1)])
+        lags = np.array([x[: max(x.size - k, 0)] @ x[k:] for k in range(ORDER + 1)])
         lags[0] += 1e-9 * (lags[0] + 1)  # so that there is a solution for silence, too
         self.weights = solve_toeplitz(lags[:-1], lags[1:])
         self.counts = np.full((LOUDNESS, DISTANCES, 511), 0.5)
