@@ -1,4 +1,4 @@
-"""The command ``sscan``: train a Mamba on a text; continue texts with models, evaluate and convert them; reproduce.
+"""The command ``sscan``: train models on texts or DNA; continue, evaluate, score and convert; reproduce.
 
 Results go to standard output; progress and errors go to standard error. Exit codes: 0, 1 for a failure that is not the
 user's, 2 for a mistake in what was asked for, 128 + signal after an interruption.
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from sscan.models.tokens import Vocabulary
     from sscan.nn import MambaLM
-    from sscan.tasks.text import Text
+    from sscan.tasks.sequences import Record
+    from sscan.tasks.task import RunOptions
     from sscan.tasks.training import TrainingRun
 
 SAMPLE_TOKENS = 400
@@ -126,6 +127,13 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
 def _path(text: str) -> Path:
     if not text:  # which Path takes for the current folder
         raise ValueError
@@ -138,19 +146,31 @@ def _model(text: str) -> str:
 
 # What argparse calls them in "invalid ... value".
 _positive_int.__name__, _positive_float.__name__ = "positive integer", "positive number"
+_number.__name__ = "number"
 _path.__name__ = _model.__name__ = "path"
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sscan.tasks.task import PRECISIONS, RunOptions
-
     parser = _Parser(prog="sscan", description="Selective state space models (Mamba) in pure Python.")
     parser.add_argument("--version", action="version", version=f"sscan {sscan.__version__}")
     parser.set_defaults(command=lambda options: parser.print_help())
     commands = parser.add_subparsers(dest="name", metavar="command")
-    default = RunOptions()
+    _add_train(commands)
+    _add_language_models(commands)
+    _add_reproduce(commands)
 
-    train = commands.add_parser("train", help="train a language model on texts, by bytes or tokens")
+    info = commands.add_parser("info", help="devices, versions, threads and cache folder")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    """The commands that train a model: on texts, DNA, or species."""
+    from sscan.tasks.dna import DNAOptions
+    from sscan.tasks.species import SpeciesOptions
+    from sscan.tasks.task import RunOptions
+
+    train = commands.add_parser("train", help="train a language model on texts, by bytes or tokens, or on DNA")
     train.set_defaults(command=_train)
     train.add_argument(
         "--text", type=_path, nargs="+", metavar="FILE",
@@ -160,11 +180,47 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", type=_model, metavar="FILE",
         help="tokenizer.json, or a folder or name on the hub that has one (default: tokens are bytes)",
     )  # fmt: skip
-    train.add_argument("--out", type=_path, metavar="DIR", help="checkpoint folder; default: a new one in runs/")
-    train.add_argument("--resume", type=_path, metavar="DIR", help="continue the run in this folder")
-    length = train.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=_positive_float, help=f"time to train for (default {default.minutes:g})")
-    length.add_argument("--steps", type=_positive_int, help="number of steps to train for")
+    _add_run_options(train, RunOptions(), "bits per byte are")
+    # What they do not get, the options in front of their names keep.
+    tasks = train.add_subparsers(dest="task", metavar="task", help="what else to train on (default: texts)")
+    dna = tasks.add_parser("dna", help="FASTA files, base by base", argument_default=argparse.SUPPRESS)
+    dna.add_argument("fasta", type=_path, nargs="*", default=[], metavar="FASTA", help="plain or compressed")
+    _add_run_options(dna, DNAOptions(), "bits per base are")
+    dna.add_argument(
+        "--length-warmup", type=_number, metavar="EPOCHS",
+        help=f"at 1024 bases, at twice as many, ... below the length (default {DNAOptions.length_warmup:g})",
+    )  # fmt: skip
+    dna.add_argument(
+        "--held-out", nargs="+", metavar="RECORD", help="records to hold out (default: the last tenth of each)"
+    )
+    dna.add_argument(
+        "--one-strand", action="store_const", const=False, dest="reverse_complement", help="read forward only"
+    )
+    dna.add_argument(
+        "--model", choices=["mamba", "transformer"],
+        help="a Transformer has the parameters of a Mamba of twice the blocks (default mamba)",
+    )  # fmt: skip
+    species = tasks.add_parser(
+        "species", help="alignments in MAF: which species is a window of?", argument_default=argparse.SUPPRESS
+    )
+    species.add_argument("maf", type=_path, nargs="*", default=[], metavar="MAF", help="plain or compressed")
+    _add_run_options(species, SpeciesOptions(), "share of mistakes is")
+    species.add_argument("--from", type=_model, dest="pretrained", metavar="MODEL", help="folder of `sscan train dna`")
+    species.add_argument("--species", nargs="+", metavar="NAME", help="to tell apart (default: all in the alignment)")
+
+
+def _add_run_options(parser: argparse.ArgumentParser, default: RunOptions, target: str) -> None:
+    """The options that every task has."""
+    from sscan.tasks.task import PRECISIONS
+
+    parser.add_argument("--out", type=_path, metavar="DIR", help="checkpoint folder; default: a new one in runs/")
+    parser.add_argument("--resume", type=_path, metavar="DIR", help="continue the run in this folder")
+    length = parser.add_mutually_exclusive_group()
+    minutes, steps = (
+        "" if value is None else f" (default {value:g})" for value in (default.minutes, default.steps)
+    )  # fmt: skip
+    length.add_argument("--minutes", type=_positive_float, help=f"time to train for{minutes}")
+    length.add_argument("--steps", type=_positive_int, help=f"number of steps to train for{steps}")
     numbers: list[tuple[str, Callable[[str], float], str]] = [
         ("d_model", _positive_int, "width of the model"),
         ("n_layer", _positive_int, "number of blocks"),
@@ -176,31 +232,30 @@ def _parser() -> argparse.ArgumentParser:
     ]
     for name, kind, text in numbers:
         flag = "--" + name.replace("_", "-")
-        train.add_argument(flag, type=kind, help=f"{text} (default {getattr(default, name):g})")
-    train.add_argument(
-        "--target", type=_positive_float, metavar="BITS", help="stop when the held-out bits per byte are so few"
+        parser.add_argument(flag, type=kind, help=f"{text} (default {getattr(default, name):g})")
+    parser.add_argument(
+        "--target", type=_positive_float, metavar="GOAL", help=f"stop when the held-out {target} so few"
     )
-    train.add_argument(
+    parser.add_argument(
         "--precision", choices=PRECISIONS, help=f"of activations and matrix products (default {default.precision})"
     )
-    train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default %(default)s)")
-
-    _add_language_models(commands)
-    _add_reproduce(commands)
-
-    info = commands.add_parser("info", help="devices, versions, threads and cache folder")
-    info.set_defaults(command=_info)
-    return parser
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="where to train (default cpu)",
+        default=argparse.SUPPRESS if parser.argument_default is argparse.SUPPRESS else "cpu",
+    )  # fmt: skip
 
 
 def _add_language_models(commands: Any) -> None:
-    """The commands for models that are there: generate, evaluate, convert."""
+    """The commands for models that are there: generate, evaluate, score, convert."""
     from sscan.tasks.task import PRECISIONS
 
     generate = commands.add_parser("generate", help="continue a prompt with a model")
     evaluate = commands.add_parser("evaluate", help="measure how well a model predicts a text")
+    score = commands.add_parser("score", help="say how likely each base of DNA is, or what variants do to that")
     convert = commands.add_parser("convert", help="write a model in the format of the original or of transformers")
-    for command, function in ((generate, _generate), (evaluate, _evaluate), (convert, _convert)):
+    for command, function in (
+        (generate, _generate), (evaluate, _evaluate), (score, _score), (convert, _convert),
+    ):  # fmt: skip
         command.set_defaults(command=function)
         command.add_argument(
             "model", type=_model, metavar="MODEL", help="folder of a model or of a run, or its name on the hub"
@@ -209,8 +264,10 @@ def _add_language_models(commands: Any) -> None:
     for command in (generate, evaluate):
         command.add_argument(
             "--tokenizer", type=_model, metavar="FILE",
-            help="tokenizer.json, or a folder or name on the hub that has one (default: the model's, else bytes)",
+            help="tokenizer.json, or a folder or name on the hub that has one (default: the model's; else tokens are "
+            "bytes, or bases if there are 12)",
         )  # fmt: skip
+    for command in (generate, evaluate, score):
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
 
     source = generate.add_mutually_exclusive_group()
@@ -244,6 +301,18 @@ def _add_language_models(commands: Any) -> None:
     evaluate.add_argument(
         "--stride", type=_positive_int, metavar="N", help="let windows begin every N tokens; the last N count"
     )
+
+    score.set_defaults(tokenizer=None)
+    score.add_argument("fasta", type=_path, metavar="FASTA", help="plain or compressed")
+    score.add_argument(
+        "--variant", action="append", default=[], metavar="RECORD:POS:REF:ALT",
+        help="log p(ALT) - log p(REF) in place of every base's log p; positions begin with 1; repeatable",
+    )  # fmt: skip
+    score.add_argument(
+        "--context", type=_positive_int, default=1024, metavar="N",
+        help="letters that are read before and behind a variant (default %(default)s)",
+    )  # fmt: skip
+    score.add_argument("--both-strands", action="store_true", help="the mean of both strands, for variants")
 
     convert.add_argument("folder", type=_path, metavar="FOLDER", help="where to write it")
     convert.add_argument("--format", choices=["original", "transformers"], default="transformers")
@@ -305,7 +374,7 @@ def _mistakes() -> Iterator[None]:
 def _train(options: argparse.Namespace) -> int:
     with _mistakes():
         run, folder = _open_run(options)
-    return _train_and_report(run, folder, options.device)
+    return _train_and_report(run, folder, options)
 
 
 def _array_module(device: str) -> Any:
@@ -318,63 +387,64 @@ def _array_module(device: str) -> Any:
         raise Mistake(f"--device {device}: {mistake}") from mistake
 
 
-def _train_and_report(run: TrainingRun[Text], folder: Path, device: str) -> int:
-    _describe(run, device)
+def _train_and_report(run: TrainingRun[Any], folder: Path, options: argparse.Namespace) -> int:
+    _describe(run, options.device)
     try:
         interrupted = _train_until_done(run, folder)
     except FloatingPointError as error:  # of the learning rate that was asked for
         raise Mistake(str(error)) from error
     checkpoint = f"checkpoint  {folder}: {len(run.losses):,} steps in {run.seconds:.0f} s"
     if interrupted:
-        where = "" if device == "cpu" else f" --device {device}"
+        again = f"sscan train {options.task} --resume" if options.task else "sscan train --resume"
+        where = "" if options.device == "cpu" else f" --device {options.device}"
         try:
             print(checkpoint, flush=True)
         except OSError:  # the terminal was closed; the signal says more than this does
             _discard(sys.stdout)
-        return _fail(f"sscan train: stopped; continue with: sscan train --resume {folder}{where}", 128 + interrupted)
+        return _fail(f"sscan train: stopped; continue with: {again} {folder}{where}", 128 + interrupted)
     print(checkpoint)
+    if options.device == "cuda":
+        free, total = _cupy_with_gpu().cuda.runtime.memGetInfo()
+        print(f"memory      {(total - free) / 2**30:.1f} GiB of the GPU are taken, by whatever is on it")
     _report(run, folder)
     return 0
 
 
-def _describe(run: TrainingRun[Text], device: str) -> None:
+def _describe(run: TrainingRun[Any], device: str) -> None:
     """Say what is trained on what."""
-    task, options, size = run.task, run.options, run.task.bytes.size
-    more = f" and {len(task.texts) - 1} more" if len(task.texts) > 1 else ""
-    print(f"text        {task.texts[0]}{more}: {size:,} bytes, the last {task.held_out_bytes:,} of them held out")
-    if task.tokens_are != "bytes":
-        tokens = task.data.size
-        print(f"tokens      {tokens:,} of {task.vocabulary.size:,} kinds, {size / tokens:.2f} bytes each")
+    from sscan.nn import MambaLM
+
+    task, options = run.task, run.options
+    for title, line in task.described().items():
+        print(f"{title:<12}{line}")
+    kind = "Mamba blocks" if isinstance(run.model, MambaLM) else "blocks of attention and GLU"
     print(
-        f"model       {run.model.parameter_count():,} parameters in {options.n_layer} Mamba blocks of width "
+        f"model       {run.model.parameter_count():,} parameters in {options.n_layer} {kind} of width "
         f"{options.d_model}, {options.batch} windows of {options.length} {task.tokens_are} a step"
     )
     print(f"device      {device}, {options.precision}")
 
 
-def _report(run: TrainingRun[Text], folder: Path) -> None:
-    """Say what a run has come to: held-out results, beside those of counting, and a sample."""
+def _report(run: TrainingRun[Any], folder: Path) -> None:
+    """Say what a run has come to: held-out results, beside those of simpler models, and a sample."""
     from sscan.nn import MambaLM
-    from sscan.tasks.backoff import BackoffModel
     from sscan.tasks.loop import BEST_FOLDER
-    from sscan.tasks.progress import draw_loss_curve
+    from sscan.tasks.progress import Bar, draw_loss_curve
 
     task, model = run.task, run.model
-    assert isinstance(model, MambaLM)
-    results = {"Mamba": task.held_out_bits(model)}
-    start = task.bytes.size - task.held_out_bytes
-    counted = BackoffModel(task.bytes[:start], 4)
-    for order in (2, 4):
-        results[f"order-{order} back-off"] = counted.bits_per_byte(task.bytes, start, order)
-    print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + " bits per byte")
+    with Bar("held out", sys.stderr) as bar:
+        results = task.compared(model, bar)
+    print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + f" {task.goal_is}")
     if run.best is not None:
-        step, bits = run.best
+        step, goal = run.best
         print(
-            f"best        {folder / BEST_FOLDER}: {bits:.3f} bits per byte of some held-out windows, at step {step:,}"
+            f"best        {folder / BEST_FOLDER}: {goal:.3f} {task.goal_is} of some held-out windows, at step {step:,}"
         )
     drawn = draw_loss_curve(folder / "loss.png", run, results)
     print(f"curve       {folder / 'loss.png' if drawn else NO_CURVE}")
-    prompt = task.data[task.held_out : task.held_out + 64]
+    prompt = task.prompt()
+    if prompt is None or not isinstance(model, MambaLM):
+        return
     print(
         f"sample      {SAMPLE_TOKENS} {task.tokens_are}, decoded with a state of constant size, "
         f"after {prompt.size} held-out ones:\n"
@@ -384,31 +454,59 @@ def _report(run: TrainingRun[Text], folder: Path) -> None:
         model.generate(prompt, SAMPLE_TOKENS, temperature=0.8, streamer=streamer, vocab_size=task.vocabulary.size)
 
 
-def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Text], Path]:
+def _open_run(options: argparse.Namespace) -> tuple[TrainingRun[Any], Path]:
     """The run to continue, or a new one, and its folder."""
-    from sscan.models.tokens import tokenizer_file
-    from sscan.tasks.task import RunOptions
-    from sscan.tasks.text import Text, text_files
     from sscan.tasks.training import STATE_FILE, TrainingRun
 
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunOptions)}
-    given = {name: value for name, value in given.items() if value is not None}
+    task, data = _task_and_data(options)
+    given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(task.Options)}
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
     array_module = _array_module(options.device)
     if "minutes" in given:
         given["steps"] = None
-    texts = None if options.text is None else text_files(options.text)
-    tokenizer = None if options.tokenizer is None else tokenizer_file(options.tokenizer)
     if options.resume is not None:
         if options.out is not None:
             raise Mistake("--out: a resumed run stays in the folder of --resume")
-        run = TrainingRun.load(options.resume, Text, array_module, given, texts=texts, tokenizer=tokenizer)
+        run = TrainingRun.load(options.resume, task, array_module, given, **data)
         return run, _prepared(options.resume)
-    run = TrainingRun(Text(RunOptions(**given), texts or [_default_text()], tokenizer), array_module)
-    folder = options.out or _new_folder(options.text[0].resolve().stem if options.text else run.task.texts[0].stem)
+    files, *_ = data.values()
+    if not files:
+        raise Mistake(f"{task.name}: files to train on must be named")
+    run = TrainingRun(task(task.Options(**given), **data), array_module)
+    folder = options.out or _new_folder((options.text or files)[0].resolve().stem)
     if (folder / STATE_FILE).exists():
         raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     return run, _prepared(folder)
+
+
+def _task_and_data(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The task that was named, and what it is given beside options, files first."""
+    from sscan.models.pretrained import open_model
+    from sscan.models.tokens import tokenizer_file
+    from sscan.tasks.dna import DNA, TRANSFORMER
+    from sscan.tasks.species import Species
+    from sscan.tasks.text import Text, text_files
+
+    new = options.resume is None
+    if options.task is None:
+        texts = None if options.text is None else text_files(options.text)
+        tokenizer = None if options.tokenizer is None else tokenizer_file(options.tokenizer)
+        return Text, {"texts": texts or ([_default_text()] if new else None), "tokenizer": tokenizer}
+    for name in ("text", "tokenizer"):
+        if getattr(options, name) is not None:
+            raise Mistake(f"--{name}: {options.task} is of no text")
+    if options.task == "dna":
+        options.layers = TRANSFORMER if getattr(options, "model", None) == "transformer" else None
+        return DNA, {"fasta": options.fasta}
+    pretrained = getattr(options, "pretrained", None)
+    if pretrained is None:
+        return Species, {"maf": options.maf}
+    if not new:
+        raise Mistake("--from: a resumed run has its model")
+    with open_model(pretrained) as (config, _):
+        options.d_model, options.n_layer = options.d_model or config.d_model, options.n_layer or config.n_layer
+    return Species, {"maf": options.maf, "pretrained": Path(pretrained)}
 
 
 def _prepared(folder: Path) -> Path:
@@ -529,9 +627,12 @@ def _open_model(options: argparse.Namespace) -> tuple[MambaLM, Vocabulary]:
     """The model, where it is to compute, and what its tokens mean."""
     from sscan.models.tokens import vocabulary_of
     from sscan.nn import MambaLM
+    from sscan.tasks.species import NAMES_FILE
     from sscan.tasks.task import PRECISIONS
 
     xp = _array_module(options.device)
+    if (Path(options.model) / NAMES_FILE).exists():
+        raise Mistake(f"{options.model} tells species apart, and continues nothing")
     model = MambaLM.from_pretrained(options.model, PRECISIONS[options.dtype or "float32"])
     vocabulary = vocabulary_of(options.model, model.config.vocab_size, options.tokenizer)
     model.to(xp)
@@ -663,6 +764,63 @@ def _evaluate(options: argparse.Namespace) -> int:
     print(f"perplexity  {result.perplexity:.4f}")
     print(f"bits        {result.bits_a_byte:.4f} a byte")
     return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from sscan.models.tokens import Bases
+    from sscan.tasks.scoring import Variant
+    from sscan.tasks.sequences import read_fasta
+
+    with _mistakes():
+        if options.both_strands and not options.variant:
+            raise Mistake("--both-strands: goes with --variant")
+        variants = [Variant.parse(text) for text in options.variant]
+        model, vocabulary = _open_model(options)
+        if not isinstance(vocabulary, Bases):
+            raise Mistake(f"{options.model}: a model of DNA has {Bases.size} tokens, this one {vocabulary.size}")
+        records = {record.name: record for record in read_fasta(options.fasta)}
+        pairs = []
+        for variant in variants:
+            if variant.record not in records:
+                raise Mistake(f"{variant}: {options.fasta} has no record {variant.record}")
+            pairs.append((variant, *variant.both(records[variant.record], options.context)))
+    if variants:
+        _score_variants(model, pairs, both_strands=options.both_strands)
+    else:
+        _score_bases(model, list(records.values()))
+    return 0
+
+
+def _score_variants(model: MambaLM, pairs: list[Any], *, both_strands: bool) -> None:
+    """Print the log-likelihood ratio of each variant."""
+    from sscan.tasks.scoring import log_likelihood_ratio
+
+    print("record", "position", "ref", "alt", "log_likelihood_ratio", sep="\t")
+    for variant, ref, alt in pairs:
+        ratio = log_likelihood_ratio(model, ref, alt, both_strands=both_strands)
+        print(variant.record, variant.position, variant.ref, variant.alt, f"{ratio:.4f}", sep="\t", flush=True)
+
+
+def _score_bases(model: MambaLM, records: list[Record]) -> None:
+    """Print log p of every letter but the first of each record; and on standard error what it comes to."""
+    from sscan.tasks.evaluation import Evaluation
+    from sscan.tasks.scoring import log_likelihoods
+    from sscan.tasks.sequences import BASES, is_base
+
+    nats, bases = 0.0, 0
+    print("record", "position", "base", "log_likelihood", sep="\t")
+    for record in records:
+        at = 1
+        for part in log_likelihoods(model, record.tokens):
+            tokens = record.tokens[at : at + part.size]
+            for i, (letter, value) in enumerate(zip(BASES.decode(tokens.tolist()), part.tolist(), strict=True), at + 1):
+                sys.stdout.write(f"{record.name}\t{i}\t{letter}\t{value:.4f}\n")
+            counts = is_base(tokens)
+            nats, bases, at = nats - float(part[counts].sum()), bases + int(counts.sum()), at + part.size
+    if bases:
+        found = Evaluation(nats, bases, bases)
+        line = f"{found.bits_a_byte:.4f} bits a base, perplexity {found.perplexity:.4f}"
+        print(f"{bases:,} bases of {len(records):,} records: {line}", file=sys.stderr)
 
 
 def _convert(options: argparse.Namespace) -> int:

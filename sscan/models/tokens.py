@@ -1,4 +1,4 @@
-"""Vocabularies: the 256 bytes, and what a ``tokenizer.json`` says."""
+"""Vocabularies: the 256 bytes, the bases of DNA, and what a ``tokenizer.json`` says."""
 
 from __future__ import annotations
 
@@ -111,7 +111,65 @@ class Tokens:
         return None if found is None else int(found)
 
 
-Vocabulary = Bytes | Tokens
+class Bases:
+    """The vocabulary of models of DNA: A 7, C 8, G 9, T 10 and N 11, behind seven special tokens.
+
+    Those are the ids of HyenaDNA's tokenizer, which the paper's models use. Case makes no difference, U is read as T,
+    and the other letters of IUPAC's code, which stand for some bases, are the unknown token, 6. Texts may be in FASTA:
+    lines that begin with ``>`` and white space are left out.
+    """
+
+    size = 12
+    UNKNOWN, A, C, G, T, N = 6, 7, 8, 9, 10, 11
+    COMPLEMENT = np.array([0, 1, 2, 3, 4, 5, UNKNOWN, T, G, C, A, N], np.uint8)  # of each token
+    LETTERS = b"??????NACGTN"  # of each token; what is unknown may be any
+
+    def tokens(self, letters: bytes) -> Array:
+        """The tokens of letters, as uint8.
+
+        Raises
+        ------
+        ValueError
+            If one stands for no base.
+        """
+        ids = _TOKEN_OF[np.frombuffer(letters, np.uint8)]
+        if not ids.all():
+            wrong = letters[int(ids.argmin())]
+            raise ValueError(f"{chr(wrong)!r} is no base, nor a letter that stands for some")
+        return ids
+
+    def encode(self, text: bytes) -> list[int]:
+        """The tokens of a text."""
+        return list(self.encode_long(text).tolist())
+
+    def encode_sized(self, text: bytes) -> tuple[Array, Array]:
+        """The tokens of a text, each of which is one letter."""
+        ids = self.encode_long(text)
+        return ids.astype(np.int64), np.ones(ids.size, np.int64)
+
+    def encode_long(self, text: bytes) -> Array:
+        """The tokens of a text, as uint8."""
+        return self.tokens(b"".join(b"".join(line.split()) for line in text.splitlines() if not line.startswith(b">")))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The letters of tokens."""
+        return bytes(self.LETTERS[token] for token in ids).decode()
+
+    def writer(self) -> Callable[[int], bytes]:
+        """A function of one token after the other, which returns the letter of each."""
+        return lambda token: self.LETTERS[token : token + 1]
+
+    def token(self, text: str) -> int | None:
+        """The special token of this name: none has one."""
+        return None
+
+
+_TOKEN_OF = np.zeros(256, np.uint8)  # of each letter; 0 for what is none
+_TOKEN_OF[list(b"ACGTNU")] = Bases.A, Bases.C, Bases.G, Bases.T, Bases.N, Bases.T
+_TOKEN_OF[list(b"RYSWKMBDHV")] = Bases.UNKNOWN
+_TOKEN_OF[ord("a") : ord("z") + 1] = _TOKEN_OF[ord("A") : ord("Z") + 1]
+
+Vocabulary = Bytes | Bases | Tokens
 
 
 def _groups(text: str) -> Iterator[list[str]]:
@@ -146,7 +204,7 @@ def vocabulary_of(model: str | Path, size: int, tokenizer: str | Path | None = N
     model : str or Path
         The model's folder, or name on the hub, whose ``tokenizer.json`` it is.
     size : int
-        Of the model's vocabulary: 256 are bytes, if there is no such file.
+        Of the model's vocabulary: if there is no such file, 256 are bytes and 12 are bases.
     tokenizer : str or Path, optional
         Another file, folder or name on the hub.
 
@@ -157,9 +215,10 @@ def vocabulary_of(model: str | Path, size: int, tokenizer: str | Path | None = N
     """
     found = Source(model).find(TOKENIZER) if tokenizer is None else tokenizer_file(tokenizer)
     if found is None:
-        if size != Bytes.size:
-            raise ValueError(f"{model} has a vocabulary of {size}, not the 256 bytes, and no {TOKENIZER}")
-        return Bytes()
+        for vocabulary in (Bytes(), Bases()):
+            if size == vocabulary.size:
+                return vocabulary
+        raise ValueError(f"{model} has a vocabulary of {size}, not the 256 bytes, and no {TOKENIZER}")
     tokens = Tokens(found)
     if tokens.size > size:
         raise ValueError(f"{found} has {tokens.size} tokens, more than the {size} of the model")

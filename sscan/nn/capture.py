@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan.nn.autodiff import array_module
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -17,7 +19,9 @@ class capture:  # used as a decorator
 
     The first call runs the function as it is, which compiles what has to be compiled. The second one records it, and
     from then on a call copies its arguments to where the graph reads them and launches the graph: what the function
-    does on the host, in Python, is not done again. On NumPy arrays every call runs the function.
+    does on the host, in Python, is not done again. Arrays of other shapes or dtypes, or on another device, begin anew,
+    and the graph that was is let go together with its memory: so lengths may change in stages, while shapes that come
+    and go are better captured once for each. On NumPy arrays every call runs the function.
 
     Parameters
     ----------
@@ -47,21 +51,16 @@ class capture:  # used as a decorator
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self._calls = 0
+        self._kinds: list[Any] = []  # of the arrays of the last call
         self._recorded: _Recorded | None = None
 
     def __call__(self, *arrays: Array) -> Any:
-        """What the function returns for these arrays.
-
-        Raises
-        ------
-        ValueError
-            If an array differs in shape, dtype or device from that of the call that was recorded.
-        """
+        """What the function returns for these arrays."""
         if all(isinstance(array, np.ndarray) for array in arrays):
             return self.function(*arrays)
-        self._calls += 1
-        if self._calls == 1:
+        kinds = [(array.shape, array.dtype, array.device) for array in arrays]
+        if kinds != self._kinds:
+            self._kinds, self._recorded = kinds, None
             return self.function(*arrays)
         if self._recorded is None:
             self._recorded = _Recorded(self.function, arrays)
@@ -77,13 +76,11 @@ class _Recorded:
         from sscan.cuda._graphs import Graph
 
         self.inputs = [array.copy() for array in arrays]
+        array_module(arrays[0]).get_default_memory_pool().free_all_blocks()  # of the call before, which took as much
         self.graph = Graph(lambda: function(*self.inputs))  # type: ignore[no-untyped-call]
 
     def put(self, arrays: tuple[Array, ...]) -> None:
         """Copy the arguments to where the graph reads them."""
-        kinds, expected = ([(x.shape, x.dtype, x.device) for x in given] for given in (arrays, self.inputs))
-        if kinds != expected:
-            raise ValueError(f"capture: arrays must be like the recorded ones, {expected}, got {kinds}")
         for place, array in zip(self.inputs, arrays, strict=True):
             place[...] = array
 

@@ -14,7 +14,10 @@ from sscan.models.pretrained import weights_in
 from sscan.nn import MambaConfig, MambaLM, SequenceConfig, SequenceModel, warmup_cosine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from sscan.models.tokens import Vocabulary
 
 Model: TypeAlias = MambaLM | SequenceModel
 ModelConfig: TypeAlias = MambaConfig | SequenceConfig
@@ -140,6 +143,12 @@ class Task(ABC):
         In which losses are shown.
     goal : str
         The one of the measures that is to become small.
+    goal_is : str
+        What that is, in words.
+    tokens_are : str
+        What the tokens are, in words.
+    vocabulary : Vocabulary
+        What they mean, if a model continues sequences of them: then there is a `prompt`.
     recipe : Recipe
     Options : type of RunOptions
         With the task's default configuration.
@@ -148,6 +157,9 @@ class Task(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
     goal: ClassVar[str]
+    goal_is: ClassVar[str] = ""
+    tokens_are: str = "tokens"
+    vocabulary: Vocabulary
     recipe: Recipe
     Options: ClassVar[type[RunOptions]] = RunOptions
 
@@ -173,6 +185,21 @@ class Task(ABC):
     def final(self, model: Model) -> dict[str, float]:
         """What a finished run has come to, as a table shows it; the goal need not be among it."""
         return self.measure(model)
+
+    def compared(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
+        """What the goal is for all that is held out, for the model and for simpler ones.
+
+        `progress` is called with the share that is done of what takes long.
+        """
+        return {}
+
+    def described(self) -> dict[str, str]:
+        """What there is to say of the data: titles and lines."""
+        return {}
+
+    def prompt(self) -> Any:
+        """Held-out tokens to be continued by a trained model, if that is what it does."""
+        return None
 
     @abstractmethod
     def about(self) -> dict[str, Any]:

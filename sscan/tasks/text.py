@@ -15,13 +15,13 @@ from sscan.models.config import MambaConfig
 from sscan.models.files import check_readable, content_of, write_atomically
 from sscan.models.tokens import TOKENIZER, Bytes, Tokens
 from sscan.nn import no_grad
+from sscan.tasks.backoff import BackoffModel
 from sscan.tasks.evaluation import IGNORED
 from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, RunOptions, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from sscan.models.tokens import Vocabulary
     from sscan.tasks.task import Model, ModelConfig
 
 HELD_OUT = 0.1  # the share of a text, at its end, that no model is trained on
@@ -63,6 +63,7 @@ class Text(Task):
     name = "text"
     unit = "bits/byte"
     goal = "bits_per_byte"
+    goal_is = "bits per byte"
     recipe = LANGUAGE_MODELS
 
     def __init__(self, options: RunOptions, texts: Sequence[Path], tokenizer: Path | None = None) -> None:
@@ -71,7 +72,7 @@ class Text(Task):
         self.bytes = np.concatenate([read_text(path, utf8=tokenizer is not None) for path in self.texts])
         self._sha256 = hashlib.sha256(self.bytes.data).hexdigest()
         start = held_out_start(self.bytes)
-        self.vocabulary: Vocabulary = Bytes()
+        self.vocabulary = Bytes()
         self.tokens_are, self._tokenizer = "bytes", None
         if tokenizer is not None:
             self.vocabulary = Tokens(tokenizer)
@@ -107,6 +108,26 @@ class Text(Task):
         """Bits per byte of the held-out part, or of so many windows at most of it."""
         nats = mean_nats(model, self.data, self.held_out, self.options.length, self.options.batch, most)
         return nats / math.log(2) * ((self.data.size - self.held_out) / self.held_out_bytes)
+
+    def compared(self, model: Model, progress: Callable[[float], object] = lambda share: None) -> dict[str, float]:
+        """Bits per byte of all of the held-out part, of the model and of byte models that back off."""
+        start = self.bytes.size - self.held_out_bytes
+        counted = BackoffModel(self.bytes[:start], 4)
+        orders = {f"order-{k} back-off": counted.bits_per_byte(self.bytes, start, k) for k in (2, 4)}
+        return {"Mamba": self.held_out_bits(model), **orders}
+
+    def described(self) -> dict[str, str]:
+        """How much text, and how many tokens that are no bytes."""
+        more = f" and {len(self.texts) - 1} more" if len(self.texts) > 1 else ""
+        size, tokens = self.bytes.size, self.data.size
+        lines = {"text": f"{self.texts[0]}{more}: {size:,} bytes, the last {self.held_out_bytes:,} of them held out"}
+        if self.tokens_are != "bytes":
+            lines["tokens"] = f"{tokens:,} of {self.vocabulary.size:,} kinds, {size / tokens:.2f} bytes each"
+        return lines
+
+    def prompt(self) -> npt.NDArray[Any]:
+        """The beginning of what is held out."""
+        return self.data[self.held_out : self.held_out + 64]
 
     def save_model(self, model: Model, folder: Path) -> None:
         """Write the model, and its tokenizer beside it."""
