@@ -15,9 +15,7 @@ class Graph:
     """
 
     def __init__(self, function):
-        cupy = sys.modules["cupy"]
-        cuda = cupy.cuda
-        cupy.get_default_memory_pool().free_all_blocks()  # of a call before, which had as much
+        cuda = sys.modules["cupy"].cuda
         self._function = function  # and with it the arrays that the graph reads and writes
         self._memory, stream = cuda.MemoryPool(), cuda.Stream(non_blocking=True)
         stream.wait_event(cuda.get_current_stream().record())

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan.nn.autodiff import array_module
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -74,6 +76,7 @@ class _Recorded:
         from sscan.cuda._graphs import Graph
 
         self.inputs = [array.copy() for array in arrays]
+        array_module(arrays[0]).get_default_memory_pool().free_all_blocks()  # of the call before, which took as much
         self.graph = Graph(lambda: function(*self.inputs))  # type: ignore[no-untyped-call]
 
     def put(self, arrays: tuple[Array, ...]) -> None:
