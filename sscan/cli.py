@@ -1,4 +1,4 @@
-"""The command ``sscan``: train models on texts or DNA; continue, evaluate, score and convert; reproduce.
+"""The command ``sscan``: train models on texts, DNA or audio; continue, evaluate, score and convert; reproduce.
 
 Results go to standard output; progress and errors go to standard error. Exit codes: 0, 1 for a failure that is not the
 user's, 2 for a mistake in what was asked for, 128 + signal after an interruption.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sscan.tasks.training import TrainingRun
 
 SAMPLE_TOKENS = 400
+TEMPERATURE = 0.8  # of texts
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers of GPT-2 and GPT-NeoX
 NO_CURVE = 'not drawn, for want of matplotlib; it comes with: pip install "sscan[plot]"'
 
@@ -165,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train(commands: Any) -> None:
-    """The commands that train a model: on texts, DNA, or species."""
+    """The commands that train a model: on texts, DNA, species, or audio."""
     from sscan.tasks.dna import DNAOptions
     from sscan.tasks.species import SpeciesOptions
     from sscan.tasks.task import RunOptions
@@ -207,6 +208,23 @@ def _add_train(commands: Any) -> None:
     _add_run_options(species, SpeciesOptions(), "share of mistakes is")
     species.add_argument("--from", type=_model, dest="pretrained", metavar="MODEL", help="folder of `sscan train dna`")
     species.add_argument("--species", nargs="+", metavar="NAME", help="to tell apart (default: all in the alignment)")
+    _add_audio(tasks)
+
+
+def _add_audio(tasks: Any) -> None:
+    """The command that trains on audio."""
+    from sscan.tasks.audio import BLOCKS, AudioOptions
+
+    audio = tasks.add_parser("audio", help="WAV and FLAC files", argument_default=argparse.SUPPRESS)
+    audio.add_argument(
+        "recordings", type=_path, nargs="*", default=[], metavar="FILE", help="WAV or FLAC, or folders of them"
+    )
+    default = AudioOptions()
+    _add_run_options(audio, default, "bits per sample are")
+    audio.add_argument("--rate", type=_positive_int, metavar="HZ", help="resample to it (default: that of the files)")
+    audio.add_argument("--block", choices=BLOCKS, help=f"what the stages repeat (default {default.block})")
+    audio.add_argument("--centre", choices=BLOCKS, help="in the middle stage (default: the same)")
+    audio.add_argument("--pool", type=_positive_int, help=f"of each of the two poolings (default {default.pool})")
 
 
 def _add_run_options(parser: argparse.ArgumentParser, default: RunOptions, target: str) -> None:
@@ -277,9 +295,13 @@ def _add_language_models(commands: Any) -> None:
         "stdin", nargs="?", choices=["-"], metavar="-", help="right behind MODEL: the prompt is standard input"
     )
     generate.add_argument(
-        "-n", "--tokens", "--bytes", type=_positive_int, default=SAMPLE_TOKENS, help="tokens to generate (%(default)s)"
+        "-n", "--tokens", "--bytes", type=_positive_int, help=f"tokens to generate ({SAMPLE_TOKENS}; of audio a second)"
     )
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (%(default)s)")
+    generate.add_argument(
+        "--temperature", type=float, help=f"0 takes the most likely token ({TEMPERATURE}; of audio 1)"
+    )
+    generate.add_argument("--out", type=_path, metavar="FILE", help="of audio: the WAV to write; a PNG goes beside it")
+    generate.add_argument("--seconds", type=_positive_float, help="of audio: how much to generate, in place of -n")
     generate.add_argument("--top-k", type=int, help="choose among the k most likely tokens")
     generate.add_argument("--top-p", type=float, help="choose among the most likely tokens of joint probability p")
     generate.add_argument("--min-p", type=float, help="leave out tokens below this share of the largest probability")
@@ -417,7 +439,7 @@ def _describe(run: TrainingRun[Any], device: str) -> None:
     task, options = run.task, run.options
     for title, line in task.described().items():
         print(f"{title:<12}{line}")
-    kind = "Mamba blocks" if isinstance(run.model, MambaLM) else "blocks of attention and GLU"
+    kind = "Mamba blocks" if isinstance(run.model, MambaLM) else task.layers_are
     print(
         f"model       {run.model.parameter_count():,} parameters in {options.n_layer} {kind} of width "
         f"{options.d_model}, {options.batch} windows of {options.length} {task.tokens_are} a step"
@@ -484,7 +506,9 @@ def _task_and_data(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The task that was named, and what it is given beside options, files first."""
     from sscan.models.pretrained import open_model
     from sscan.models.tokens import tokenizer_file
+    from sscan.tasks.audio import Audio
     from sscan.tasks.dna import DNA, TRANSFORMER
+    from sscan.tasks.recordings import SUFFIXES
     from sscan.tasks.species import Species
     from sscan.tasks.text import Text, text_files
 
@@ -499,6 +523,8 @@ def _task_and_data(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if options.task == "dna":
         options.layers = TRANSFORMER if getattr(options, "model", None) == "transformer" else None
         return DNA, {"fasta": options.fasta}
+    if options.task == "audio":
+        return Audio, {"recordings": text_files(options.recordings, SUFFIXES), "rate": getattr(options, "rate", None)}
     pretrained = getattr(options, "pretrained", None)
     if pretrained is None:
         return Species, {"maf": options.maf}
@@ -627,12 +653,15 @@ def _open_model(options: argparse.Namespace) -> tuple[MambaLM, Vocabulary]:
     """The model, where it is to compute, and what its tokens mean."""
     from sscan.models.tokens import vocabulary_of
     from sscan.nn import MambaLM
+    from sscan.tasks.audio import FILE
     from sscan.tasks.species import NAMES_FILE
     from sscan.tasks.task import PRECISIONS
 
     xp = _array_module(options.device)
     if (Path(options.model) / NAMES_FILE).exists():
         raise Mistake(f"{options.model} tells species apart, and continues nothing")
+    if (Path(options.model) / FILE).exists():
+        raise Mistake(f"{options.model} is a model of audio, which sscan generate alone can use")
     model = MambaLM.from_pretrained(options.model, PRECISIONS[options.dtype or "float32"])
     vocabulary = vocabulary_of(options.model, model.config.vocab_size, options.tokenizer)
     model.to(xp)
@@ -640,10 +669,64 @@ def _open_model(options: argparse.Namespace) -> tuple[MambaLM, Vocabulary]:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    from sscan.tasks.audio import FILE
+
+    if (Path(options.model) / FILE).exists():
+        return _generate_audio(options)
+    for name in ("out", "seconds"):
+        if getattr(options, name) is not None:
+            raise Mistake(f"--{name}: {options.model} is no model of audio")
+    return _generate_text(options)
+
+
+def _generate_audio(options: argparse.Namespace) -> int:
+    """Continue a recording, or silence, and write it with its picture."""
+    import numpy as np
+
+    from sscan.nn import Sampler
+    from sscan.tasks.audio import continued, open_audio_model
+    from sscan.tasks.progress import Bar
+    from sscan.tasks.recordings import SILENCE, compress, draw_spectrogram, expand, read_recording, write_recording
+    from sscan.tasks.task import PRECISIONS
+
+    for name in ("prompt", "stdin", "tokenizer", "stop"):
+        if getattr(options, name):
+            raise Mistake(f"{name}: {options.model} is a model of audio; --prompt-file takes a recording")
+    if options.repetition_penalty != 1 or options.samples != 1:
+        raise Mistake("--repetition-penalty, --samples: not for audio, of which one is made as likely as it is")
+    if options.out is None or options.out.suffix != ".wav":
+        raise Mistake(f"--out: must be a .wav to write, got {options.out}")
+    if options.tokens is not None and options.seconds is not None:
+        raise Mistake("--seconds: not beside -n, which is as good")
+    picture = options.out.with_suffix(".png")
+    xp = _array_module(options.device)
+    with _mistakes():
+        model, rate = open_audio_model(Path(options.model), PRECISIONS[options.dtype or "float32"])
+        temperature = 1.0 if options.temperature is None else options.temperature
+        sampler = Sampler(temperature, options.top_k, options.top_p, options.min_p, seed=options.seed)
+        prompt = np.array([SILENCE], np.uint8)
+        if options.prompt_file is not None:
+            prompt = compress(read_recording(options.prompt_file, rate)[0])
+    model.to(xp)
+    count = options.tokens or round((options.seconds or 1.0) * rate)
+    start = time.monotonic()
+    with Bar("generating", sys.stderr) as bar:
+        samples = expand(continued(model, prompt, count, sampler, bar))
+    seconds = time.monotonic() - start
+    write_recording(options.out, samples, rate)
+    print(f"written     {options.out}: {samples.size / rate:.2f} s, the last {count / rate:.2f} of them generated")
+    print(f"speed       {count / seconds:,.0f} samples/s, reading the prompt and compiling included")
+    print(f"picture     {picture if draw_spectrogram(picture, samples, rate) else NO_CURVE}")
+    return 0
+
+
+def _generate_text(options: argparse.Namespace) -> int:
     from sscan.nn import Sampler
     from sscan.tasks.progress import Bar
 
-    drawing = (options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    temperature = TEMPERATURE if options.temperature is None else options.temperature
+    tokens = options.tokens or SAMPLE_TOKENS
+    drawing = (temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     prompt = _prompt(options)
     with _mistakes():
         model, vocabulary = _open_model(options)
@@ -666,10 +749,10 @@ def _generate(options: argparse.Namespace) -> int:
 
         def streamer(sample: int, token: int) -> None:
             write(sample, token)
-            bar(next(said) / (options.samples * options.tokens))
+            bar(next(said) / (options.samples * tokens))
 
         model.generate(
-            [ids] * options.samples, options.tokens, *drawing, eos=vocabulary.token(options.eos), stop=options.stop,
+            [ids] * options.samples, tokens, *drawing, eos=vocabulary.token(options.eos), stop=options.stop,
             tokenizer=vocabulary, streamer=streamer, seed=options.seed, batch=1, vocab_size=vocabulary.size,
         )  # fmt: skip
     return 0

@@ -148,7 +148,10 @@ def test_language_model(device: Device, dtype: Any) -> None:
         device.check(got.grad, expected.grad, name)
 
 
-@pytest.mark.parametrize("layer", EVERY, ids=lambda layer: layer if isinstance(layer, str) else layer["layer"])
+UNET = {"layer": "unet", "blocks": 1, "pool": [3, 3]}
+
+
+@pytest.mark.parametrize("layer", [*EVERY, UNET], ids=lambda layer: layer if isinstance(layer, str) else layer["layer"])
 def test_layers(device: Device, layer: Any) -> None:
     config = SequenceConfig(8, 11, (layer,), norm="layer", positions="absolute", dropout=0.2)
     host, there = SequenceModel(config, np.float64), SequenceModel(config, np.float64)

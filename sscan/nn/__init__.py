@@ -23,6 +23,7 @@ from sscan.nn.sequence_config import SequenceConfig
 from sscan.nn.sequence_model import SequenceModel
 from sscan.nn.sequence_ops import causal_conv1d, linear_scan, rms_norm, selective_scan, ssm_convolution, ssm_kernel
 from sscan.nn.state_matrix import FixedMatrix, StateMatrix
+from sscan.nn.unet import UNet
 
 __all__ = [
     "GLU",
@@ -54,6 +55,7 @@ __all__ = [
     "StateMatrix",
     "States",
     "Tensor",
+    "UNet",
     "Ungated",
     "capture",
     "causal_conv1d",

@@ -15,7 +15,7 @@ from sscan.nn import decoding
 from sscan.nn.autodiff import Array, Tensor, array_module, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
 from sscan.nn.mamba import Mamba
-from sscan.nn.modules import Embedding, LayerNorm, Linear, Module, RMSNorm, lie_together
+from sscan.nn.modules import Embedding, LayerNorm, Linear, Module, ResidualBlock, RMSNorm, lie_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     from sscan.nn.sequence_config import SequenceConfig
 
 StatesT = TypeVar("StatesT", bound=list[Any])
-
-
-class ResidualBlock(Module):
-    """A norm and the mixer that reads it."""
-
-    def __init__(self, norm: RMSNorm | LayerNorm, mixer: Any) -> None:
-        self.norm = norm
-        self.mixer = mixer
 
 
 class Backbone(Module):

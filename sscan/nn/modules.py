@@ -301,6 +301,14 @@ class LayerNorm(Module):
         return ops.layer_norm(total, self.weight, self.bias, self.eps).astype(dtype), total
 
 
+class ResidualBlock(Module):
+    """A norm and the mixer that reads it."""
+
+    def __init__(self, norm: RMSNorm | LayerNorm, mixer: Any) -> None:
+        self.norm = norm
+        self.mixer = mixer
+
+
 class Dropout(Module):
     """Zero in the place of each number with probability `rate`, and 1 / (1 - rate) times the others.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,21 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sscan.models.arguments import check_flag, check_integer, check_number
-from sscan.nn.attention import Attention
-from sscan.nn.gated import Gated, Ungated
-from sscan.nn.h3 import H3
-from sscan.nn.hyena import Hyena
-from sscan.nn.mamba import Mamba
-from sscan.nn.mlp import GLU, MLP
+from sscan.nn.layers import BLOCKS, new_layers, plain_layers
 from sscan.nn.modules import LayerNorm, Parameter, RMSNorm
+from sscan.nn.unet import UNet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-LAYERS: dict[str, type[Any]] = {
-    "mamba": Mamba, "gated": Gated, "ungated": Ungated, "h3": H3, "hyena": Hyena, "attention": Attention,
-    "mlp": MLP, "glu": GLU,
-}  # fmt: skip
+LAYERS: dict[str, type[Any]] = {**BLOCKS, "unet": UNet}
 NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
 POSITIONS = ("none", "absolute")
 
@@ -40,8 +32,8 @@ class SequenceConfig:
         Width of the residual stream, and number of tokens.
     layers : tuple of dict
         Each the name of a layer, ``{"layer": "gated", ...}``, and further arguments of its class: "mamba"
-        (:class:`sscan.nn.Mamba`), "gated", "ungated", "h3", "hyena", "attention", "mlp" or "glu". A name alone stands
-        for a dict with nothing else.
+        (:class:`sscan.nn.Mamba`), "gated", "ungated", "h3", "hyena", "attention", "mlp", "glu" or "unet"
+        (:class:`sscan.nn.UNet`). A name alone stands for a dict with nothing else.
     norm : {"rms", "layer"}
         Before each layer, and at the end.
     norm_epsilon : float
@@ -89,24 +81,12 @@ class SequenceConfig:
                 )
         if self.dropout >= 1:
             raise ValueError(f"SequenceConfig: dropout must be below 1, got {self.dropout}")
-        layers: Any = self.layers
-        if not isinstance(layers, (list, tuple)) or not layers:
-            raise TypeError(f"SequenceConfig: layers must be a list of layers, got {layers!r}")
-        object.__setattr__(self, "layers", tuple(_plain(i, layer) for i, layer in enumerate(layers)))
+        object.__setattr__(self, "layers", plain_layers("SequenceConfig", "layers", self.layers, LAYERS))
         self.new_layers(np.float32)
 
     def new_layers(self, dtype: Any) -> list[Any]:
         """The layers, without initial values."""
-        made = []
-        for i, layer in enumerate(self.layers):
-            options = {name: value for name, value in layer.items() if name != "layer"}
-            try:
-                made.append(
-                    LAYERS[layer["layer"]](self.d_model, **options, n_layer=self.n_layer, dtype=dtype, seed=None)
-                )
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"SequenceConfig: layer {i}, {layer['layer']!r}: {error}") from error
-        return made
+        return new_layers("SequenceConfig", self.layers, LAYERS, self.d_model, self.n_layer, dtype)
 
     @property
     def n_layer(self) -> int:
@@ -158,17 +138,3 @@ class SequenceConfig:
             what = f"unknown key {min(unknown)!r}" if unknown else f"missing key {missing[0]!r}"
             raise ValueError(f"SequenceConfig: {what}")
         return cls(**values)
-
-
-def _plain(i: int, layer: Any) -> dict[str, Any]:
-    """A layer as JSON gives it back, so that configurations that say the same are equal."""
-    values = {"layer": layer} if isinstance(layer, str) else layer
-    if not isinstance(values, dict) or values.get("layer") not in LAYERS:
-        raise ValueError(
-            f"SequenceConfig: layer {i} must be one of {', '.join(LAYERS)}, or a dict with it as 'layer', got {layer!r}"
-        )
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(values))
-    except TypeError as error:
-        raise TypeError(f"SequenceConfig: layer {i}, {values['layer']!r}: {error}") from error
-    return plain

@@ -99,6 +99,7 @@ class DNA(Task):
     goal = "bits_per_base"
     goal_is = "bits per base"
     tokens_are = "bases"
+    layers_are = "blocks of attention and GLU"
     Options = DNAOptions
     recipe = LANGUAGE_MODELS
     vocabulary = BASES

@@ -14,7 +14,7 @@ from sscan.nn import linear_cross_entropy, no_grad
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sscan.nn import MambaLM
+    from sscan.nn import MambaLM, SequenceModel
 
 PIECE = 1024  # tokens of a text that are read at once
 AT_ONCE = 4096  # tokens of windows that are
@@ -55,18 +55,20 @@ class Evaluation:
 
 
 def evaluate(
-    model: MambaLM,
+    model: MambaLM | SequenceModel,
     ids: Any,
     sizes: Any,
     window: int | None = None,
     stride: int | None = None,
     progress: Callable[[float], object] = lambda share: None,
+    piece: int = PIECE,
 ) -> Evaluation:
     """Evaluate a model on a text.
 
     Parameters
     ----------
-    model : MambaLM
+    model : MambaLM or SequenceModel
+        One whose layers have states.
     ids : array of int (tokens,)
         The text.
     sizes : array of int (tokens,)
@@ -79,6 +81,8 @@ def evaluate(
         `stride` count; in the first one all but the first token.
     progress : callable
         Called with the share that is done.
+    piece : int
+        How many tokens of a text, or of a window, are read at once.
 
     Raises
     ------
@@ -95,7 +99,7 @@ def evaluate(
         inputs = np.stack([ids[start : end - 1] for start, _, end in group])
         counted = np.stack([np.arange(start + 1, end) >= counts for start, counts, end in group])
         targets = np.where(counted, np.stack([ids[start + 1 : end] for start, _, end in group]), IGNORED)
-        for piece_nats, done in _nats(model, inputs, targets):
+        for piece_nats, done in _nats(model, inputs, targets, piece):
             nats += piece_nats
             progress((group[-1][0] + done) / len(ids))
         for _, counts, end in group:
@@ -126,11 +130,11 @@ def _groups(spans: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, 
         yield from (alike[i : i + most] for i in range(0, len(alike), most))
 
 
-def _nats(model: MambaLM, ids: Any, targets: Any) -> Iterator[tuple[float, int]]:
+def _nats(model: MambaLM | SequenceModel, ids: Any, targets: Any, size: int) -> Iterator[tuple[float, int]]:
     """The sum over the targets of some rows that count, piece by piece, and how much of a row is read by then."""
     states = model.new_states(len(ids))
-    for at in range(0, ids.shape[1], PIECE):
-        piece, wanted = ids[:, at : at + PIECE], targets[:, at : at + PIECE]
+    for at in range(0, ids.shape[1], size):
+        piece, wanted = ids[:, at : at + size], targets[:, at : at + size]
         with no_grad():
             hidden, states = model.backbone.extend(piece, states)
             mean = linear_cross_entropy(hidden, model.lm_head.weight, wanted).item()

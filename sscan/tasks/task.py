@@ -145,8 +145,8 @@ class Task(ABC):
         The one of the measures that is to become small.
     goal_is : str
         What that is, in words.
-    tokens_are : str
-        What the tokens are, in words.
+    tokens_are, layers_are : str
+        What the tokens are, and what `n_layer` counts in a model that is no Mamba language model, in words.
     vocabulary : Vocabulary
         What they mean, if a model continues sequences of them: then there is a `prompt`.
     recipe : Recipe
@@ -159,6 +159,7 @@ class Task(ABC):
     goal: ClassVar[str]
     goal_is: ClassVar[str] = ""
     tokens_are: str = "tokens"
+    layers_are: ClassVar[str] = "blocks"
     vocabulary: Vocabulary
     recipe: Recipe
     Options: ClassVar[type[RunOptions]] = RunOptions

@@ -20,7 +20,7 @@ from sscan.tasks.evaluation import IGNORED
 from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, RunOptions, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from sscan.tasks.task import Model, ModelConfig
 
@@ -211,8 +211,10 @@ class _Origin:
 # Reading
 
 
-def text_files(paths: Sequence[Path]) -> list[Path]:
+def text_files(paths: Sequence[Path], suffixes: Collection[str] = ()) -> list[Path]:
     """The files, and all below the folders, by name, without those whose names begin with a dot.
+
+    With `suffixes`, in lower case, only those below the folders that end in one of them.
 
     Raises
     ------
@@ -226,8 +228,10 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
             continue
         inside = (file for file in sorted(path.rglob("*")) if file.is_file())
         visible = [file for file in inside if not any(x.startswith(".") for x in file.relative_to(path).parts)]
+        if suffixes:
+            visible = [file for file in visible if file.suffix.lower() in suffixes]
         if not visible:
-            raise ValueError(f"{path}: no file in this folder")
+            raise ValueError(f"{path}: no file in this folder{' ends in ' + ' or '.join(suffixes) if suffixes else ''}")
         found += visible
     return found
 
