@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 CONFIG = MambaConfig(d_model=12, n_layer=2, vocab_size=21, ssm_cfg={"d_state": 5})
 CHANGES: dict[str, dict[str, Any]] = {
-    "base": {},
     "untied": {"tie_embeddings": False, "residual_in_fp32": False, "norm_epsilon": 1e-3},
     "every option": {
         "ssm_cfg": {"d_state": 4, "d_conv": 3, "expand": 3, "dt_rank": 4, "bias": True, "conv_bias": False}
@@ -45,7 +44,7 @@ def double() -> Iterator[None]:
     jax.config.update("jax_enable_x64", False)
 
 
-def perturbed(folder: Path, change: str = "base") -> MambaLM:
+def perturbed(folder: Path, change: str = "untied") -> MambaLM:
     """A model in float64, none of whose parameters is as regular as initial values are, also in the folder."""
     model = MambaLM(MambaConfig(**{**CONFIG.to_dict(), **CHANGES[change]}), np.float64)
     rng = np.random.default_rng(1)
@@ -152,11 +151,11 @@ def test_mixed_precision(framework: str, tmp_path: Path) -> None:
 
 
 @frameworks
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_initial_values_are_distributed_as_in_sscan_nn(framework: str, dtype: str) -> None:
+def test_initial_values_are_distributed_as_in_sscan_nn(framework: str) -> None:
+    dtype = jnp.bfloat16
     options: dict[str, Any] = {"dt_min": 0.01, "dt_init_floor": 0.02, "dt_scale": 2.0, "bias": True}
-    found = arrays_of(made(framework, 64, n_layer=4, dtype=jnp.dtype(dtype), **options))
-    expected = {n: p.data for n, p in Mamba(64, n_layer=4, dtype=jnp.dtype(dtype), **options).named_parameters()}
+    found = arrays_of(made(framework, 64, n_layer=4, dtype=dtype, **options))
+    expected = {n: p.data for n, p in Mamba(64, n_layer=4, dtype=dtype, **options).named_parameters()}
     assert found.keys() == expected.keys()
     assert not np.array_equal(found["in_proj.weight"][:64], found["in_proj.weight"][64:128])
     for name, array in expected.items():

@@ -40,7 +40,7 @@ class Block:
     A_log: Any
     D: Any
     out_proj: Any
-    discretization: str
+    discretization: Any  # "mamba" or "zoh"
 
     def __call__(self, hidden: Any, seq_idx: Any = None) -> Any:
         """Apply the block to sequences from their beginnings, hidden (..., length, d_model).

@@ -79,7 +79,8 @@ class Mamba(_block.Block, eqx.Module):  # type: ignore[misc]
         """A block of a language model in a folder or on the hub; see :meth:`sscan.nn.MambaLM.from_pretrained`."""
         with open_model(model, revision) as (config, weights):
             prefix = _block.prefix_of(config, layer)
-            return _filled(lambda key: cls(config.d_model, dtype=dtype, key=key, **config.ssm_cfg), weights, prefix)
+            block: Mamba = _filled(lambda key: cls(config.d_model, dtype=dtype, key=key, **config.ssm_cfg), weights, prefix)
+            return block
 
 
 class ResidualBlock(eqx.Module):  # type: ignore[misc]
@@ -135,7 +136,8 @@ class MambaLM(_block.LanguageModel, eqx.Module):  # type: ignore[misc]
     def from_pretrained(cls, model: str | Path, dtype: Any = jnp.float32, *, revision: str | None = None) -> MambaLM:
         """A model in a folder or on the hub; see :meth:`sscan.nn.MambaLM.from_pretrained`."""
         with open_model(model, revision) as (config, weights):
-            return _filled(lambda key: cls(config, dtype, key=key), weights)
+            lm: MambaLM = _filled(lambda key: cls(config, dtype, key=key), weights)
+            return lm
 
 
 def _filled(make: Any, weights: Any, prefix: str = "") -> Any:

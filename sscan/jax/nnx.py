@@ -76,7 +76,8 @@ class Mamba(_block.Block, nnx.Module):  # type: ignore[misc]
         """A block of a language model in a folder or on the hub; see :meth:`sscan.nn.MambaLM.from_pretrained`."""
         with open_model(model, revision) as (config, weights):
             prefix = _block.prefix_of(config, layer)
-            return _filled(lambda rngs: cls(config.d_model, dtype=dtype, rngs=rngs, **config.ssm_cfg), weights, prefix)
+            block: Mamba = _filled(lambda rngs: cls(config.d_model, dtype=dtype, rngs=rngs, **config.ssm_cfg), weights, prefix)
+            return block
 
 
 class ResidualBlock(nnx.Module):  # type: ignore[misc]
@@ -117,7 +118,8 @@ class MambaLM(_block.LanguageModel, nnx.Module):  # type: ignore[misc]
     def from_pretrained(cls, model: str | Path, dtype: Any = jnp.float32, *, revision: str | None = None) -> MambaLM:
         """A model in a folder or on the hub; see :meth:`sscan.nn.MambaLM.from_pretrained`."""
         with open_model(model, revision) as (config, weights):
-            return _filled(lambda rngs: cls(config, dtype, rngs=rngs), weights)
+            lm: MambaLM = _filled(lambda rngs: cls(config, dtype, rngs=rngs), weights)
+            return lm
 
 
 def _filled(make: Any, weights: Any, prefix: str = "") -> Any:
