@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from sscan.models import MambaConfig
 from sscan.nn import Mamba, MambaLM, Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 CONFIG = MambaConfig(d_model=12, n_layer=2, vocab_size=21, ssm_cfg={"d_state": 5})
 CHANGES: dict[str, dict[str, Any]] = {
@@ -66,10 +67,12 @@ def arrays_of(module: Any) -> dict[str, Any]:
     return {sscan.jax._block.name_of(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def gradients_of(framework: str, loss: Any, module: Any) -> dict[str, Any]:
-    if framework == "nnx":
-        return arrays_of(nnx.jit(nnx.grad(loss))(module))
-    return arrays_of(eqx.filter_jit(eqx.filter_grad(loss))(module))
+def taken_apart(module: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The module as a tree that any transformation of JAX takes, and the way back."""
+    if isinstance(module, nnx.Module):
+        graph, state = nnx.split(module)
+        return state, partial(nnx.merge, graph)
+    return module, lambda tree: tree
 
 
 def compiled(framework: str, function: Any) -> Any:
@@ -96,22 +99,27 @@ def test_a_block_is_that_of_sscan_nn(framework: str, change: str, tmp_path: Path
     tensor = Tensor(hidden, requires_grad=True)
     expected = ours(tensor, seq_idx)
     (expected * given).sum().backward()
-    module = FRAMEWORKS[framework].Mamba.from_pretrained(tmp_path, 1, jnp.float64)
-    assert_close(np.asarray(compiled(framework, lambda m: m(hidden, seq_idx))(module)), expected.data)
-    gradients = gradients_of(framework, lambda m: (m(hidden, seq_idx) * given).sum(), module)
-    wanted = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    tree, rebuilt = taken_apart(FRAMEWORKS[framework].Mamba.from_pretrained(tmp_path, 1, jnp.float64))
+
+    @jax.jit
+    def values_and_gradients(tree: Any, hidden: Any) -> Any:
+        out, back = jax.vjp(lambda tree, hidden: rebuilt(tree)(hidden, seq_idx), tree, hidden)
+        return out, back(given)
+
+    out, (of_module, of_input) = values_and_gradients(tree, hidden)
+    assert_close(np.asarray(out), expected.data)
+    assert_close(np.asarray(of_input), tensor.grad)
+    gradients, wanted = arrays_of(of_module), {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert_close(gradients[name], gradient, name)
-    of_input = jax.jit(jax.grad(lambda x: (module(x, seq_idx) * given).sum()))(hidden)
-    assert_close(np.asarray(of_input), tensor.grad)
 
 
 @pytest.mark.usefixtures("double")
 @frameworks
 @changes
 def test_a_model_is_that_of_sscan_nn(framework: str, change: str, tmp_path: Path) -> None:
-    """At once, in parts and token by token, for leading axes of any number."""
+    """At once, in parts and token by token."""
     ours, ids = perturbed(tmp_path, change), np.random.default_rng(0).integers(0, 21, (3, 9))
     model = FRAMEWORKS[framework].MambaLM.from_pretrained(tmp_path, jnp.float64)
     assert {name: x.shape for name, x in arrays_of(model).items()} == {n: p.shape for n, p in ours.named_parameters()}
@@ -123,16 +131,41 @@ def test_a_model_is_that_of_sscan_nn(framework: str, change: str, tmp_path: Path
     for t in range(5, 9):
         logits, states = step(model, ids[:, t], states)
         assert_close(np.asarray(logits), expected[:, t])
-    alone = model.new_states()
-    logits, alone = model.extend(ids[0, :5], alone)
-    assert_close(np.asarray(logits), expected[0, :5])
-    assert_close(np.asarray(model.step(ids[0, 5], alone)[0]), expected[0, 5])
 
 
 @frameworks
-def test_vmap_over_single_sequences(framework: str) -> None:
-    module, hidden = made(framework, 12), jax.random.normal(jax.random.key(0), (3, 9, 12))
-    np.testing.assert_allclose(jax.vmap(module)(hidden), module(hidden), rtol=1e-5, atol=1e-6)
+def test_leading_axes(framework: str) -> None:
+    """A single sequence, a batch, axes in front of it, and vmap over single ones are the same."""
+    tree, rebuilt = taken_apart(made(framework, 12))
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, 9, 12))
+    numbers = np.repeat([0, 1], (4, 5)).astype(np.int32)
+
+    @jax.jit
+    def all_of_them(tree: Any) -> Any:
+        module = rebuilt(tree)
+        states = [module.extend(x[..., :8, :], module.new_state(*x.shape[:-2]))[1] for x in (hidden, hidden[1, 2])]
+        return {
+            "batch": module(hidden.reshape(6, 9, 12)).reshape(hidden.shape),
+            "axes": module(hidden),
+            "vmap": jax.vmap(jax.vmap(module))(hidden),
+            "single": module(hidden[1, 2]),
+            "packed": module(hidden, jnp.broadcast_to(numbers, (2, 3, 9)))[1, 2],
+            "packed single": module(hidden[1, 2], jnp.asarray(numbers)),
+            "step": module.step(hidden[..., 8, :], states[0])[0],
+            "step single": module.step(hidden[1, 2, 8], states[1])[0],
+        }
+
+    found = {name: np.asarray(x) for name, x in all_of_them(tree).items()}
+    whole = found.pop("batch")
+    packed = found.pop("packed")
+    assert not np.allclose(packed, whole[1, 2], atol=1e-3)
+    expected = {
+        "axes": whole, "vmap": whole, "single": whole[1, 2], "packed single": packed, "step": whole[..., 8, :],
+        "step single": whole[1, 2, 8],
+    }  # fmt: skip
+    for name, x in expected.items():
+        assert found[name].shape == x.shape
+        np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @frameworks
@@ -186,22 +219,12 @@ def test_optax_lowers_a_loss(framework: str) -> None:
 
     optimiser = optax.adamw(2e-2, mask=decays)
     losses = []
-    if framework == "nnx":
-        graph, state = nnx.split(model)
-
-        def value_and_grad(state: Any) -> Any:
-            return jax.value_and_grad(lambda state: loss(nnx.merge(graph, state)))(state)
-    else:
-        state = model
-
-        def value_and_grad(state: Any) -> Any:
-            return eqx.filter_value_and_grad(loss)(state)
-
+    state, rebuilt = taken_apart(model)
     memory = optimiser.init(state)
 
     @jax.jit
     def step(state: Any, memory: Any) -> Any:
-        value, gradients = value_and_grad(state)
+        value, gradients = jax.value_and_grad(lambda state: loss(rebuilt(state)))(state)
         updates, memory = optimiser.update(gradients, memory, state)
         return value, optax.apply_updates(state, updates), memory
 
@@ -216,8 +239,7 @@ def test_optax_lowers_a_loss(framework: str) -> None:
 def test_what_decays(framework: str) -> None:
     config = MambaConfig(d_model=16, n_layer=2, vocab_size=8, ssm_cfg={"bias": True})
     model = made(framework, config, kind="MambaLM")
-    tree = nnx.state(model, nnx.Param) if framework == "nnx" else model
-    found = FRAMEWORKS[framework].decays(tree)
+    found = FRAMEWORKS[framework].decays(taken_apart(model)[0])
     named = {sscan.jax._block.name_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(found)}
     assert named == {name: parameter.decay for name, parameter in MambaLM(config).named_parameters()}
 

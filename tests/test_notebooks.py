@@ -22,7 +22,7 @@ def learns(*losses: str) -> Callable[[Names], bool]:
 
 # What each runs with, beside what it asserts itself, and what must hold in the end.
 SMALL: dict[str, tuple[Names, Callable[[Names], bool]]] = {
-    "flax_equinox": ({"steps": 12, "batch": 4, "length": 48}, learns("in_flax", "in_equinox")),
+    "flax_equinox": ({"steps": 25, "batch": 4, "length": 44}, learns("in_flax", "in_equinox")),
     "induction_heads": (
         {"steps": 8, "d_model": 8, "longest": 128},
         lambda names: [*names["accuracy"]] == [64, 128] and len(names["run"].losses) == 8,

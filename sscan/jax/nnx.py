@@ -76,7 +76,9 @@ class Mamba(_block.Block, nnx.Module):  # type: ignore[misc]
         """A block of a language model in a folder or on the hub; see :meth:`sscan.nn.MambaLM.from_pretrained`."""
         with open_model(model, revision) as (config, weights):
             prefix = _block.prefix_of(config, layer)
-            block: Mamba = _filled(lambda rngs: cls(config.d_model, dtype=dtype, rngs=rngs, **config.ssm_cfg), weights, prefix)
+            block: Mamba = _filled(
+                lambda rngs: cls(config.d_model, dtype=dtype, rngs=rngs, **config.ssm_cfg), weights, prefix
+            )
             return block
 
 
