@@ -54,7 +54,8 @@ class InFlax(nnx.Module):
     """Tokens to logits through one block."""
 
     def __init__(self, rngs):
-        self.embedding = nnx.Embed(TOKENS, d_model, rngs=rngs)
+        normal = nnx.initializers.normal(1.0)
+        self.embedding = nnx.Embed(TOKENS, d_model, embedding_init=normal, rngs=rngs)
         self.mixer = sscan.jax.nnx.Mamba(d_model, d_state=8, rngs=rngs)
         self.head = nnx.Linear(d_model, TOKENS, rngs=rngs)
 

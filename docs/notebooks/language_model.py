@@ -108,7 +108,7 @@ prompt = np.frombuffer(b"The statement ", np.uint8).astype(np.int64)
 print(bytes(prompt.tolist()).decode() + bytes(made.tolist()).decode(errors="replace"))
 
 # %% [markdown]
-# What two minutes of a laptop buy: words, and the look of the text. For more, `sscan
+# That is what minutes on a CPU buy: words, and the look of the text. For more, `sscan
 # train` runs this loop with checkpoints and an exact resume, see
 # [Training](../training.md); on a GPU the same code does with `device="cuda"`. Saving
 # takes one line, and any of sscan's models reads the folder:
