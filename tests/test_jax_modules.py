@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from functools import partial
@@ -153,6 +154,8 @@ def test_leading_axes(framework: str) -> None:
             "packed single": module(hidden[1, 2], jnp.asarray(numbers)),
             "step": module.step(hidden[..., 8, :], states[0])[0],
             "step single": module.step(hidden[1, 2, 8], states[1])[0],
+            "none": module(hidden[:0]),
+            "step of none": module.step(hidden[:0, :, 0], module.new_state(0, 3))[0],
         }
 
     found = {name: np.asarray(x) for name, x in all_of_them(tree).items()}
@@ -161,7 +164,7 @@ def test_leading_axes(framework: str) -> None:
     assert not np.allclose(packed, whole[1, 2], atol=1e-3)
     expected = {
         "axes": whole, "vmap": whole, "single": whole[1, 2], "packed single": packed, "step": whole[..., 8, :],
-        "step single": whole[1, 2, 8],
+        "step single": whole[1, 2, 8], "none": whole[:0], "step of none": whole[:0, :, 8],
     }  # fmt: skip
     for name, x in expected.items():
         assert found[name].shape == x.shape
@@ -256,8 +259,16 @@ def test_errors_name_what_is_wrong(framework: str, tmp_path: Path) -> None:
         made(framework, 12, d_sate=3)
     with pytest.raises(ValueError, match="Mamba: dt_init must be 'random' or 'constant', got 'zero'"):
         made(framework, 12, dt_init="zero")
-    with pytest.raises(ValueError, match=r"Mamba: hidden must have shape \(..., length, d_model\), got \(12,\)"):
-        made(framework, 12)(jnp.ones(12))
+    block = made(framework, 12)
+    for hidden in (jnp.ones(12), jnp.ones((2, 9, 11))):
+        shape = re.escape(f"(..., length, d_model) with d_model = 12, got {hidden.shape}")
+        with pytest.raises(ValueError, match=f"Mamba: hidden must have shape {shape}"):
+            block(hidden)
+    with pytest.raises(TypeError, match="Mamba: hidden must be of a floating dtype, got int32"):
+        block.step(jnp.ones((2, 12), int), block.new_state(2))
+    with pytest.raises(ValueError, match=r"Mamba: state.conv must be of sequences \(2,\), got those of \(3,\)"):
+        block.extend(jnp.ones((2, 9, 12)), block.new_state(3))
+    assert block(np.ones((2, 9, 12))).dtype == jnp.float32  # as JAX has arrays of float64
 
 
 @pytest.mark.parametrize(("name", "library", "title"), [("nnx", "flax", "Flax"), ("equinox", "equinox", "Equinox")])

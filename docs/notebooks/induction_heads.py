@@ -77,8 +77,8 @@ for length, share in accuracy.items():
 # Nothing in the model knows how long a sequence is. Once it keeps the answer in its
 # state and lets nothing else in, it does not matter how much noise follows, as long as
 # each step lets in, and forgets, little enough. How little differs from seed to seed:
-# of the three in [Experiments](../experiments.md), this one makes the most mistakes, and
-# one makes none.
+# of the three in [Experiments](../experiments.md), this one makes the most mistakes,
+# and one makes none.
 #
 # In the paper, Mamba trained at length 256 is right up to $2^{20}$, and attention
 # hardly beyond twice the length that it was trained on. `sscan reproduce table11`

@@ -57,17 +57,17 @@ class Block:
     def step(self, hidden: Any, state: MambaState) -> tuple[Any, MambaState]:
         """One token, hidden (..., d_model): the output for it and the new state; without derivatives."""
         if self.discretization != "mamba":  # the rule of selective_state_update
-            out, state = self.extend(hidden[..., None, :], state)
+            out, state = self.extend(jnp.asarray(hidden)[..., None, :], state)
             return out[..., 0, :], state
-        batch, rows = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
-        conv, ssm = (array.reshape(len(rows), *array.shape[-2:]) for array in (state.conv, state.ssm))
-        x, z = jnp.split(_linear(self.in_proj, rows), 2, axis=1)
+        hidden, batch = self._rows_of(hidden, ("d_model",))
+        conv, ssm = _states_of(state, batch)
+        x, z = jnp.split(_linear(self.in_proj, hidden), 2, axis=1)
         x, conv = causal_conv1d_update(x, conv, *_taps(self.conv1d), "silu")
         dt, B, C = self._dt_B_C(_linear(self.x_proj, x), 1)
         delta = dt @ jnp.asarray(self.dt_proj.weight, dt.dtype).T
         y, ssm = selective_state_update(ssm, x, delta, self._A(), B, C, self._D(), z, self._delta_bias(), True)
         out = _linear(self.out_proj, y)
-        return out.reshape(*batch, -1), MambaState(_with_batch(batch, conv), _with_batch(batch, ssm))
+        return _with_batch(batch, out), MambaState(_with_batch(batch, conv), _with_batch(batch, ssm))
 
     def new_state(self, *batch: int) -> MambaState:
         """The state before the first token: zeros; without a number of sequences, that of a single one."""
@@ -76,16 +76,11 @@ class Block:
         return MambaState(conv, jnp.zeros((*batch, *self.A_log.shape), self.A_log.dtype))
 
     def _mix(self, hidden: Any, state: MambaState | None, seq_idx: Any) -> tuple[Any, MambaState]:
-        if hidden.ndim < 2:
-            raise ValueError(f"Mamba: hidden must have shape (..., length, d_model), got {hidden.shape}")
-        batch, sizes = hidden.shape[:-2], hidden.shape[-2:]
-        rows = math.prod(batch)
-        conv = ssm = None
-        if state is not None:
-            conv, ssm = (array.reshape(rows, *array.shape[-2:]) for array in (state.conv, state.ssm))
+        hidden, batch = self._rows_of(hidden, ("length", "d_model"))
+        conv, ssm = (None, None) if state is None else _states_of(state, batch)
         if seq_idx is not None:
-            seq_idx = seq_idx.reshape(rows, sizes[0])
-        xz = _channel_first(self.in_proj, jnp.swapaxes(hidden.reshape(rows, *sizes), 1, 2))
+            seq_idx = seq_idx.reshape(hidden.shape[:2])
+        xz = _channel_first(self.in_proj, jnp.swapaxes(hidden, 1, 2))
         x, z = jnp.split(xz, 2, axis=1)
         x, conv = causal_conv1d(x, *_taps(self.conv1d), "silu", conv, True, seq_idx)
         dt, B, C = self._dt_B_C(_channel_first(self.x_proj, x), 1)
@@ -97,6 +92,17 @@ class Block:
         out = _linear(self.out_proj, jnp.swapaxes(y, 1, 2))
         conv = conv.astype(self.conv1d.weight.dtype)
         return _with_batch(batch, out), MambaState(_with_batch(batch, conv), _with_batch(batch, ssm))
+
+    def _rows_of(self, hidden: Any, last: tuple[str, ...]) -> tuple[Any, tuple[int, ...]]:
+        """The input with one axis in place of all in front of the last ones, and what these were."""
+        hidden, d_model = jnp.asarray(hidden), self.in_proj.weight.shape[1]
+        if hidden.ndim < len(last) or hidden.shape[-1] != d_model:
+            wanted = f"(..., {', '.join(last)}) with d_model = {d_model}"
+            raise ValueError(f"Mamba: hidden must have shape {wanted}, got {hidden.shape}")
+        if not jnp.issubdtype(hidden.dtype, jnp.floating):
+            raise TypeError(f"Mamba: hidden must be of a floating dtype, got {hidden.dtype}")
+        batch = hidden.shape[: hidden.ndim - len(last)]
+        return hidden.reshape(math.prod(batch), *hidden.shape[len(batch) :]), batch
 
     def _dt_B_C(self, projected: Any, axis: int) -> Any:
         rank, states = self.dt_proj.weight.shape[1], self.A_log.shape[1]
@@ -127,6 +133,14 @@ def _channel_first(part: Any, x: Any) -> Any:
 def _taps(part: Any) -> tuple[Any, Any]:
     weight = jnp.asarray(part.weight)
     return weight[:, 0], None if part.bias is None else jnp.asarray(part.bias)
+
+
+def _states_of(state: MambaState, batch: tuple[int, ...]) -> list[Any]:
+    """Both arrays with one axis in place of those of the batch."""
+    for name, array in (("conv", state.conv), ("ssm", state.ssm)):
+        if array.shape[:-2] != batch:
+            raise ValueError(f"Mamba: state.{name} must be of sequences {batch}, got those of {array.shape[:-2]}")
+    return [array.reshape(math.prod(batch), *array.shape[-2:]) for array in (state.conv, state.ssm)]
 
 
 def _with_batch(batch: tuple[int, ...], array: Any) -> Any:
