@@ -91,10 +91,10 @@ axes[0].set_title("delta, block 1 and block 2")
 axes[1].set_xlabel("token")
 
 # %% [markdown]
-# Block 1 does all of it. Its channels open once, at the token right behind the trigger,
-# with a step size of several units that replaces what was in the state; everywhere else
-# they are shut, at thousandths and far below. That a trigger went before, they know from
-# the convolution, which sees three tokens back. This is selection, and nobody has told
+# It is block 1 that selects. These channels open once, at the token right behind the
+# trigger, with a step size of several units that replaces what was in the state;
+# everywhere else they are shut, at hundredths and far below. That a trigger went
+# before they know from the convolution, which sees three tokens back. Nobody has told
 # the model where to look.
 #
 # ## Longer sequences
