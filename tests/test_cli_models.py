@@ -263,6 +263,19 @@ def test_evaluation_in_windows(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert f"counted     {len(ids) - 1:,} tokens" in out
 
 
+@pytest.mark.parametrize("size", [2, 16, 50])
+def test_windows_that_do_not_overlap(
+    size: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first token of each has nothing before it, and is not counted as if it were predicted."""
+    (tmp_path / "text").write_bytes(text := TEXT[:400].encode())
+    ids = Tokens(folder / "tokenizer.json").encode(text)
+    each = np.concatenate([surprise(folder, ids[at : at + size]) for at in range(0, len(ids) - 1, size)])
+    out = said(capsys, "evaluate", folder, "--text", tmp_path / "text", "--window", size, "--stride", size)
+    assert figures(out)["nats"] == pytest.approx(each.mean(), rel=1e-4)
+    assert f"counted     {len(each):,} tokens" in out
+
+
 def test_bytes_of_tokens(folder: Path) -> None:
     """They add up to the text, whatever tokens begin inside a character."""
     words = Tokens(folder / "tokenizer.json")
@@ -280,7 +293,9 @@ def test_mistakes_in_evaluations(of_bytes: Path, tmp_path: Path, capsys: pytest.
     command = ["evaluate", of_bytes, "--text", tmp_path / "text"]
     for arguments in (["--stride", "4"], ["--stride", "4", "--window", "3"]):
         line = mistake(capsys, *command, *arguments)
-        assert "stride needs a window of as many tokens at least, got 4 and" in line
+        assert "stride needs a window of as many tokens at least, got a stride of 4 and" in line
+    assert "window must be at least 3 tokens, got 2" in mistake(capsys, *command, "--window", "2")
+    assert "window must be at least 2 tokens, got 1" in mistake(capsys, *command, "--window", "1", "--stride", "1")
     assert "the text is too short: 4 tokens" in mistake(capsys, *command, "--window", "5")
     (tmp_path / "text").write_text("r")
     assert "the text is too short: 1 tokens" in mistake(capsys, *command)

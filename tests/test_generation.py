@@ -126,6 +126,7 @@ def test_sampler_options_in_their_order() -> None:
         ({"repetition_penalty": np.inf}, "repetition_penalty must be finite"),
         ({"batch": 0}, "generate: batch must be at least 1, got 0"),
         ({"vocab_size": 0}, "generate: vocab_size must be at least 1"),
+        ({"vocab_size": 10**6}, r"generate: vocab_size must be at most the model's \d+, padding included, got 1"),
         ({"seed": -1}, "generate: seed must be at least 0"),
         ({"eos": -1}, "generate: eos must be at least 0"),
         ({"stop": ("a",)}, "stop is looked for in text, so it needs a tokenizer"),
@@ -362,6 +363,15 @@ def test_states_in_files(model: Any, reader: str, tmp_path: Path) -> None:
         host(model.step(tokens_for(model, tokens), states)),
         rtol=1e-4,
     )
+
+
+def test_states_of_a_deeper_model(model: Any) -> None:
+    deeper = model.new_states(1)
+    deeper.append(deeper[0])
+    tokens = tokens_for(model, ids(1, 1))
+    for call, given in ((model.step, tokens[:, 0]), (model.extend, tokens)):
+        with pytest.raises(ValueError, match=r"states must be of \d+ layers, got those of \d+"):
+            call(given, deeper)
 
 
 def test_states_of_another_model(model: Any, tmp_path: Path) -> None:

@@ -366,14 +366,35 @@ def test_pieces_and_steps_are_the_whole(name: str) -> None:
     assert all(tensor.data is array for tensor, array in zip(state, arrays, strict=True))  # updated in place
 
 
+def test_sequences_in_attention_are_runs_of_equal_numbers() -> None:
+    layer = nn.Attention(8, 2, positions="rotary", seed=0)
+    x = normal(1, 7, 8)
+    packed = layer(x, np.array([[0, 0, 1, 1, 0, 0, 0]], np.int32)).data
+    np.testing.assert_allclose(packed[:, 4:], layer(x[:, 4:]).data, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"Attention: seq_idx must have shape \(batch, length\) = \(1, 7\)"):
+        layer(x, np.zeros((1, 6), np.int32))
+    with pytest.raises(TypeError, match="Attention: seq_idx must be integers"):
+        layer(x, np.zeros((1, 7)))
+
+
+def test_rotary_attention_is_as_exact_as_its_dtype() -> None:
+    """Products depend on differences of positions only, also far from the first."""
+    layer, x = nn.Attention(6, 1, positions="rotary", dtype=np.float64, seed=0), normal(1, 900, 6)
+    q, k, v = (part[0] for part in np.split(layer.in_proj(x).data, 3, axis=2))
+    angle = np.arange(900)[:, None] * 1e4 ** -(np.arange(3) / 3)
+    turned = [(y[:, :3] + 1j * y[:, 3:]) * np.exp(1j * angle) for y in (q, k)]
+    scores = (turned[0] @ turned[1].conj().T).real / np.sqrt(6) + np.triu(np.full((900, 900), -np.inf), 1)
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    y = layer.out_proj((shares / shares.sum(1, keepdims=True)) @ v).data
+    np.testing.assert_allclose(layer(x).data[0], y, rtol=0, atol=1e-12 * np.abs(y).max())
+
+
 @pytest.mark.parametrize("name", LAYERS.keys() - THROUGH_FFT | {"gated s4", "h3 s4"})
 def test_packed_sequences_do_not_see_each_other(name: str) -> None:
     layer = perturbed(LAYERS[name](np.float64))
     x, seq_idx = normal(1, 9, 8), np.array([[0, 0, 0, 0, 1, 1, 2, 2, 2]], np.int32)
     separate = np.concatenate([layer(x[:, a:b]).data for a, b in ((0, 4), (4, 6), (6, 9))], axis=1)
-    np.testing.assert_allclose(
-        layer(x, seq_idx).data, separate, rtol=1e-5 if "xpos" in name or "rotary" in name else 1e-10, atol=1e-6
-    )
+    np.testing.assert_allclose(layer(x, seq_idx).data, separate, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", STATELESS)

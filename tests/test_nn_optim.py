@@ -163,8 +163,9 @@ def test_warmup_cosine() -> None:
         ({"lr": -1e-3}, "AdamW: lr"),
         ({"lr": math.inf}, "AdamW: lr"),
         ({"eps": -1e-8}, "AdamW: eps"),
-        ({"betas": (1.0, 0.9)}, "AdamW: betas must be in"),
-        ({"betas": (0.9, math.nan)}, "AdamW: betas must be in"),
+        ({"betas": (1.0, 0.9)}, "AdamW: betas must be two numbers in"),
+        ({"betas": (0.9,)}, "AdamW: betas must be two numbers in"),
+        ({"betas": (0.9, math.nan)}, "AdamW: betas must be two numbers in"),
     ],
 )
 def test_numbers_that_adamw_refuses(arguments: dict[str, Any], message: str) -> None:
@@ -209,3 +210,35 @@ def test_states_of_other_kinds_are_refused() -> None:
             optimiser.load_state_dict({**optimiser.state_dict(), name: array})
     with pytest.raises(ValueError, match="AdamW: steps must be at least 0, got -1"):
         optimiser.load_state_dict({**optimiser.state_dict(), "steps": np.array(-1)})
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        ([], ValueError, "no groups of parameters"),
+        ([{"weight_decay": 0.0}], ValueError, "a group has parameters, weight_decay and perhaps max_lr"),
+        ([{"parameters": {}, "weight_decay": 0.0, "lr": 1e-6}], ValueError, "got parameters, weight_decay, lr"),
+        ([{"parameters": [1], "weight_decay": 0.0}], TypeError, "must be a dict of them by name, got list"),
+    ],
+)
+def test_groups_that_are_none(groups: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"AdamW: .*{message}"):
+        nn.AdamW(groups)
+
+
+def test_a_parameter_has_one_group() -> None:
+    layer = nn.Linear(2, 2)
+    layer.initialise(0)
+    with pytest.raises(ValueError, match="AdamW: weight is there twice"):
+        nn.AdamW(2 * nn.decay_groups(layer))
+
+
+def test_an_update_before_the_first_step_changes_nothing() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    layer.initialise(0)
+    optimiser, before = nn.AdamW(nn.decay_groups(layer)), layer.weight.data.copy()
+    layer.weight.grad = np.ones((2, 2), np.float32)
+    with pytest.raises(RuntimeError, match=r"AdamW: call advance\(\) before update\(\)"):
+        optimiser.update()
+    np.testing.assert_array_equal(layer.weight.data, before)
+    assert not optimiser.moments["weight"][0].any()

@@ -95,7 +95,7 @@ class GenerationMixin:
             How many are decoded at once; without it all of them. 1 is fastest for one sequence.
         vocab_size : int, optional
             Tokens from this one on are never drawn; without it those that are not in the configuration's vocabulary,
-            which the embedding's padding is.
+            which the embedding's padding is. At most that of the embedding, its padding included.
 
         Returns
         -------
@@ -115,6 +115,8 @@ class GenerationMixin:
         drawn = self.config.vocab_size if vocab_size is None else vocab_size
         for name, value in {"batch": len(listed) or 1 if batch is None else batch, "vocab_size": drawn}.items():
             check_integer("generate", name, value)
+        if drawn > (most := self.config.padded_vocab_size):
+            raise ValueError(f"generate: vocab_size must be at most the model's {most}, padding included, got {drawn}")
         ending = _Ending(max_new_tokens, eos, stop, tokenizer)
         rows = [
             _Row(i, prompt, Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed + i), seed + i, ending)

@@ -73,6 +73,12 @@ def _rows(tensor: Any, rows: list[int]) -> Any:
     return copy if isinstance(copy, type(tensor)) else type(tensor)(copy)
 
 
+def check_count(op: str, states: Sequence[Any], layers: Sequence[Any]) -> None:
+    """ValueError unless there is a state for each layer."""
+    if len(states) != len(layers):
+        raise ValueError(f"{op}: states must be of {len(layers)} layers, got those of {len(states)}")
+
+
 def check_states(path: str | Path, arrays: Mapping[str, Any], expected: States) -> None:
     """ValueError, which names the file, if arrays are not states of a model; `expected` are some, of any batch."""
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.named_tensors()}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sscan._segments import check_packing
 from sscan.models.arguments import check_integer
 from sscan.nn import ops
 from sscan.nn.autodiff import Array, Operand, Tensor, array_module
@@ -62,23 +63,27 @@ class Attention(Stateless):
             self.initialise(seed)
 
     def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
-        """Apply the layer to sequences from their beginnings; with `seq_idx` no token sees another sequence's."""
+        """Apply the layer to sequences from their beginnings; with `seq_idx` no token sees another sequence's.
+
+        A sequence is a run of equal numbers, as everywhere.
+        """
         batch, length, d_model = hidden.shape  # type: ignore[union-attr]
+        runs = None if seq_idx is None else _runs(seq_idx, batch, length)
         qkv = self.in_proj(hidden).reshape(batch, length, 3 * self.heads, self.width).swapaxes(1, 2)
         q, k, v = ops.split(qkv, (self.heads,) * 3, axis=1)
-        parts = [self._block(start, q, k, v, seq_idx) for start in range(0, length, BLOCK)]
+        parts = [self._block(start, q, k, v, runs) for start in range(0, length, BLOCK)]
         y = ops.concatenate(parts, axis=2) if len(parts) > 1 else parts[0] if parts else v
         return self.out_proj(y.swapaxes(1, 2).reshape(batch, length, d_model))
 
-    def _block(self, start: int, q: Tensor, k: Tensor, v: Tensor, seq_idx: Array | None) -> Tensor:
+    def _block(self, start: int, q: Tensor, k: Tensor, v: Tensor, runs: Array | None) -> Tensor:
         """What queries from `start` on see of the keys up to themselves."""
         xp, rows = array_module(q.data), slice(start, start + BLOCK)
         q, k, v = q[:, :, rows], k[:, :, : rows.stop], v[:, :, : rows.stop]
         keys = xp.arange(k.shape[2]) - start
         queries = keys[start:]
         unseen = queries[:, None] < keys
-        if seq_idx is not None:
-            unseen = unseen | (seq_idx[:, rows, None] != seq_idx[:, None, : rows.stop])[:, None]
+        if runs is not None:
+            unseen = unseen | (runs[:, rows, None] != runs[:, None, : rows.stop])[:, None]
         scores = ops.matmul(self._turned(q, queries, 1), self._turned(k, keys, -1).swapaxes(2, 3))
         mask = xp.where(unseen, -np.inf, 0).astype(np.float32)
         return ops.matmul(ops.softmax(scores * self.width**-0.5 + mask).astype(v.dtype), v)
@@ -91,6 +96,16 @@ class Attention(Stateless):
         share = xp.arange(half, dtype=np.float64) / half
         angle = positions[:, None] * BASE**-share
         fade = ((share + GAMMA) / (1 + GAMMA)) ** (sign * positions[:, None] / SCALE) if self.positions == "xpos" else 1
-        cos, sin = ((f(angle) * fade).astype(np.float32) for f in (xp.cos, xp.sin))
+        cos, sin = ((f(angle) * fade).astype(np.result_type(x.dtype, np.float32)) for f in (xp.cos, xp.sin))
         a, b = ops.split(x, (half, half), axis=3)
         return ops.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3).astype(x.dtype)
+
+
+def _runs(seq_idx: Array, batch: int, length: int) -> Array:
+    """Numbers of the runs in each row."""
+    if seq_idx.shape != (batch, length):
+        raise ValueError(f"Attention: seq_idx must have shape (batch, length) = {(batch, length)}, got {seq_idx.shape}")
+    check_packing("Attention", batch, seq_idx, None)
+    runs = array_module(seq_idx).zeros((batch, length), np.int64)
+    runs[:, 1:] = (seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(axis=1)
+    return runs

@@ -10,7 +10,7 @@ import numpy as np
 from sscan.models.files import load_arrays, save_arrays
 from sscan.models.generation import GenerationMixin
 from sscan.models.pretrained import open_model, save_model
-from sscan.models.states import States, check_states
+from sscan.models.states import States, check_count, check_states
 from sscan.nn import decoding
 from sscan.nn.autodiff import Array, Tensor, array_module, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
@@ -58,6 +58,7 @@ class Backbone(Module):
 
     def extend(self, ids: Array, states: StatesT) -> tuple[Tensor, StatesT]:
         """Hidden vectors of the continuation of sequences, and the states at its end."""
+        check_count("extend", states, self.layers)
         ends = type(states)(states)
 
         def mix(i: int, mixer: Any, hidden: Tensor) -> Tensor:
@@ -68,6 +69,7 @@ class Backbone(Module):
 
     def step(self, ids: Array, states: list[Any]) -> Tensor:
         """Hidden vectors (batch, d_model) of one token each, ids (batch,); the states are updated in place."""
+        check_count("step", states, self.layers)
         return self._run(ids, lambda i, mixer, hidden: mixer.step(hidden, states[i]))
 
     def _run(self, ids: Array, mix: Callable[[int, Any, Tensor], Tensor]) -> Tensor:

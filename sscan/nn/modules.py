@@ -57,7 +57,10 @@ class Parameter(Tensor):
 
 
 class Module:
-    """A tree of parameters: attributes that are parameters, modules or lists of modules, named by their paths."""
+    """A tree of parameters: attributes that are parameters, modules or lists of modules, named by their paths.
+
+    The layers of this file have no values, only NaN, before :meth:`initialise` of them or of what they are part of.
+    """
 
     def named_parameters(self, prefix: str = "", *, shared: bool = False) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters in the order of construction; one that has several names comes once unless `shared`."""

@@ -13,7 +13,7 @@ from sscan.nn.autodiff import Array, array_module, move
 from sscan.nn.products import one_blas_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sscan.nn.autodiff import Tensor
     from sscan.nn.modules import Module, Parameter
@@ -35,6 +35,26 @@ def decay_groups(module: Module, weight_decay: float = 0.1) -> list[dict[str, An
         }
         for decays, max_lr in kinds
     ]
+
+
+def _check_groups(groups: Any) -> None:
+    """TypeError or ValueError unless they are as :func:`decay_groups` returns them."""
+    seen: set[int] = set()
+    if not groups:
+        raise ValueError("AdamW: there are no groups of parameters")
+    for group in groups:
+        if not {"parameters", "weight_decay"} <= group.keys() <= {"parameters", "weight_decay", "max_lr"}:
+            raise ValueError(f"AdamW: a group has parameters, weight_decay and perhaps max_lr, got {', '.join(group)}")
+        if not isinstance(group["parameters"], dict):
+            kind = type(group["parameters"]).__name__
+            raise TypeError(f"AdamW: parameters must be a dict of them by name, got {kind}")
+        for name in ("weight_decay", "max_lr"):
+            if name in group:
+                check_number("AdamW", name, group[name])
+        for name, parameter in group["parameters"].items():
+            if id(parameter) in seen:
+                raise ValueError(f"AdamW: {name} is there twice")
+            seen.add(id(parameter))
 
 
 class AdamW:
@@ -64,18 +84,14 @@ class AdamW:
         self,
         groups: list[dict[str, Any]],
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: Sequence[float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
         check_number("AdamW", "lr", lr)
         check_number("AdamW", "eps", eps)
-        for beta in betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"AdamW: betas must be in [0, 1), got {betas}")
-        for group in groups:
-            check_number("AdamW", "weight_decay", group["weight_decay"])
-            if "max_lr" in group:
-                check_number("AdamW", "max_lr", group["max_lr"])
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas}")
+        _check_groups(groups)
         self.groups, self.lr, self.betas, self.eps = groups, lr, betas, eps
         self.steps = 0
         self._factors: dict[str, Array] = {}  # on a GPU, by dtype: what `advance` found
@@ -118,7 +134,14 @@ class AdamW:
         """Update every parameter that has a gradient, behind `advance`; none, if the loss is given and not finite.
 
         On a GPU nothing is waited for, and one launch updates several parameters.
+
+        Raises
+        ------
+        RuntimeError
+            If `advance` has not been called yet.
         """
+        if not self.steps:
+            raise RuntimeError("AdamW: call advance() before update()")
         table = [
             (parameter.data, parameter.grad, *self.moments[name], number)
             for number, group in enumerate(self.groups)

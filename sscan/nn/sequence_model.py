@@ -31,6 +31,18 @@ class SequenceBackbone(Backbone):
         super().__init__(config, config.new_layers(dtype), NORMS[config.norm], dtype, activation_dtype)
         self.positions, self.dropout = config.positions, Dropout(config.dropout)
 
+    def __call__(self, ids: Array, seq_idx: Array | None = None) -> Tensor:
+        """Hidden vectors of sequences from their beginnings.
+
+        Raises
+        ------
+        NotImplementedError
+            For packed sequences with absolute positions, which would count on from one into the next.
+        """
+        if seq_idx is not None and self.positions == "absolute":
+            raise NotImplementedError("SequenceModel: absolute positions do not begin anew in packed sequences")
+        return super().__call__(ids, seq_idx)
+
     def embedded(self, ids: Array) -> Tensor:
         """The embedding, with positions if there are any."""
         hidden = self.embedding(ids)

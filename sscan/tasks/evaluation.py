@@ -78,7 +78,8 @@ def evaluate(
         a window the text is cut into windows of that many tokens, each read from an empty state, and only what comes
         after their middle counts, so that nothing is predicted from too little; the rest that fills no window is left
         out. This is what llama.cpp prints. With a stride, windows begin every `stride` tokens, and in each the last
-        `stride` count; in the first one all but the first token.
+        `stride` count; in the first one all but the first token. Where windows do not overlap, the first token of
+        each is predicted from nothing, and does not count.
     progress : callable
         Called with the share that is done.
     piece : int
@@ -87,10 +88,14 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the text is too short, or the stride longer than the window.
+        If the text or a window is too short, or the stride longer than the window.
     """
     if stride is not None and (window is None or stride > window):
-        raise ValueError(f"stride needs a window of as many tokens at least, got {stride} and {window}")
+        given = "no window" if window is None else f"a window of {window}"
+        raise ValueError(f"stride needs a window of as many tokens at least, got a stride of {stride} and {given}")
+    least = 3 if stride is None else 2  # which predict something
+    if window is not None and window < least:
+        raise ValueError(f"window must be at least {least} tokens, got {window}")
     spans = list(_spans(len(ids), window, stride))
     if not any(end > counts for _, counts, end in spans):
         raise ValueError(f"the text is too short: {len(ids)} tokens")
@@ -118,6 +123,7 @@ def _spans(length: int, window: int | None, stride: int | None) -> Iterator[tupl
         counted = 1
         for start in range(0, length, stride):
             end = min(start + window, length)
+            counted = max(counted, start + 1)
             if end > counted:
                 yield start, counted, end
             counted = end

@@ -14,7 +14,7 @@ from torch import nn
 from sscan.models.files import load_arrays, save_arrays
 from sscan.models.generation import GenerationMixin
 from sscan.models.pretrained import open_model, save_model
-from sscan.models.states import MambaState, States, check_states
+from sscan.models.states import MambaState, States, check_count, check_states
 from sscan.torch import decoding
 from sscan.torch.mamba import Mamba
 from sscan.torch.norms import RMSNorm
@@ -137,6 +137,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         return self.lm_head(hidden), ends
 
     def _extend(self, ids: Any, states: States) -> tuple[Any, States]:
+        check_count("extend", states, self.backbone.layers)
         ends = States(states)
 
         def mix(i: int, mixer: Mamba, hidden: Any) -> Any:
@@ -165,6 +166,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         logits = decoding.step(self, ids, states)
         if logits is not None:
             return logits.to(self.lm_head.weight.dtype)
+        check_count("step", states, self.backbone.layers)
 
         def mix(i: int, mixer: Mamba, hidden: Any) -> Any:
             return mixer.step(hidden, states[i].conv, states[i].ssm)[0]
