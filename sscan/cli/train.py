@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Add the command to those that there are, and below it one for each task."""
-    from sscan.tasks.dna import DNAOptions
-    from sscan.tasks.species import SpeciesOptions
     from sscan.tasks.task import RunOptions
 
     parser = commands.add_parser("train", help="train a language model on texts, by bytes or tokens, or on DNA")
@@ -41,6 +39,15 @@ def add_to(commands: Any) -> None:
     _add_run_options(parser, RunOptions(), "bits per byte are")
     # What they do not get, the options in front of their names keep.
     tasks = parser.add_subparsers(dest="task", metavar="task", help="what else to train on (default: texts)")
+    _add_dna(tasks)
+    _add_species(tasks)
+    _add_audio(tasks)
+
+
+def _add_dna(tasks: Any) -> None:
+    """The command that trains on DNA."""
+    from sscan.tasks.dna import DNAOptions
+
     dna = tasks.add_parser("dna", help="FASTA files, base by base", argument_default=argparse.SUPPRESS)
     dna.add_argument("fasta", type=path, nargs="*", default=[], metavar="FASTA", help="plain or compressed")
     _add_run_options(dna, DNAOptions(), "bits per base are")
@@ -58,6 +65,12 @@ def add_to(commands: Any) -> None:
         "--model", choices=["mamba", "transformer"],
         help="a Transformer has the parameters of a Mamba of twice the blocks (default mamba)",
     )  # fmt: skip
+
+
+def _add_species(tasks: Any) -> None:
+    """The command that trains a model to tell species apart."""
+    from sscan.tasks.species import SpeciesOptions
+
     species = tasks.add_parser(
         "species", help="alignments in MAF: which species is a window of?", argument_default=argparse.SUPPRESS
     )
@@ -67,7 +80,6 @@ def add_to(commands: Any) -> None:
         "--from", type=model_name, dest="pretrained", metavar="MODEL", help="folder of `sscan train dna`"
     )
     species.add_argument("--species", nargs="+", metavar="NAME", help="to tell apart (default: all in the alignment)")
-    _add_audio(tasks)
 
 
 def _add_audio(tasks: Any) -> None:
