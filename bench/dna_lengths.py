@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sscan.cli import _array_module
+from sscan.cli._devices import array_module
 from sscan.tasks.dna import DNA, TRANSFORMER, DNAOptions
 from sscan.tasks.loop import train
 from sscan.tasks.reproduce import Until, device_name, versions
@@ -38,7 +38,7 @@ def options_of(args: argparse.Namespace, length: int) -> DNAOptions:
 
 def run_length(args: argparse.Namespace, length: int, stop: Until) -> dict[str, Any] | None:
     """Train and measure; None if there was no time to."""
-    xp, folder, options = _array_module(args.device), args.out / f"{args.model}-{length}", options_of(args, length)
+    xp, folder, options = array_module(args.device), args.out / f"{args.model}-{length}", options_of(args, length)
     if (folder / STATE_FILE).exists():
         run = TrainingRun.load(folder, DNA, xp, fasta=[args.fasta])
     else:

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn import functional
 
 from sscan import cli
+from sscan.cli._devices import array_module
 from sscan.models.sampling import Sampler
 from sscan.tasks.loop import train
 from sscan.tasks.task import RunOptions
@@ -216,7 +217,7 @@ def train_mamba(args: argparse.Namespace, options: RunOptions) -> tuple[Any, dic
     print("sscan", *command, flush=True)
     if code := cli.main(command):
         sys.exit(code)
-    run = TrainingRun.load(args.out, Text, cli._array_module(args.device))
+    run = TrainingRun.load(args.out, Text, array_module(args.device))
     model = run.model
 
     def continued(prompt: Any, count: int, temperature: float) -> bytes:

@@ -29,7 +29,7 @@ AREAS = {
         "sscan/models/*.py sscan/torch/language_model.py sscan/compat/language_model.py sscan/compat/generation.py",
         "test_models.py test_generation.py test_compat_language_model.py test_cli_models.py test_broken_files.py",
     ),
-    "shell": ("sscan/cli.py sscan/tasks/*.py", "test_cli.py test_cli_models.py test_broken_files.py"),
+    "shell": ("sscan/cli/*.py sscan/tasks/*.py", "test_cli.py test_cli_models.py test_broken_files.py"),
     "checks": ("sscan/_*.py sscan/[a-z]*_*.py", "test_ops.py test_selective_scan.py test_interchange.py"),
     "torch": ("sscan/torch/*.py", "test_torch_mamba.py test_torch_parts.py test_torch_ops.py"),
     "jax": ("sscan/jax/*.py", "test_jax.py"),

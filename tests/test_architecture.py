@@ -42,7 +42,8 @@ MAY_NAME = {
     "sscan.torch": {"torch"},
     "sscan.jax": {"jax", "jaxlib", "cupy"},  # XLA's GPU memory is viewed in CuPy too
     "sscan.compat": {"torch"},
-    "sscan.cli": ARRAY_LIBRARIES,
+    "sscan.cli._devices": {"cupy"},
+    "sscan.cli.info": {"torch", "jax", "cupy"},  # for their versions
     "sscan.lm_eval": {"cupy"},
 }
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from sscan import cli
-from sscan.cli import main
+from sscan.cli import _devices, _output, main
 from sscan.models.files import load_arrays, remove_leftovers, save_arrays, write_atomically
 from sscan.nn import MambaLM
 from sscan.tasks import text as texts
@@ -105,10 +105,12 @@ def test_defaults() -> None:
     assert train["device"] == "cpu"
     del generate["command"]
     assert generate == {
-        "name": "generate", "model": "x", "prompt": None, "prompt_file": None, "stdin": None, "tokens": 400,
-        "temperature": 0.8, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "stop": [],
+        "name": "generate", "model": "x", "prompt": None, "prompt_file": None, "stdin": None, "tokens": None,
+        "temperature": None, "out": None, "seconds": None,
+        "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "stop": [],
         "eos": "<|endoftext|>", "samples": 1, "seed": 0, "tokenizer": None, "device": "cpu", "dtype": None,
     }  # fmt: skip
+    assert (_output.SAMPLE_TOKENS, _output.TEMPERATURE) == (400, 0.8)  # of texts, where neither is given
 
 
 def test_train_for_a_time(text: Path, tmp_path: Path) -> None:
@@ -534,8 +536,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, driver: int = 13000, gpus: int = 0,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     installed = {"cupy": "14.2.0", "numba-cuda": "0.30.4"} | {k.replace("_", "-"): v for k, v in versions.items()}
-    version = cli._version
-    monkeypatch.setattr(cli, "_version", lambda name: installed.get(name) or version(name))
+    version = _devices.version
+    monkeypatch.setattr(_devices, "version", lambda name: installed.get(name) or version(name))
 
 
 def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -554,7 +554,7 @@ def test_a_run_that_was_stopped_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = write_fasta(tmp_path / "x.fa", a=letters(400, 8)), tmp_path / "run"
-    monkeypatch.setattr("sscan.cli._train_until_done", lambda run, folder: 15)
+    monkeypatch.setattr("sscan.cli.train._train_until_done", lambda run, folder: 15)
     tiny = ["--d-model", "8", "--n-layer", "1", "--length", "16", "--batch", "2", "--steps", "2"]
     assert main(["train", "dna", str(path), "--out", str(out), *tiny]) == 128 + 15
     assert f"continue with: sscan train dna --resume {out}\n" in capsys.readouterr().err
