@@ -335,6 +335,14 @@ def test_convert_to_another_dtype(folder: Path, tmp_path: Path, capsys: pytest.C
     )  # fmt: skip
 
 
+def test_convert_overwrites_no_model_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    perturbed(MambaConfig(8, 1, 256)).save_pretrained(tmp_path / "a")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    line = mistake(capsys, "convert", tmp_path / "a", tmp_path / "b" / ".." / "a", "--dtype", "bfloat16")
+    assert "is the model itself" in line
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+
+
 def test_convert_says_what_transformers_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sscan.nn.MambaLM(MambaConfig(8, 1, 256, {"discretization": "zoh"})).save_pretrained(tmp_path / "zoh")
     assert "transformers has no discretization" in mistake(capsys, "convert", tmp_path / "zoh", tmp_path / "new")

@@ -352,8 +352,10 @@ def convert(
     Raises
     ------
     OSError, ValueError
-        As those.
+        As those, and if the folder is the model's own.
     """
+    if Path(model).exists() and Path(folder).resolve() == Path(model).resolve():
+        raise ValueError(f"{folder} is the model itself, which would be overwritten; give another folder")
     source = Source(model)
     with open_model(model) as (config, weights):
         arrays = {}
