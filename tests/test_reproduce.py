@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
+import re
 import signal
 import threading
 from types import SimpleNamespace
@@ -19,8 +21,9 @@ from sscan.nn import MambaLM
 from sscan.tasks import tables
 from sscan.tasks.induction import Induction, InductionOptions
 from sscan.tasks.report import best_rate, draw, markdown
-from sscan.tasks.reproduce import Job, Until, jobs, results, run_all
+from sscan.tasks.reproduce import Job, Until, finished, jobs, results, run_all, to_do
 from sscan.tasks.tables import TABLES, Row, Table
+from sscan.tasks.training import TrainingRun
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,9 +155,10 @@ def test_a_run_leaves_its_result_and_is_not_run_again(tmp_path: Path) -> None:
     task = Induction(TINY)
     assert result["measures"] == {"64": task.accuracy(model, 64), "128": task.accuracy(model, 128)}
     assert result["versions"].keys() >= {"python", "sscan", "numpy", "numba"}
-    assert todo[0].is_of(result, [])
+    more = jobs(table(), "small", [], [], [1e-3, 5e-4], [0, 1], {})
+    assert to_do(more, tmp_path, []) == [job for job in more if job.name != todo[0].name]
     with pytest.raises(ValueError, match=f"{todo[0].name} has been run with batch = 4, not 5"):
-        jobs(table(), "small", ["mamba"], [], [], [0], {"batch": 5})[0].is_of(result, [])
+        to_do(jobs(table(), "small", ["mamba"], [], [], [0], {"batch": 5}), tmp_path, [])
     for change, message in (
         ({"table": "table1"}, "is no result of table11"), ({"row": "mambo"}, "row must be one of mamba, wide, got 'm"),
         ({"measures": {"63": 1.0}}, "measures must be of 64, 128, .*got {'63'"), ({"measures": {}}, "measures must be"),
@@ -164,16 +168,36 @@ def test_a_run_leaves_its_result_and_is_not_run_again(tmp_path: Path) -> None:
             results(tmp_path, table(), "small")
 
 
-def test_another_text_is_another_run(tmp_path: Path) -> None:
-    made, texts = TABLES["table7"], [tmp_path / "rain", tmp_path / "wind"]
+def test_a_row_is_of_one_set_of_options(tmp_path: Path) -> None:
+    """Beside learning rate and seed, as means are taken over its runs; other rows may have others."""
+    run(jobs(table(), "small", ["mamba"], [], [], [0], {}), tmp_path)
+    other = jobs(table(), "small", ["mamba"], [], [5e-4], [1], {"steps": 9})
+    with pytest.raises(ValueError, match=r"table11-small-mamba-anywhere-lr0\.001-seed0 .* with steps = 8, not 9"):
+        to_do(other, tmp_path, [])
+    free = jobs(table(), "small", ["wide"], [], [], [0], {"steps": 9})
+    free += jobs(table(), "small", ["mamba"], ["front"], [], [0], {"steps": 9})
+    assert to_do(free, tmp_path, []) == free
+    close = jobs(table(), "small", ["mamba"], [], [1e-3 * (1 + 1e-9)], [0], {})  # of the same name
+    with pytest.raises(ValueError, match=r"lr0\.001-seed0 has been run with lr = 0\.001, not 0\.001000000001"):
+        to_do(close, tmp_path, [])
+
+
+def test_a_folder_is_of_one_text(tmp_path: Path) -> None:
+    """For any row, seed and rate of a table; also that of a run of which there is nothing but a checkpoint."""
+    made, texts, out = TABLES["table7"], [tmp_path / "rain", tmp_path / "wind"], tmp_path / "out"
     for path in texts:
         path.write_text(f"the {path.name} it raineth every day. " * 40)
-    (job,) = jobs(made, "small", ["none"], [], [], [0], TINIER)
-    assert run_all([job], tmp_path, np, texts[:1], 1, (), io.StringIO()) == {}
-    (result,) = results(tmp_path, made, "small")
-    assert job.is_of(result, texts[:1])
-    with pytest.raises(ValueError, match=r"table7-small-none-lr0\.01-seed0 has been run on another text"):
-        job.is_of(result, texts[1:])
+    first, second = jobs(made, "small", ["none", "B"], [], [], [0], TINIER)
+    assert run_all([first], out, np, texts[:1], 1, (), io.StringIO()) == {}
+    assert to_do([first, second], out, texts[:1]) == [second]
+    other = rf"table7-small-none-lr0\.01-seed0 in {out} has been run on another text"
+    for job in (first, second):
+        with pytest.raises(ValueError, match=other):
+            to_do([job], out, texts[1:])
+    (out / f"{first.name}.json").unlink()
+    with pytest.raises(ValueError, match=other):
+        to_do([first], out, texts[1:])
+    assert to_do([first], out, texts[:1]) == [first]
 
 
 def test_errors_that_nobody_foresaw_are_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +218,7 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
         folder.mkdir()
     run(todo, whole)
     for expected in (3, 6):
-        run(todo, parts, stop=StopAfter(4))
+        run(todo, parts, stop=StopAfter(5))
         (result,) = results(parts, table(), "small")
         assert (result["finished"], result["steps"], result["measures"]) == (False, expected, {})
     run(todo, parts)
@@ -202,6 +226,42 @@ def test_stopped_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
     assert first["curve"] == second["curve"]
     assert first["measures"] == second["measures"]
     assert second["finished"]
+
+
+def test_unfinished_runs_go_on_with_their_own_options_only(tmp_path: Path) -> None:
+    """Also if there is no result yet, as when the process was killed; and the first command still goes on."""
+    todo, fewer = (jobs(table(), "small", ["mamba"], [], [], [0], {"steps": steps}) for steps in (8, 2))
+    run(todo, tmp_path, stop=StopAfter(5))
+    name = todo[0].name
+    for path in (None, tmp_path / f"{name}.json"):
+        if path:
+            path.unlink()
+        with pytest.raises(ValueError, match=f"{name} has been run with steps = 8, not 2"):
+            to_do(fewer, tmp_path, [])
+    assert run(fewer, tmp_path) == {name: f"ValueError: {name} has been run with steps = 8, not 2"}
+    assert to_do(todo, tmp_path, []) == todo
+    assert run(todo, tmp_path) == {}
+    assert finished(tmp_path, table(), "small") == {name}
+
+
+def test_a_run_is_of_one_command_at_a_time(tmp_path: Path) -> None:
+    """The other rows of the second go on; a lock that was left behind locks nothing."""
+    todo = jobs(table(), "small", [], [], [], [0], {})
+    folder = tmp_path / "runs" / todo[0].name
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(todo, tmp_path) == {todo[0].name: "another command is at it"}
+    assert finished(tmp_path, table(), "small") == {todo[1].name}
+    assert run(todo[:1], tmp_path) == {}
+    assert finished(tmp_path, table(), "small") == {job.name for job in todo}
+
+
+def test_time_that_is_over_when_the_data_are_read_begins_nothing(tmp_path: Path) -> None:
+    todo = jobs(table(), "small", ["mamba"], [], [], [0], {})
+    assert run(todo, tmp_path, stop=StopAfter(1)) == {}
+    assert results(tmp_path, table(), "small") == []
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_what_has_not_begun_when_time_is_over_is_not_begun(tmp_path: Path) -> None:
@@ -265,7 +325,7 @@ def test_one_that_fails_leaves_the_others_alone(tmp_path: Path, at_once: int) ->
     todo = jobs(made, "small", [], [], [], [0], {})
     failures = run(todo, tmp_path, at_once)
     assert failures.keys() == {todo[0].name}
-    assert failures[todo[0].name].startswith("FloatingPointError: ")
+    assert re.match(r"(the loss is|.* is not finite after) .*; try a smaller --lr$", failures[todo[0].name])
     assert [(result["row"], result["finished"]) for result in results(tmp_path, made, "small")] == [("good", True)]
 
 
@@ -282,7 +342,7 @@ def result(row: str, lr: float, seed: int, measures: dict[str, float], generator
 FOUND = [
     result("mamba", 1e-3, 0, {"64": 1.0, "128": 0.995}), result("mamba", 1e-3, 1, {"64": 1.0, "128": 0.25}),
     result("mamba", 1e-4, 0, {"64": 0.6, "128": 0.7}), result("mamba", 1e-4, 1, {"64": 0.6, "128": 0.7}),
-    result("mamba", 3e-3, 0, {}, "front"),
+    result("mamba", 1e-2, 2, {"64": 1.0, "128": 1.0}), result("mamba", 3e-3, 0, {}, "front"),
 ]  # fmt: skip
 HEADINGS = {"64": "2^6", "128": "2^7"}
 
@@ -290,14 +350,14 @@ HEADINGS = {"64": "2^6", "128": "2^7"}
 def test_the_markdown() -> None:
     made = dataclasses.replace(table(), headings=HEADINGS)
     assert markdown(made, FOUND, {"x": "no memory"}).splitlines() == [
-        "| model |  | 2^6 | 2^7 | rate (tried) | steps | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| Mamba | paper | 100 | 50 |  |  |  |",
-        "|  | anywhere seed 0 | 100 | 99.5 | 0.001 (0.0001, 0.001) | 1,200 | 1.5 |",
-        "|  | anywhere seed 1 | 100 | 25 | 0.001 (0.0001, 0.001) | 1,200 | 1.5 |",
-        "|  | front seed 0, not finished |  |  | 0.003 (0.003) | 1,200 | 1.5 |",
-        "| Wide | paper |  |  |  |  |  |",
-        "|  | not run |  |  |  |  |  |",
+        "| row | model |  | 2^6 | 2^7 | rate (tried) | steps | minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| mamba | Mamba | paper | 100 | 50 |  |  |  |",
+        "|  |  | anywhere seed 0 | 100 | 99.5 | 0.001 (0.0001, 0.001; not compared: 0.01) | 1,200 | 1.5 |",
+        "|  |  | anywhere seed 1 | 100 | 25 | 0.001 (0.0001, 0.001; not compared: 0.01) | 1,200 | 1.5 |",
+        "|  |  | front seed 0, not finished |  |  | 0.003 (0.003) | 1,200 | 1.5 |",
+        "| wide | Wide | paper |  |  |  |  |  |",
+        "|  |  | not run |  |  |  |  |  |",
         "",
         "x failed: no memory",
     ]
@@ -307,11 +367,11 @@ def test_the_markdown_of_one_measure() -> None:
     """The paper's and ours may be of different things."""
     made = dataclasses.replace(table(), across="", headings=HEADINGS, generators={"anywhere": {}})
     assert markdown(made, FOUND[:2]).splitlines() == [
-        "| model | paper: 2^6 | ours, by | 2^7 | rate (tried) | steps | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| Mamba | 100 | anywhere seed 0 | 99.5 | 0.001 (0.001) | 1,200 | 1.5 |",
-        "|  |  | anywhere seed 1 | 25 | 0.001 (0.001) | 1,200 | 1.5 |",
-        "| Wide |  | not run |  |  |  |  |",
+        "| row | model | paper: 2^6 | ours, by | 2^7 | rate (tried) | steps | minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| mamba | Mamba | 100 | anywhere seed 0 | 99.5 | 0.001 (0.001) | 1,200 | 1.5 |",
+        "|  |  |  | anywhere seed 1 | 25 | 0.001 (0.001) | 1,200 | 1.5 |",
+        "| wide | Wide |  | not run |  |  |  |  |",
     ]
 
 
@@ -320,6 +380,18 @@ def test_the_best_rate_is_the_lowest_where_low_is_good() -> None:
     low = dataclasses.replace(table(), higher_is_better=False)
     assert {r["options"]["lr"] for r in best_rate(low, FOUND[:4])} == {1e-4}
     assert best_rate(table(), []) == []
+
+
+def test_rates_are_compared_by_the_same_seeds() -> None:
+    """A second seed, which is worse or better, decides nothing where the other rate has none."""
+    one, two = (1e-3, 0.6), (1e-4, 0.5)
+    for second in (0.1, 1.0):
+        found = [result("mamba", lr, 0, {"64": value}) for lr, value in (one, two)]
+        assert best_rate(table(), [*found, result("mamba", 1e-3, 1, {"64": second})])[0]["options"]["lr"] == 1e-3
+        chosen = best_rate(table(), [*found, result("mamba", 1e-4, 1, {"64": second})])
+        assert [r["options"]["lr"] for r in chosen] == [1e-3]
+    chosen = best_rate(table(), [result("mamba", 1e-3, 1, {"64": 0.1}), *found, result("mamba", 1e-4, 2, {"64": 1.0})])
+    assert [(r["options"]["lr"], r["options"]["seed"]) for r in chosen] == [(1e-3, 1), (1e-3, 0)]  # all of its seeds
 
 
 def test_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,12 +422,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Table:
 
 def test_the_command(tiny: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["reproduce", "table11", "--rows", "mamba", "--seeds", "0", "1", "--at-once", "2", "--out", str(tmp_path)]
-    for to_do in (2, 0):
+    for left in (2, 0):
         assert main(command) == 0
         out, err = capsys.readouterr()
-        assert f"Table 11, Induction Heads, small: {to_do} of 2 runs to do" in err
+        assert f"Table 11, Induction Heads, small: {left} of 2 runs to do" in err
         assert out.startswith(markdown(tiny, results(tmp_path, tiny, "small")))
-        assert "|  | not run |  |  |" in out
+        assert "|  |  | not run |  |  |" in out
         assert str(tmp_path / "table11-small.png") in out
     assert (tmp_path / "table11-small.png").exists()
 
@@ -366,11 +438,44 @@ def test_the_command_says_what_failed_and_what_is_left(
     assert main(["reproduce", "table11", "--lr", "1e30", "--rows", "mamba", "--out", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     name = "table11-small-mamba-anywhere-lr1e+30-seed0"
-    assert f"{name} failed: FloatingPointError" in out
-    assert f"sscan reproduce: {name}: FloatingPointError" in err
+    assert f"{name} failed: the loss is" in out
+    assert f"sscan reproduce: {name}: the loss is" in err
+    assert "not finished" not in out + err
     slow = ["reproduce", "table11", "--steps", "1000000", "--minutes", "0.02", "--rows", "mamba", "--out"]
-    assert main([*slow, str(tmp_path)]) == 0
-    assert "goes on with the same command: table11-small-mamba-anywhere-lr0.001-seed0" in capsys.readouterr().err
+    assert main([*slow, str(tmp_path / "slow")]) == 0
+    left = "not finished, and goes on with the same command: table11-small-mamba-anywhere-lr0.001-seed0\n"
+    assert capsys.readouterr().err.endswith(left)
+    for steps in ("999999", "20"):
+        assert main([*slow[:3], steps, *slow[4:], str(tmp_path / "slow")]) == 2
+        assert f"has been run with steps = 1000000, not {steps}" in capsys.readouterr().err
+
+
+def test_what_failed_is_not_said_to_go_on(
+    tiny: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though there is a checkpoint of it, and a result that says it is not finished."""
+    command = ["reproduce", "table11", "--rows", "mamba", "--out", str(tmp_path)]
+    run(jobs(tiny, "small", ["mamba"], [], [], [0], {}), tmp_path, stop=StopAfter(5))
+
+    def step(self: Any) -> None:
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(TrainingRun, "step", step)
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert err.endswith("sscan reproduce: table11-small-mamba-anywhere-lr0.001-seed0: the loss is nan\n")
+    assert "goes on" not in err
+
+
+@pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--rows", "x"]])
+def test_what_cannot_begin_leaves_no_folder(
+    arguments: list[str], tiny: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sscan.cli._devices.version", lambda name: "-")
+    assert main(["reproduce", "table11", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("sscan reproduce: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_leaves_checkpoints(tiny: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

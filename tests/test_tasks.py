@@ -97,7 +97,20 @@ def test_accuracy_of_other_layers(layer: dict[str, Any], monkeypatch: pytest.Mon
     assert 0 < expected < 1
     for tokens in (1 << 16, 40 * 7, 7 * 50):
         monkeypatch.setattr("sscan.tasks.induction.TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr("sscan.tasks.induction.PAIRS_AT_ONCE", 50 * tokens)
         assert made.accuracy(model, 50, 40) == expected
+
+
+def test_models_without_states_get_few_long_sequences_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention to 64 sequences of 1024 tokens took 8 GB."""
+    made = task(d_model=8, length=16, symbols=3, layers=({"layer": "attention", "heads": 1},))
+    model, read = made.new_model(), []
+    run = type(model).__call__
+    monkeypatch.setattr(type(model), "__call__", lambda self, ids: (read.append(ids.shape), run(self, ids))[1])
+    made.accuracy(model, 1024, 6)
+    made.accuracy(model, 64, 6)
+    made.accuracy(model, 4096, 1)
+    assert read == [(4, 1024), (2, 1024), (6, 64), (1, 4096)]
 
 
 def test_runs_of_other_layers_go_on(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def add_to(commands: Any) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from sscan.tasks.reproduce import Until, jobs, results, run_all
+    from sscan.tasks.reproduce import Until, finished, jobs, run_all, to_do
     from sscan.tasks.tables import TABLES
     from sscan.tasks.text import text_files
 
@@ -63,16 +63,14 @@ def _reproduce(options: argparse.Namespace) -> int:
         changes = {} if options.steps is None else {"steps": options.steps}
         wanted = jobs(table, options.scale, options.rows, options.generators, options.lr, options.seeds, changes)
         texts = text_files(options.text or [default_text()]) if table.of_texts else []
-        out.mkdir(parents=True, exist_ok=True)
-        finished = [result for result in results(out, table, options.scale) if result["finished"]]
-        todo = [job for job in wanted if not any(job.is_of(result, texts) for result in finished)]
+        todo = to_do(wanted, out, texts)
         xp = array_module(options.device)
     print(f"{table.title}, {options.scale}: {len(todo)} of {len(wanted)} runs to do", file=sys.stderr, flush=True)
     with stop_requests() as received:
         stop = Until(options.minutes, received)
         failures = run_all(todo, out, xp, texts, options.at_once, stop, sys.stderr)
     _show(options, failures)
-    left = [result["name"] for result in results(out, table, options.scale) if not result["finished"]]
+    left = sorted({job.name for job in todo} - failures.keys() - finished(out, table, options.scale))
     if received:
         return fail("sscan reproduce: stopped; the same command goes on", 128 + received[0])
     for name, reason in failures.items():

@@ -22,6 +22,7 @@ EXAMPLES = 64  # of each length that is measured
 LONGER = 16  # times the length that is trained on: what is measured on the way, beside that length
 SHORTEST = 64  # of the lengths that are measured in the end
 TOKENS_AT_ONCE = 1 << 16
+PAIRS_AT_ONCE = 1 << 22  # of tokens: attention keeps a score for each in every head
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class Induction(Synthetic):
     def accuracy(self, model: Model, length: int, count: int = EXAMPLES) -> float:
         """The share of right answers at a length, for sequences that are always the same.
 
-        They are read in parts, with the states carried along, so any length fits; layers that have no states read a few
-        sequences at a time.
+        They are read in parts, with the states carried along, so any length fits; models without states read a few
+        sequences at a time, the fewer the longer these are.
         """
         ids, answers = self.sequences(np.random.default_rng(length), count, length)
         try:
@@ -129,6 +130,6 @@ class Induction(Synthetic):
 
     @no_grad()
     def _said_to_whole(self, model: Any, ids: Any) -> Any:
-        rows = max(TOKENS_AT_ONCE // ids.shape[1], 1)
+        rows = max(PAIRS_AT_ONCE // ids.shape[1] ** 2, 1)
         parts = [model(ids[start : start + rows]).data[:, -1] for start in range(0, len(ids), rows)]
         return np.concatenate([to_numpy(part).argmax(axis=-1) for part in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 def markdown(table: Table, results: Sequence[Mapping[str, Any]], failures: Mapping[str, str] | None = None) -> str:
     """The table with the paper's numbers and ours, a line for each generator and seed.
 
-    Where there is one measure the paper's stands in a column beside ours, else in a line above. Of several learning
-    rates the lines are of the best, and all are named. What was not run says so, and so does what is not finished or
+    The first column has the names of the rows, as ``--rows`` takes them. Where there is one measure the paper's stands
+    in a column beside ours, else in a line above. Of several learning rates the lines are of the best, and all are
+    named. What was not run says so, and so does what is not finished or
     has failed.
     """
     measures = list(table.headings)
@@ -30,17 +32,17 @@ def markdown(table: Table, results: Sequence[Mapping[str, Any]], failures: Mappi
         if table.across
         else [f"paper: {table.headings[of_paper[0]]}", "ours, by", table.headings[of_ours[0]]]
     )
-    head = [*table.columns, *names, "rate (tried)", "steps", "minutes"]
+    head = ["row", *table.columns, *names, "rate (tried)", "steps", "minutes"]
     lines = [head, ["---"] * len(head)]
     for row in table.rows:
         paper = [_shown(table, row.paper.get(measure)) for measure in of_paper]
         ours = list(_ours(table, of_ours, [result for result in results if result["row"] == row.name]))
         if table.across:
-            lines.append([*row.cells, "paper", *paper, "", "", ""])
-            lines += [[*[""] * len(row.cells), *cells] for cells in ours]
+            lines.append([row.name, *row.cells, "paper", *paper, "", "", ""])
+            lines += [["", *[""] * len(row.cells), *cells] for cells in ours]
         else:
-            empty = [""] * len([*row.cells, *paper])
-            lines += [[*(empty if i else [*row.cells, *paper]), *cells] for i, cells in enumerate(ours)]
+            first = [row.name, *row.cells, *paper]
+            lines += [[*([""] * len(first) if i else first), *cells] for i, cells in enumerate(ours)]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return text + "".join(f"\n{name} failed: {reason}\n" for name, reason in (failures or {}).items())
 
@@ -51,7 +53,7 @@ def _ours(table: Table, measures: Sequence[str], results: Sequence[Mapping[str, 
         yield ["not run", *[""] * len(measures), "", "", ""]
     for generator in table.generators:
         of = [result for result in results if result["generator"] == generator]
-        tried = ", ".join(f"{rate:g}" for rate in sorted({result["options"]["lr"] for result in of}))
+        tried = _tried(of)
         for result in best_rate(table, of):
             options, values = result["options"], result["measures"]
             yield [
@@ -63,17 +65,41 @@ def _ours(table: Table, measures: Sequence[str], results: Sequence[Mapping[str, 
             ]
 
 
-def best_rate(table: Table, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The results at the learning rate whose mean is best; of unfinished runs only if there are no others."""
+def _tried(results: Sequence[Mapping[str, Any]]) -> str:
+    """The learning rates of results, those that the best was not chosen from behind the others."""
+    among = compared(results)
+    others = {result["options"]["lr"] for result in results} - among.keys()
+    shown = [", ".join(f"{rate:g}" for rate in sorted(rates)) for rates in (among, others)]
+    return "; not compared: ".join(filter(None, shown))
+
+
+def compared(results: Sequence[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:
+    """Results by learning rate, of the rates that have a seed in common: that which most rates were run with.
+
+    Unfinished runs are among them only if there are no others.
+    """
     rates: dict[float, list[Mapping[str, Any]]] = {}
     for result in [r for r in results if r["finished"]] or results:
         rates.setdefault(result["options"]["lr"], []).append(result)
+    counts = Counter(seed for of in rates.values() for seed in _seeds(of))
+    most = max(counts, key=counts.__getitem__, default=None)
+    return {rate: of for rate, of in rates.items() if most in _seeds(of)}
+
+
+def best_rate(table: Table, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results at the learning rate whose mean is best, over the seeds that all :func:`compared` rates share."""
+    rates = compared(results).values()
+    shared = set.intersection(*map(_seeds, rates)) if rates else set()
 
     def goodness(of: list[Mapping[str, Any]]) -> float:
-        values = [value for result in of for value in result["measures"].values()]
+        values = [v for result in of if result["options"]["seed"] in shared for v in result["measures"].values()]
         return float(np.mean(values)) * (1 if table.higher_is_better else -1) if values else -np.inf
 
-    return max(rates.values(), key=goodness, default=[])
+    return max(rates, key=goodness, default=[])
+
+
+def _seeds(results: Sequence[Mapping[str, Any]]) -> set[int]:
+    return {result["options"]["seed"] for result in results}
 
 
 def _shown(table: Table, value: float | str | None) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import platform
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,16 +22,16 @@ import numpy as np
 import sscan
 from sscan.models.files import content_of, read_object, remove_leftovers, write_atomically
 from sscan.tasks.loop import BEST_FOLDER, train
-from sscan.tasks.training import STATE_FILE, TrainingRun
+from sscan.tasks.training import STATE_FILE, Saved, TrainingRun
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence, Sized
+    from collections.abc import Iterator, Sequence, Sized
     from pathlib import Path
 
     from sscan.tasks.tables import Row, Table
     from sscan.tasks.task import RunOptions
 
-RUNS_FOLDER = "runs"
+RUNS_FOLDER, LOCK_FILE = "runs", "lock"
 RESULT = {"name", "table", "row", "scale", "generator", "options", "steps", "seconds", "finished", "measures"}
 
 
@@ -64,19 +66,18 @@ class Job:
         """What its task takes beside the options."""
         return {"texts": texts} if self.table.of_texts else {}
 
-    def is_of(self, result: Mapping[str, Any], texts: Sequence[Path]) -> bool:
-        """Whether a result is of this job; ValueError if it has the name of it, but other options or data."""
-        if result["name"] != self.name:
-            return False
-        for name, value in json.loads(json.dumps(dataclasses.asdict(self.options))).items():
-            if result["options"].get(name) != value:
-                raise ValueError(f"{self.name} has been run with {name} = {result['options'].get(name)}, not {value}")
-        if (
-            self.table.of_texts
-            and result["sha256"] != self.table.task(self.options, **self.given(texts)).about()["sha256"]
-        ):
-            raise ValueError(f"{self.name} has been run on another text")
-        return True
+    def check(self, name: str, options: RunOptions | Mapping[str, Any]) -> None:
+        """Whether a run of this row with these options can stand beside this one, or be it if it has its name.
+
+        Raises
+        ------
+        ValueError
+            If an option differs; of a run of another name the learning rate and the seed may.
+        """
+        before = options if isinstance(options, Mapping) else _as_json(options)
+        for option, value in _as_json(self.options).items():
+            if before.get(option) != value and (name == self.name or option not in ("lr", "seed")):
+                raise ValueError(f"{name} has been run with {option} = {before.get(option)}, not {value}")
 
     def run(self, out: Path, array_module: Any, texts: Sequence[Path], stop: Sized, stream: TextIO) -> None:
         """Train and measure, from the checkpoint if there is one, until it is done or something is in `stop`.
@@ -86,18 +87,24 @@ class Job:
         if len(stop):
             return
         folder = out / RUNS_FOLDER / self.name
-        given = self.given(texts)
-        if (folder / STATE_FILE).exists():
-            remove_leftovers(folder)
-            remove_leftovers(folder / BEST_FOLDER)
-            changes = dataclasses.asdict(self.options)
-            run = TrainingRun.load(folder, self.table.task, array_module, changes, **given)
-        else:
-            run = TrainingRun(self.table.task(self.options, **given), array_module)
-        run.warm_up()
-        train(run, folder, stream, stop)
-        result = self._result(run, array_module)
-        write_atomically(out / f"{self.name}.json", lambda new: new.write_text(json.dumps(result, indent=1) + "\n"))
+        with _alone_in(folder):
+            run = self._begin(folder, array_module, texts)
+            if len(stop):  # to read the data may have taken long
+                return
+            run.warm_up()
+            train(run, folder, stream, stop)
+            result = self._result(run, array_module)
+            write_atomically(out / f"{self.name}.json", lambda new: new.write_text(json.dumps(result, indent=1) + "\n"))
+
+    def _begin(self, folder: Path, array_module: Any, texts: Sequence[Path]) -> TrainingRun[Any]:
+        """A new run, or the one of the checkpoint."""
+        task, given, checkpoint = self.table.task, self.given(texts), folder / STATE_FILE
+        if not checkpoint.exists():
+            return TrainingRun(task(self.options, **given), array_module)
+        remove_leftovers(folder)
+        remove_leftovers(folder / BEST_FOLDER)
+        self.check(self.name, Saved.read(checkpoint, task).options)
+        return TrainingRun.load(folder, task, array_module, **given)
 
     def _result(self, run: TrainingRun[Any], array_module: Any) -> dict[str, Any]:
         steps = [0, *(step for step, _ in run.measures)]
@@ -162,14 +169,53 @@ def results(out: Path, table: Table, scale: str) -> list[dict[str, Any]]:
     return found
 
 
+def finished(out: Path, table: Table, scale: str) -> set[str]:
+    """The names of those runs of a table that are; raises as :func:`results`."""
+    return {result["name"] for result in results(out, table, scale) if result["finished"]}
+
+
+def to_do(wanted: Sequence[Job], out: Path, texts: Sequence[Path]) -> list[Job]:
+    """The jobs of one table that are not finished.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be read.
+    ValueError
+        If what a table would show together does not belong together: runs of one row with other options than learning
+        rate and seed, or runs on another text; also of those that are not finished.
+    """
+    table, scale = wanted[0].table, wanted[0].scale
+    found = results(out, table, scale)
+    before = [(result["name"], result.get("sha256")) for result in found]
+    for job in wanted:
+        for result in found:
+            if (result["row"], result["generator"]) == (job.row.name, job.generator):
+                job.check(result["name"], result["options"])
+        checkpoint = out / RUNS_FOLDER / job.name / STATE_FILE
+        if checkpoint.exists():
+            saved = Saved.read(checkpoint, table.task)
+            job.check(job.name, saved.options)
+            before.append((job.name, saved.about.get("sha256")))
+    if table.of_texts:
+        sha256 = table.task(wanted[0].options, **wanted[0].given(texts)).about()["sha256"]
+        for name, other in before:
+            if other != sha256:
+                raise ValueError(f"{name} in {out} has been run on another text; for this one take another folder")
+    done = finished(out, table, scale)
+    return [job for job in wanted if job.name not in done]
+
+
 def run_all(
     todo: Sequence[Job], out: Path, array_module: Any, texts: Sequence[Path], at_once: int, stop: Sized,
     stream: TextIO,
 ) -> dict[str, str]:  # fmt: skip
     """Run jobs, so many at once, and say why those failed that did.
 
-    Each has a thread of its own, and on a GPU a stream. When one fails the others go on.
+    Each has a thread of its own, and on a GPU a stream. When one fails the others go on. The folder `out` is made if it
+    is not there.
     """
+    out.mkdir(parents=True, exist_ok=True)
     failures, lock, streams = {}, threading.Lock(), []
 
     def begin() -> None:
@@ -185,10 +231,30 @@ def run_all(
         for future in as_completed(futures):
             error = future.exception()
             if error is not None:
+                reason = str(error)
                 if not isinstance(error, FloatingPointError | OSError):  # nobody has foreseen it
                     stream.write("".join(traceback.format_exception(error)))
-                failures[futures[future].name] = f"{type(error).__name__}: {error}"
+                    reason = f"{type(error).__name__}: {reason}"
+                failures[futures[future].name] = reason
     return failures
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other commands out of a run's folder, which is made; the lock of a process ends with it, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError("another command is at it") from error
+        yield
+
+
+def _as_json(options: RunOptions) -> dict[str, Any]:
+    """Options as they come back from a file."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options)))
+    return values
 
 
 class Until:

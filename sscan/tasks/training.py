@@ -216,8 +216,7 @@ class TrainingRun(Generic[TaskT]):
             the file.
         """
         path = folder / STATE_FILE
-        with open_arrays(path) as file:
-            saved = _Saved.from_json((file.metadata() or {}).get("run", ""), task)
+        saved = Saved.read(path, task)
         for name, value in (changes or {}).items():
             before = getattr(saved.options, name)
             if name not in CHANGEABLE and value != before:
@@ -254,8 +253,8 @@ class TrainingRun(Generic[TaskT]):
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """What a file says about its run beside the arrays."""
+class Saved:
+    """What a checkpoint says about its run beside the arrays."""
 
     task: str
     options: RunOptions
@@ -263,7 +262,13 @@ class _Saved:
     seconds: float
 
     @classmethod
-    def from_json(cls, text: str, task: type[Task]) -> _Saved:
+    def read(cls, path: Path, task: type[Task]) -> Saved:
+        """Of a run of the task; raises as :meth:`TrainingRun.load`."""
+        with open_arrays(path) as file:
+            return cls._from_json((file.metadata() or {}).get("run", ""), task)
+
+    @classmethod
+    def _from_json(cls, text: str, task: type[Task]) -> Saved:
         if not text:
             raise ValueError("holds no training run")
         values = parse_object(text)
