@@ -44,8 +44,9 @@ def add_to(commands: Any) -> None:
     add_device(parser)
     parser.add_argument("--at-once", type=positive_int, default=1, metavar="N", help="runs (default %(default)s)")
     parser.add_argument(
-        "--minutes", type=positive_float, help="stop after so many in all; the same command goes on then"
-    )
+        "--minutes", type=positive_float,
+        help="begin no step after so many in all (compiling and evaluations are not cut off); the same command goes on",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=path, metavar="DIR", default=Path("runs", "reproduce"), help="(default %(default)s)"
     )
@@ -65,6 +66,7 @@ def _reproduce(options: argparse.Namespace) -> int:
         texts = text_files(options.text or [default_text()]) if table.of_texts else []
         todo = to_do(wanted, out, texts)
         xp = array_module(options.device)
+        out.mkdir(parents=True, exist_ok=True)
     print(f"{table.title}, {options.scale}: {len(todo)} of {len(wanted)} runs to do", file=sys.stderr, flush=True)
     with stop_requests() as received:
         stop = Until(options.minutes, received)
