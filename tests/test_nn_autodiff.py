@@ -381,3 +381,13 @@ def test_comparing_and_converting_are_refused() -> None:
         np.asarray(a)
     with pytest.raises(TypeError, match="without axes has no length"):
         len(Tensor(1.0))
+
+
+def test_capture_on_numpy_arrays_is_a_plain_call() -> None:
+    calls: list[Any] = []
+    double = nn.capture(lambda x: calls.append(x) or 2 * x)
+    for n in (2, 3, 3):
+        np.testing.assert_array_equal(double(np.arange(n)), 2 * np.arange(n))
+    assert len(calls) == 3
+    with pytest.raises(TypeError, match="capture: function must be callable, got int"):
+        nn.capture(3)  # type: ignore[arg-type]

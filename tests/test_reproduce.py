@@ -88,6 +88,11 @@ def test_jobs_that_are_none(what: tuple[Any, ...], message: str) -> None:
         jobs(table(), *what, [], [0], {})
 
 
+def test_a_table_with_one_generator_takes_none() -> None:
+    with pytest.raises(ValueError, match="table7: generator must be left out, as there is only one, got 'noise'"):
+        jobs(TABLES["table7"], "small", [], ["noise"], [], [0], {})
+
+
 # The paper's tables
 
 TINIER = {"d_model": 16, "length": 16, "batch": 2, "steps": 2, "evaluations": 1}

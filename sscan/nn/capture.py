@@ -50,6 +50,8 @@ class capture:  # used as a decorator
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        if not callable(function):
+            raise TypeError(f"capture: function must be callable, got {type(function).__name__}")
         self.function = function
         self._kinds: list[Any] = []  # of the arrays of the last call
         self._recorded: _Recorded | None = None

@@ -98,7 +98,7 @@ def evaluate(
         raise ValueError(f"window must be at least {least} tokens, got {window}")
     spans = list(_spans(len(ids), window, stride))
     if not any(end > counts for _, counts, end in spans):
-        raise ValueError(f"the text is too short: {len(ids)} tokens")
+        raise ValueError(f"the text is too short: it has {len(ids)} tokens")
     nats, tokens, size = 0.0, 0, 0
     for group in _groups(spans):
         inputs = np.stack([ids[start : end - 1] for start, _, end in group])

@@ -107,7 +107,8 @@ class Table:
 
 def _known(what: str, of: Mapping[str, Any], name: str) -> Any:
     if name not in of:
-        raise ValueError(f"{what} must be one of {', '.join(of)}, got {name!r}")
+        expected = "one of " + ", ".join(of) if any(of) else "left out, as there is only one"
+        raise ValueError(f"{what} must be {expected}, got {name!r}")
     return of[name]
 
 
