@@ -19,7 +19,7 @@ from sscan.tasks.backoff import BackoffModel
 from sscan.tasks.evaluation import evaluate
 from sscan.tasks.linear_prediction import LinearPrediction, flac_bits_per_sample
 from sscan.tasks.recordings import compress, read_recording
-from sscan.tasks.task import Recipe, RunOptions, Task
+from sscan.tasks.task import Recipe, RunOptions, Task, check_origin
 from sscan.tasks.text import MEASURED_BATCHES, held_out_start, mean_nats, random_windows
 
 if TYPE_CHECKING:
@@ -227,12 +227,8 @@ class _Origin:
     sha256: str
 
     def __post_init__(self) -> None:
-        recordings: Any = self.recordings
-        if not isinstance(recordings, list) or not recordings or not all(isinstance(x, str) for x in recordings):
-            raise TypeError(f"run: recordings must be a list of file names, got {recordings!r}")
+        check_origin("recordings", self.recordings, self.sha256)
         check_integer("run", "rate", self.rate)
-        if not isinstance(self.sha256, str):
-            raise TypeError(f"run: sha256 must be a string, got {self.sha256!r}")
 
 
 # Continuing

@@ -19,7 +19,7 @@ from sscan.tasks.backoff import BackoffModel
 from sscan.tasks.evaluation import IGNORED
 from sscan.tasks.scoring import nats_of_bases
 from sscan.tasks.sequences import BASES, is_base, read_fasta, reverse_complement
-from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, Task
+from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, Task, check_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -306,11 +306,7 @@ class _Origin:
     sha256: str
 
     def __post_init__(self) -> None:
-        fasta: Any = self.fasta
-        if not isinstance(fasta, list) or not fasta or not all(isinstance(path, str) for path in fasta):
-            raise TypeError(f"run: fasta must be a list of file names, got {self.fasta!r}")
-        if not isinstance(self.sha256, str):
-            raise TypeError(f"run: sha256 must be a string, got {self.sha256!r}")
+        check_origin("fasta", self.fasta, self.sha256)
 
 
 def _split(records: Sequence[Record], held_out: Sequence[str]) -> tuple[Regions, Regions]:

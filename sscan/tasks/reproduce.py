@@ -212,10 +212,8 @@ def run_all(
 ) -> dict[str, str]:  # fmt: skip
     """Run jobs, so many at once, and say why those failed that did.
 
-    Each has a thread of its own, and on a GPU a stream. When one fails the others go on. The folder `out` is made if it
-    is not there.
+    Each has a thread of its own, and on a GPU a stream. When one fails the others go on.
     """
-    out.mkdir(parents=True, exist_ok=True)
     failures, lock, streams = {}, threading.Lock(), []
 
     def begin() -> None:

@@ -20,7 +20,7 @@ from sscan.nn import MambaLM
 from sscan.nn.autodiff import to_numpy
 from sscan.tasks.evaluation import IGNORED
 from sscan.tasks.sequences import BASES, is_base, read_maf
-from sscan.tasks.task import Recipe, RunOptions, Task
+from sscan.tasks.task import Recipe, RunOptions, Task, check_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -247,11 +247,7 @@ class _Origin:
     sha256: str
 
     def __post_init__(self) -> None:
-        maf: Any = self.maf
-        if not isinstance(maf, list) or not maf or not all(isinstance(path, str) for path in maf):
-            raise TypeError(f"run: maf must be a list of file names, got {self.maf!r}")
-        if not isinstance(self.sha256, str):
-            raise TypeError(f"run: sha256 must be a string, got {self.sha256!r}")
+        check_origin("maf", self.maf, self.sha256)
 
 
 def split_blocks(blocks: Sequence[Sequence[AlignedRow]], species: Sequence[str]) -> tuple[list[Block], list[Block]]:

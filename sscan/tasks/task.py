@@ -127,6 +127,14 @@ class LayeredOptions(RunOptions):
         return SequenceConfig(self.d_model, vocab_size, layers, positions=self.positions, tie_embeddings=tie_embeddings)
 
 
+def check_origin(name: str, files: Any, sha256: Any) -> None:
+    """TypeError unless what a checkpoint says of its data is a list of file names, under `name`, and a digest."""
+    if not isinstance(files, list) or not files or not all(isinstance(path, str) for path in files):
+        raise TypeError(f"run: {name} must be a list of file names, got {files!r}")
+    if not isinstance(sha256, str):
+        raise TypeError(f"run: sha256 must be a string, got {sha256!r}")
+
+
 # May be others when a run goes on: they decide when it ends and what is said of it, not what has been.
 CHANGEABLE = ("steps", "minutes", "evaluations", "target")
 TaskT = TypeVar("TaskT", bound="Task")

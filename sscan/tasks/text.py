@@ -17,7 +17,7 @@ from sscan.models.tokens import TOKENIZER, Bytes, Tokens
 from sscan.nn import no_grad
 from sscan.tasks.backoff import BackoffModel
 from sscan.tasks.evaluation import IGNORED
-from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, RunOptions, Task
+from sscan.tasks.task import LANGUAGE_MODELS, LayeredOptions, RunOptions, Task, check_origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -199,11 +199,7 @@ class _Origin:
     tokenizer_sha256: str | None
 
     def __post_init__(self) -> None:
-        texts: Any = self.texts
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"run: texts must be a list of file names, got {self.texts!r}")
-        if not isinstance(self.sha256, str):
-            raise TypeError(f"run: sha256 must be a string, got {self.sha256!r}")
+        check_origin("texts", self.texts, self.sha256)
         if not isinstance(self.tokenizer_sha256, str | None):
             raise TypeError(f"run: tokenizer_sha256 must be a string or null, got {self.tokenizer_sha256!r}")
 
