@@ -226,6 +226,14 @@ def test_checkpoints_move_between_devices(device: Device, tmp_path: Path) -> Non
 
 def test_generation(device: Device) -> None:
     host, there = twins(device, SMALL, seed=2)
-    for options in ({"temperature": 0.0}, {"seed": 5, "top_k": 4}):
-        tokens = [[i.tolist() for i in model.generate(ids(2, 4), 12, **options)] for model in (host, there)]
-        assert tokens[0] == tokens[1]
+    prompts, count, k = ids(2, 4), 12, 4
+    greedy = [[new.tolist() for new in model.generate(prompts, count, 0.0)] for model in (host, there)]
+    assert greedy[0] == greedy[1]
+    # A GPU draws other tokens with the same seed, and always the same ones.
+    drawn = [there.generate(prompts, count, seed=5, top_k=k) for _ in range(2)]
+    np.testing.assert_array_equal(*drawn)
+    read = np.hstack([prompts, drawn[0]])[:, :-1]
+    logits = host(read).data[:, -count:, : SMALL.vocab_size]
+    better = (logits > np.take_along_axis(logits, np.array(drawn[0])[..., None], 2)).sum(2)
+    assert better.max() < k
+    assert len(np.unique(better)) == k, "each of them is drawn now and then"
