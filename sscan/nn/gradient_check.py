@@ -18,8 +18,8 @@ def check_gradients(function: Callable[..., Any], *tensors: Tensor, tolerance: f
     """Compare the gradients of `function` with central differences, element by element.
 
     The outputs are contracted with fixed random weights w to f = sum <w, output>; for every element x the difference
-    (8 (f(x + h) - f(x - h)) - (f(x + 2h) - f(x - 2h))) / 12h with h = 5e-5 max(1, |x|) must agree with the gradient up
-    to ``tolerance * max(1, max |difference|)``.
+    ``(8 (f(x + h) - f(x - h)) - (f(x + 2h) - f(x - 2h))) / 12h`` with ``h = 5e-5 max(1, |x|)`` must agree with the
+    gradient up to ``tolerance * max(1, max |difference|)``.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def check_gradients(function: Callable[..., Any], *tensors: Tensor, tolerance: f
     Returns
     -------
     float
-        The largest error found, relative to max(1, max |difference|).
+        The largest error found, relative to ``max(1, max |difference|)``.
 
     Raises
     ------

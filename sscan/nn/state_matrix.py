@@ -21,14 +21,14 @@ INITIAL = ("real", "lin", "half", "random")
 class StateMatrix(Module):
     """The diagonal A = -exp(log) + i imag of every channel: its real part is always negative.
 
-    ========= ==================== ======= ===============================================
-    `initial`  A_n, n = 0, 1, ...   field   where
-    ========= ==================== ======= ===============================================
-    "real"     -(n + 1)             real    S4D-Real, Mamba's; section 3.6 of the paper
-    "lin"      -1/2 + i n pi        complex S4D-Lin; with `imaginary` = 1 as the paper has it
-    "half"     -1/2                 real    Table 8
-    "random"   -exp(Normal(0, 1))   real    Table 8, with the sign that keeps the state finite
-    ========= ==================== ======= ===============================================
+    ==========  ===================  =======  ===============================================
+    `initial`   A_n, n = 0, 1, ...   field    where
+    ==========  ===================  =======  ===============================================
+    "real"      -(n + 1)             real     S4D-Real, Mamba's; section 3.6 of the paper
+    "lin"       -1/2 + i n pi        complex  S4D-Lin; with `imaginary` = 1 as the paper has it
+    "half"      -1/2                 real     Table 8
+    "random"    -exp(Normal(0, 1))   real     Table 8, with the sign that keeps the state finite
+    ==========  ===================  =======  ===============================================
 
     Parameters
     ----------

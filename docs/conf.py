@@ -1,0 +1,86 @@
+"""How Sphinx builds this folder: ``python -m sphinx -W --keep-going docs site``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+import sscan
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project, author, release = "sscan", "the sscan authors", sscan.__version__
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
+exclude_patterns = ["examples"]
+default_role = "literal"  # `x` names an argument
+nitpicky = True  # a reference to nothing is a warning, and CI makes warnings errors
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_mock_imports = ["lm_eval"]  # large, and only the base class of sscan.lm_eval
+autodoc_preserve_defaults = True  # as they stand in the code
+autodoc_typehints = "none"  # the lists of parameters say more
+numpydoc_show_class_members = False  # autodoc has listed them
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"sscan {release}"
+html_static_path = ["static"]
+html_css_files = ["sscan.css"]
+html_copy_source = False
+html_math_renderer = "mathml"
+html_theme_options = {
+    "navbar_align": "left",
+    "secondary_sidebar_items": ["page-toc"],
+    "show_prev_next": False,
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+
+
+def mathml(node: Any, display: str) -> str:
+    """A formula that browsers draw by themselves; what docutils does not know of LaTeX is a warning."""
+    try:
+        return tex2mathml(node.astext()).replace("<math", f'<math display="{display}"', 1)
+    except (ValueError, SyntaxError) as error:
+        logging.getLogger(__name__).warning("%s: %s", error, node.astext(), location=node)
+        return ""
+
+
+def inline(page: Any, node: Any) -> None:
+    """The formula in a line."""
+    page.body.append(mathml(node, "inline"))
+    raise nodes.SkipNode
+
+
+def displayed(page: Any, node: Any) -> None:
+    """The formula on lines of its own."""
+    page.body.append(mathml(node, "block"))
+    raise nodes.SkipNode
+
+
+class Help(SphinxDirective):
+    """What a command prints when it is asked for help."""
+
+    optional_arguments = 9
+
+    def run(self) -> list[nodes.Node]:
+        command = [sys.executable, "-m", "sscan.cli", *self.arguments, "--help"]
+        environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}
+        said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        return [nodes.literal_block(said, said, language="none")]
+
+
+def setup(app: Sphinx) -> None:
+    """Add what is above."""
+    app.add_html_math_renderer("mathml", (inline, None), (displayed, None))
+    app.add_directive("help", Help)
