@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import subprocess
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
@@ -68,6 +71,17 @@ def displayed(page: Any, node: Any) -> None:
     raise nodes.SkipNode
 
 
+def of_init(app: Sphinx, what: str, name: str, thing: Any, *_: Any) -> tuple[str, str] | None:
+    """The signature of a class whose metaclass hides it, as Flax' and Equinox' do."""
+    if what != "class" or type(thing).__call__ is type.__call__:
+        return None
+    init = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(thing.__init__)))).body[0]
+    for node in ast.walk(init.args):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return f"({ast.unparse(init.args).removeprefix('self, ')})", ""
+
+
 class Help(SphinxDirective):
     """What a command prints when it is asked for help."""
 
@@ -76,11 +90,14 @@ class Help(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         command = [sys.executable, "-m", "sscan.cli", *self.arguments, "--help"]
         environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}
-        said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        return [nodes.literal_block(said, said, language="none")]
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise self.error(done.stderr)
+        return [nodes.literal_block(done.stdout, done.stdout, language="none")]
 
 
 def setup(app: Sphinx) -> None:
     """Add what is above."""
     app.add_html_math_renderer("mathml", (inline, None), (displayed, None))
     app.add_directive("help", Help)
+    app.connect("autodoc-process-signature", of_init)
