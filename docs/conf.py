@@ -88,6 +88,7 @@ class Help(SphinxDirective):
     optional_arguments = 9
 
     def run(self) -> list[nodes.Node]:
+        """Ask it."""
         command = [sys.executable, "-m", "sscan.cli", *self.arguments, "--help"]
         environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}
         done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The documentation is true and complete: its Python blocks run, its links lead somewhere, every public name is there."""
+"""The documentation is true and whole: its Python blocks run, its links lead somewhere, all that is public is there."""
 
 from __future__ import annotations
 
