@@ -29,7 +29,11 @@ nitpicky = True  # a reference to nothing is a warning, and CI makes warnings er
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_default_options = {
+    "members": True,
+    "member-order": "bysource",
+    "inherited-members": "Module, list, tuple",  # of our own classes above these
+}
 autodoc_mock_imports = ["lm_eval"]  # large, and only the base class of sscan.lm_eval
 autodoc_preserve_defaults = True  # as they stand in the code
 autodoc_typehints = "none"  # the lists of parameters say more

@@ -94,6 +94,9 @@ PLANTED = {
 }
 
 
+SHOWN = ["nn.Mamba", "nn.AdamW", "nn.MambaLM.generate", "jax.nnx.Mamba"]
+
+
 def test_a_planted_fault_fails_the_build(tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs" / "conf.py", tmp_path)
     shutil.copytree(ROOT / "docs" / "static", tmp_path / "static")

@@ -199,7 +199,7 @@ class MambaLM(GenerationMixin, LanguageModel):
         super().__init__(Backbone(config, mixers, RMSNorm, dtype, activations), dtype, seed)
 
     def new_states(self, batch: int) -> States:
-        """The states before the first token: their size is all that decoding ever needs."""
+        """The states before the first token of `batch` sequences: their size is all that decoding ever needs."""
         return States(layer.mixer.new_state(batch) for layer in self.backbone.layers)
 
     @no_grad()
@@ -225,11 +225,11 @@ class MambaLM(GenerationMixin, LanguageModel):
         return decoding.decoder(self, states, drawn, sampler)
 
     def save_states(self, path: str | Path, states: States) -> None:
-        """Write states to a safetensors file, atomically."""
+        """Write states to the safetensors file `path`, atomically."""
         save_arrays(Path(path), {name: tensor.data for name, tensor in states.named_tensors()})
 
     def load_states(self, path: str | Path) -> States:
-        """The states in a file that :meth:`save_states` of a model of this configuration wrote, on its device.
+        """The states in the file `path` that :meth:`save_states` of a model of this configuration wrote, on its device.
 
         Raises
         ------

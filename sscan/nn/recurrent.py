@@ -35,7 +35,7 @@ class Recurrent(Module, ABC):
 
     @abstractmethod
     def extend(self, hidden: Operand, state: Any) -> tuple[Tensor, Any]:
-        """Apply the layer to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable."""
 
     @abstractmethod
     def new_state(self, batch: int) -> Any:

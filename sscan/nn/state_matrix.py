@@ -79,10 +79,16 @@ class StateMatrix(Module):
 
 
 class FixedMatrix(Module):
-    """A matrix B or C that does not depend on the input, real or complex as the given A is; (dim, d_state) numbers."""
+    """A matrix B or C that does not depend on the input, real or complex as the given A is; (dim, d_state) numbers.
+
+    Parameters
+    ----------
+    A : StateMatrix
+    one : bool, default False
+        Whether it starts as ones, or is drawn from a normal distribution of mean square 1.
+    """
 
     def __init__(self, A: StateMatrix, one: bool = False) -> None:
-        """All ones to begin with, or normal with mean square 1."""
         draw = ones if one else normal(math.sqrt(0.5) if A.is_complex else 1.0)
         self.real = Parameter(A.shape, draw, A.log.dtype)
         self.imag = Parameter(A.shape, zeros if one else draw, A.log.dtype) if A.is_complex else None
