@@ -51,7 +51,7 @@ class States(list[MambaState]):
         return self.select(range(self.batch))
 
     def select(self, rows: Sequence[int]) -> States:
-        """A copy, without gradients, of the sequences `rows`, in this order; one may come twice, as in a beam search."""
+        """A copy without gradients of the sequences `rows`, in this order; one may come twice, as in a beam search."""
         rows = list(rows)
         return States(MambaState(_rows(state.conv, rows), _rows(state.ssm, rows)) for state in self)
 

@@ -267,7 +267,7 @@ class Linear(Module):
         return y if self.bias is None else (y + self.bias).astype(y.dtype)
 
     def channel_first(self, x: Operand) -> Tensor:
-        """The same map of x along the last but one axis: (batch, in_features, length) to (batch, out_features, length)."""
+        """The same map of x along the last but one axis: (batch, in_features, length) to (.., out_features, length)."""
         y = ops.matmul(self.weight_like(x), x)
         return y if self.bias is None else (y + self.bias.reshape(-1, 1)).astype(y.dtype)
 

@@ -109,7 +109,9 @@ class SequenceModel(LanguageModel):
     def from_pretrained(
         cls, folder: str | Path, dtype: Any = np.float32, *, activation_dtype: Any = None
     ) -> SequenceModel:
-        """The model in a folder that :meth:`save_pretrained` wrote; the dtypes are those of :class:`SequenceModel`.
+        """The model in a folder that :meth:`save_pretrained` wrote.
+
+        `dtype` and `activation_dtype` are those of :class:`sscan.nn.MambaLM`.
 
         Raises
         ------
