@@ -100,7 +100,12 @@ def test_a_planted_fault_fails_the_build(tmp_path: Path) -> None:
     index, other = tmp_path / "index.md", tmp_path / "other.md"
     whole = "# A page\n\n[another](other.md#its-heading), $x^2$\n\n```{toctree}\nother\n```\n"
     index.write_text(whole)
-    other.write_text("# Another\n\n## Its heading\n\n```{eval-rst}\n.. autoclass:: sscan.jax.nnx.Mamba\n```\n")
+    entries = [
+        ".. py:class:: sscan.nn.Mamba",
+        ".. py:method:: sscan.nn.MambaLM.from_pretrained()",
+        ".. autoclass:: sscan.jax.nnx.Mamba",
+    ]
+    other.write_text("# Another\n\n## Its heading\n\n```{eval-rst}\n" + "\n\n".join(entries) + "\n```\n")
     built = build(tmp_path)
     assert (built.returncode, built.stderr) == (0, "")
     assert "<math" in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")

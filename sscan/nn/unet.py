@@ -121,7 +121,7 @@ class Level(Recurrent):
         return self.after(x + ops.concatenate([self._nothing(x), up], axis=1)[:, :length])
 
     def extend(self, hidden: Operand, state: LevelState) -> tuple[Tensor, LevelState]:
-        """The output for the continuation `hidden` of sequences, and where they stand; `state` says where they stood."""
+        """The output for the continuation `hidden` of sequences, and where they stand; `state` is where they stood."""
         x, before = self.before.extend(hidden, state.before)
         length, inner = x.shape[1], state.inner
         waiting, ready = ops.concatenate([state.waiting.astype(x.dtype), x], axis=1), state.ready.astype(x.dtype)
