@@ -20,6 +20,8 @@ import sscan
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
+logger = logging.getLogger(__name__)
+
 project, author, release = "sscan", "the sscan authors", sscan.__version__
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
 exclude_patterns = ["examples"]
@@ -55,11 +57,12 @@ html_theme_options = {
 
 
 def mathml(node: Any, display: str) -> str:
-    """A formula that browsers draw by themselves; what docutils does not know of LaTeX is a warning."""
+    """A formula that browsers draw; LaTeX that docutils does not know is a warning."""
+    latex = node.astext()
     try:
-        return tex2mathml(node.astext()).replace("<math", f'<math display="{display}"', 1)
+        return tex2mathml(latex).replace("<math", f'<math display="{display}"', 1)
     except (ValueError, SyntaxError) as error:
-        logging.getLogger(__name__).warning("%s: %s", error, node.astext(), location=node)
+        logger.warning("%s: %s", error, latex, location=node)
         return ""
 
 
@@ -75,15 +78,16 @@ def displayed(page: Any, node: Any) -> None:
     raise nodes.SkipNode
 
 
-def of_init(app: Sphinx, what: str, name: str, thing: Any, *_: Any) -> tuple[str, str] | None:
+def of_init(app: Any, what: str, name: str, thing: Any, *_: Any) -> Any:
     """The signature of a class whose metaclass hides it, as Flax' and Equinox' do."""
     if what != "class" or type(thing).__call__ is type.__call__:
         return None
-    init = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(thing.__init__)))).body[0]
-    for node in ast.walk(init.args):
+    source = inspect.getsource(inspect.unwrap(thing.__init__))
+    arguments = ast.parse(textwrap.dedent(source)).body[0].args
+    for node in ast.walk(arguments):
         if isinstance(node, ast.arg):
             node.annotation = None
-    return f"({ast.unparse(init.args).removeprefix('self, ')})", ""
+    return f"({ast.unparse(arguments).removeprefix('self, ')})", ""
 
 
 class Help(SphinxDirective):
@@ -95,7 +99,9 @@ class Help(SphinxDirective):
         """Ask it."""
         command = [sys.executable, "-m", "sscan.cli", *self.arguments, "--help"]
         environment = {**os.environ, "COLUMNS": "88", "NO_COLOR": "1"}
-        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, check=False, capture_output=True, text=True
+        )
         if done.returncode:
             raise self.error(done.stderr)
         return [nodes.literal_block(done.stdout, done.stdout, language="none")]

@@ -30,6 +30,18 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         exec(compile("\n" * (line - 1) + block, str(page), "exec"), namespace)
 
 
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.is_relative_to(ROOT / "docs")], ids=lambda page: page.name
+)
+def test_code_fits_a_narrow_column(page: Path) -> None:
+    """88 columns; what notebooks print is as wide as it is."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^ *```(\S*).*\n((?:.*\n)*?) *```$", text, re.MULTILINE)
+    code = [block for kind, block in fences if not (page.parent.name == "notebooks" and kind == "text")]
+    assert fences or "```" not in text
+    assert [line for block in code for line in block.splitlines() if len(line) > 88] == []
+
+
 @pytest.mark.parametrize("heading", ["Run it", "Test it"])
 def test_readme_has_one_line_for_each_job(heading: str) -> None:
     # .ci/run reads the line under "Test it" with the same rule.
