@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "api"
 # Packages whose public names are those of __all__; what lies below is not a public module unless it is named here.
-PACKAGES = ["sscan", "sscan.compat", "sscan.jax", "sscan.models", "sscan.nn", "sscan.torch"]
+PACKAGES = ["sscan", "sscan.compat", "sscan.jax", "sscan.models", "sscan.nn", "sscan.testing", "sscan.torch"]
 MODULES = [
     "sscan.jax.distributed",
     "sscan.jax.equinox",
