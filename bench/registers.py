@@ -5,17 +5,15 @@ Writes docs/registers.md. Numbers depend on the versions of the compilers, which
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import multiprocessing
 import os
-import re
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sscan.cuda import _launch
+from sscan.cuda._inspect import Usage, architecture, shipped, usages
 
 if TYPE_CHECKING:
     from sscan.cuda._launch import Kernel
@@ -25,21 +23,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "registers.md"
 COMPILERS = ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvvm", "nvidia-nvjitlink")
 
 
-class Usage(NamedTuple):
-    """What a kernel takes on one architecture: registers of a thread, bytes of everything else."""
-
-    registers: int
-    shared: int  # of a block
-    stack: int  # of a thread, as is what follows
-    spill_stores: int
-    spill_loads: int
-
-    @property
-    def local(self) -> bool:
-        """Whether a thread keeps something in memory that has no room in registers."""
-        return bool(self.stack or self.spill_stores or self.spill_loads)
-
-
 class Compiled(NamedTuple):
     """A kernel for all architectures."""
 
@@ -47,37 +30,15 @@ class Compiled(NamedTuple):
     usages: tuple[Usage, ...]
 
 
-def shipped() -> list[Kernel]:
+def kernels() -> list[Kernel]:
     """The kernels that stand for all, those that take longest to compile first."""
-    names = sorted(path.stem for path in (Path(_launch.__file__).parent / "kernels").glob("[!_]*.py"))
-    modules = [importlib.import_module(f"sscan.cuda.kernels.{name}") for name in (*names, "_sums")]
-    kernels = [kernel for module in modules for kernel in module.shipped()]
     slow = ("selective_scan_backward", "selective_scan")
-    return sorted(kernels, key=lambda kernel: slow.index(kernel.module) if kernel.module in slow else len(slow))
-
-
-def usage_of(log: str) -> Usage:
-    """What the assembler says of the one kernel that it was given."""
-
-    def number(pattern: str, missing: str | None = None) -> int:
-        found = re.findall(pattern, log) or ([missing] if missing is not None else [])
-        if len(found) != 1:
-            raise ValueError(f"{pattern!r} is not once in the assembler's log: {log}")
-        return int(found[0])
-
-    return Usage(
-        number(r"Used (\d+) registers"),
-        number(r"(\d+) bytes smem", "0"),
-        number(r"(\d+) bytes stack frame"),
-        number(r"(\d+) bytes spill stores"),
-        number(r"(\d+) bytes spill loads"),
-    )
+    return sorted(shipped(), key=lambda kernel: slow.index(kernel.module) if kernel.module in slow else len(slow))
 
 
 def compiled(kernel: Kernel) -> Compiled:
     """PTX once, assembled for every architecture."""
-    ptx, threads = _launch.compile_ptx(kernel)
-    return Compiled(threads, tuple(usage_of(_launch.assemble(ptx, capability)[1]) for capability in CAPABILITIES))
+    return Compiled(*usages(kernel, *CAPABILITIES))
 
 
 def workers() -> ProcessPoolExecutor:
@@ -88,7 +49,7 @@ def workers() -> ProcessPoolExecutor:
 
 def start(pool: ProcessPoolExecutor) -> dict[Kernel, Future[Compiled]]:
     """All kernels, being compiled."""
-    return {kernel: pool.submit(compiled, kernel) for kernel in shipped()}
+    return {kernel: pool.submit(compiled, kernel) for kernel in kernels()}
 
 
 def label(kernel: Kernel) -> str:
@@ -97,15 +58,10 @@ def label(kernel: Kernel) -> str:
     return f"| `{kernel.module}.{kernel.factory}` | {key} |"
 
 
-def name(capability: tuple[int, int]) -> str:
-    """As the assembler names an architecture."""
-    return f"sm_{capability[0]}{capability[1]}"
-
-
 def row(kernel: Kernel, result: Compiled) -> str:
     registers = " | ".join(f"{usage.registers}" for usage in result.usages)
     local = ", ".join(
-        f"{usage.stack} on {name(capability)}"
+        f"{usage.stack} on {architecture(capability)}"
         for capability, usage in zip(CAPABILITIES, result.usages, strict=True)
         if usage.local
     )
@@ -119,7 +75,7 @@ def page(results: dict[Kernel, Compiled]) -> str:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    architectures = " | ".join(map(name, CAPABILITIES))
+    architectures = " | ".join(map(architecture, CAPABILITIES))
     rows = "\n".join(row(kernel, results[kernel]) for kernel in sorted(results))
     return f"""# Registers
 

@@ -58,8 +58,8 @@ It has {size:,} bytes:
 
 ```bash
 python bench/corpus.py corpus  # fetches and unpacks it
-sscan train --text corpus --device cuda --precision {precision} --minutes {minutes:g} --d-model {d_model} \\
-    --n-layer {n_layer} --length {length} --batch {batch} --lr {mamba_lr:g}
+sscan train --text corpus --device cuda --precision {precision} --minutes {minutes:g} \\
+    --d-model {d_model} --n-layer {n_layer} --length {length} --batch {batch} --lr {mamba_lr:g}
 ```
 
 ## What they write

@@ -17,6 +17,7 @@ complex gradients
 analytic continuation
     All forward functions accept complex activations, which is how the tests differentiate them by complex steps; only a
     complex ``A`` means a complex system.
+
 Arguments are taken as valid: the public ops check them. No input is written, except by the ``update`` functions.
 """
 
@@ -60,7 +61,7 @@ def sigmoid(v: Array) -> Array:
 
 
 def softplus(v: Array) -> Array:
-    """log(1 + exp(v)) = max(v, 0) + log1p(exp(-|v|)); its derivative is ``sigmoid``."""
+    """``log(1 + exp(v)) = max(v, 0) + log1p(exp(-|v|))``; its derivative is ``sigmoid``."""
     positive = v.real >= 0
     return np.where(positive, v, 0) + np.log1p(np.exp(np.where(positive, -v, v)))
 
@@ -98,7 +99,7 @@ _PSI_SERIES = [(k + 1) / float(np.prod(np.arange(1.0, k + 3))) for k in range(18
 
 
 def psi(z: Array) -> Array:
-    """Derivative (z exp(z) - expm1(z)) / z^2 = (exp(z) - phi1(z)) / z of phi1; 1/2 + z/3 + z^2/8 + ... for |z| < 1."""
+    """Derivative (z exp(z) - expm1(z)) / z^2 = (exp(z) - phi1(z)) / z of phi1; 1/2 + z/3 + z^2/8 + ... near 0."""
     near = np.abs(z) < 1
     small, large = np.where(near, z, 0), np.where(near, 1, z)
     series = np.zeros_like(z)

@@ -16,8 +16,9 @@ Discretization = Literal["mamba", "zoh"]
 class SelectiveScanGradients(NamedTuple):
     """Gradients of a scalar with respect to the inputs of ``selective_scan``; None where there was no input.
 
-    Each has the shape and dtype of its input, parameters and states those of the accumulation. The gradient of a
-    complex input x is dL/dRe(x) + i dL/dIm(x), PyTorch's convention.
+    They are du, ddelta, dA, dB, dC, dD, dz, ddelta_bias and dinitial_state, each with the shape and dtype of its input,
+    parameters and states with those of the accumulation. The gradient of a complex input x is dL/dRe(x) + i dL/dIm(x),
+    PyTorch's convention.
     """
 
     du: Any
@@ -148,6 +149,8 @@ def selective_scan_forward(
 
     Parameters
     ----------
+    return_last_state, keep_checkpoints : bool, default True
+        Whether these two are asked for.
     exchange : callable, optional
         For a part of a sequence whose other parts are elsewhere. It is called once, with the *passage* of this part,
         (batch, dim, reals + 1) in the real accumulation dtype: of each channel the state that the part ends in when
@@ -157,9 +160,9 @@ def selective_scan_forward(
 
     Notes
     -----
-    The other parameters are those of ``selective_scan``. A part leaves exp(A * sum of the step sizes) of a state that
-    enters it. Where the backend cuts sequences along time anyway, a passage is found on the way; where it does not, it
-    costs up to two thirds of a forward.
+    The other parameters are those of :func:`sscan.selective_scan`. A part leaves exp(A * sum of the step sizes) of a
+    state that enters it. Where the backend cuts sequences along time anyway, a passage is found on the way; where it
+    does not, it costs up to two thirds of a forward.
     """
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
     problem = _prepare("selective_scan", given, delta_softplus, discretization)
@@ -202,7 +205,7 @@ def selective_scan_backward(
         Gradient with respect to y, in u's dtype.
     dlast_state : (batch, dim, state) or (sequences, dim, state)
         Gradient with respect to the last state, in A's dtype; None is zero.
-    checkpoints
+    checkpoints : optional
         What ``selective_scan_forward`` returned for the same inputs; without it the forward is run again. Copied if not
         contiguous.
     exchange : callable, optional
@@ -212,8 +215,8 @@ def selective_scan_backward(
 
     Notes
     -----
-    The other parameters are those of ``selective_scan``. Between checkpoints the states are recomputed. Sums over
-    batch, time and channels are taken in a fixed order: the results are the same bit for bit in every run.
+    The other parameters are those of :func:`sscan.selective_scan`. Between checkpoints the states are recomputed.
+    Sums over batch, time and channels are taken in a fixed order: the results are the same bit for bit in every run.
     """
     _checks.required("selective_scan_backward", dy=dy)
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)

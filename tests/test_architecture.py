@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 
 # Layer of each package and file below sscan/. A public file that is not named is an op: layer 3.
 LAYERS = {
-    "torch": 4, "jax": 4, "nn": 4, "compat": 4, "tasks": 4, "cli": 4, "lm_eval": 4, "__main__": 4,
+    "torch": 4, "jax": 4, "nn": 4, "compat": 4, "tasks": 4, "cli": 4, "lm_eval": 4, "testing": 4, "__main__": 4,
     "models": 3,
     "_backends": 2, "_arrays": 2, "_checks": 2, "_plans": 2,
     "cpu": 1, "cuda": 1,

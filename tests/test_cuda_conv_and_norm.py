@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 from cases import Case, cases_of, check_backward, check_forward, conv_problem, norm_problem
-from emulator import emulated, patched
 
 import sscan
 from sscan.cuda import _launch
 from sscan.cuda._primitives import dtype_of
+from sscan.testing import emulated, patched
 
 of_convolution = importlib.import_module("sscan.cuda.causal_conv1d")
 NORMS = {

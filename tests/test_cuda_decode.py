@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import empty, patched
 from test_nn_decoding import CONFIGS, error, in_dtype, perturbed, steps_of_operations, tokens
 
 from sscan.cuda import _graphs, _launch, decode
 from sscan.cuda.sample import sample
 from sscan.models.sampling import Sampler
 from sscan.nn import MambaConfig, MambaLM, decoding
+from sscan.testing import patched
+from sscan.testing._emulator import empty
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dis
 from typing import TYPE_CHECKING, Any
 
-import emulator
 import numpy as np
 import pytest
 
-from sscan.cuda import _launch
-from sscan.cuda._launch import Kernel, Shape
+from sscan import testing
 from sscan.cuda._primitives import (
     local_array,
     reader,
@@ -25,6 +23,7 @@ from sscan.cuda._primitives import (
     writer,
 )
 from sscan.cuda._unroll import unroll, written_out
+from sscan.testing import _emulator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,15 +39,9 @@ ZERO, ONE = F32.type(0), F32.type(1)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run() -> Run:
     """Run a body as a kernel of one block."""
-
-    def launch(body: Any, *arguments: Any) -> None:
-        body.__module__ = "sscan.cuda.kernels.of_a_test"  # whose primitives are replaced
-        monkeypatch.setattr(_launch, "build", lambda kernel: (body, Shape(THREADS, 1)))
-        emulator.launch(Kernel("of_a_test", "body", ()), 1, *arguments)
-
-    return launch
+    return lambda body, *arguments: testing.run(body, THREADS, 1, *arguments)
 
 
 def aligned(size: int) -> Any:
@@ -208,7 +201,7 @@ def test_nothing_is_zero_before_it_is_written(run: Run) -> None:
     run(body)
     assert np.isnan(seen["local"]).all()
     assert np.isnan(seen["shared"]).all()
-    assert np.isnan(emulator.empty((3,), F32)).all()
+    assert np.isnan(_emulator.empty((3,), F32)).all()
 
 
 # --- Control flow -----------------------------------------------------------------------------------------------------

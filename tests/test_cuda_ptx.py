@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import registers
 
-from sscan.cuda import _launch, selective_scan
+from sscan.cuda import _inspect, _launch, selective_scan
 from sscan.cuda._launch import Kernel
 from sscan.cuda._segments import Segments
 from sscan.cuda.kernels import selective_scan_backward
@@ -23,7 +23,7 @@ from sscan.cuda.kernels.selective_scan import Variant
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-KERNELS = registers.shipped()
+KERNELS = registers.kernels()
 ROOT = Path(__file__).parent.parent
 
 
@@ -76,7 +76,10 @@ def test_stays_in_registers(kernel: Kernel, compiled_kernels: dict[Kernel, Futur
     threads, usages = compiled_kernels[kernel].result()
     _, shape = _launch.build(kernel)
     assert threads == shape.threads
-    of = {registers.name(capability): usage for capability, usage in zip(registers.CAPABILITIES, usages, strict=True)}
+    of = {
+        _inspect.architecture(capability): usage
+        for capability, usage in zip(registers.CAPABILITIES, usages, strict=True)
+    }
     fits = {name: usage.registers * threads * shape.blocks_per_processor <= 65536 for name, usage in of.items()}
     spills, fewer = [name for name in of if of[name].local], [name for name in of if not fits[name]]
     assert (" ".join(spills), " ".join(fewer)) == KNOWN.get(kernel, ("", "")), of
@@ -152,10 +155,10 @@ def test_the_assemblers_log_is_understood() -> None:
     log = """ptxas info    : Function properties for kernel
 ptxas         .     24 bytes stack frame, 20 bytes spill stores, 16 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 44272 bytes smem, 384 bytes cmem[0]"""
-    assert registers.usage_of(log) == (168, 44272, 24, 20, 16)
-    assert registers.usage_of(log.replace(", 44272 bytes smem", "")).shared == 0
+    assert _inspect.usage_of(log) == (168, 44272, 24, 20, 16)
+    assert _inspect.usage_of(log.replace(", 44272 bytes smem", "")).shared == 0
     with pytest.raises(ValueError, match="is not once"):
-        registers.usage_of("")
+        _inspect.usage_of("")
 
 
 def test_backward_shapes_are_those_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import emulator
 import numpy as np
 import pytest
 from cases import (
@@ -21,10 +20,11 @@ from cases import (
     update_problem,
     with_layout,
 )
-from emulator import emulated
 
 from sscan import _backends
 from sscan.cuda import adamw, order
+from sscan.testing import _emulator as emulator
+from sscan.testing import emulated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import emulator
 import numpy as np
 import pytest
 from cases import Arguments, Case, Generator, cases_of, check_backward, check_forward, scan_problem
-from emulator import emulated
 
 import sscan
 from sscan.cuda.kernels import _segments
+from sscan.testing import _emulator as emulator
+from sscan.testing import emulated
 
 CASES = cases_of("selective_scan")
 

@@ -1,16 +1,17 @@
-"""The documentation is true: its Python blocks run, its commands exist, and CI can read the README's test command."""
+"""The documentation is true and whole: its Python blocks run, its links lead somewhere, all that is public is there."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import sscan
-
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,6 +28,18 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, block in blocks(page):
         exec(compile("\n" * (line - 1) + block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.is_relative_to(ROOT / "docs")], ids=lambda page: page.name
+)
+def test_code_fits_a_narrow_column(page: Path) -> None:
+    """88 columns; what notebooks print is as wide as it is."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^ *```(\S*).*\n((?:.*\n)*?) *```$", text, re.MULTILINE)
+    code = [block for kind, block in fences if not (page.parent.name == "notebooks" and kind == "text")]
+    assert fences or "```" not in text
+    assert [line for block in code for line in block.splitlines() if len(line) > 88] == []
 
 
 @pytest.mark.parametrize("heading", ["Run it", "Test it"])
@@ -56,7 +69,7 @@ def links(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    # mkdocs looks at them too, but only at its own pages, and only where it is installed.
+    # Sphinx looks at them too, but only at its own pages.
     assert re.findall(r"\[[^\]]*\]\s?\[[^\]]*\]", prose(page)) == [], "links are written [text](target)"
     for target in links(page):
         if re.match(r"[a-z]+:", target):
@@ -71,20 +84,54 @@ def test_links_are_found() -> None:
     assert sum(len(links(page)) for page in PAGES) > 50
 
 
-def test_the_check_of_the_documentation_can_fail() -> None:
-    # mkdocs counts the warnings that it prints; told to be quiet it finds none.
-    commands = re.findall(r"-m mkdocs (.*)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+def build(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build a folder of pages as CI does."""
+    commands = re.findall(r"-m sphinx (.*) docs ", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
     assert len(commands) == 1
-    assert {"build", "--strict"} <= set(commands[0].split())
-    assert not {"--quiet", "-q"} & set(commands[0].split())
+    command = [sys.executable, "-m", "sphinx", *commands[0].split(), str(folder), str(folder / "site")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_every_page_is_in_the_navigation() -> None:
-    navigation = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
-    assert navigation == {page.name for page in (ROOT / "docs").glob("*.md")}
+# What is planted on a page, and what the build must say of it.
+PLANTED = {
+    "[a page](gone-page.md)": "gone-page.md",
+    "[a heading](other.md#gone-heading)": "gone-heading",
+    "[a heading of this page](#gone-too)": "gone-too",
+    "![a picture](gone.png)": "gone.png",
+    "{py:func}`sscan.gone_function`": "sscan.gone_function",
+    "```{eval-rst}\n.. autofunction:: sscan.gone_entry\n```": "gone_entry",
+    "```{eval-rst}\n.. py:function:: f()\n\n   See :class:`sscan.nn.GoneClass`.\n```": "GoneClass",
+    "$\\gone{x}$": "\\gone",
+    "```{help} gone-command\n```": "gone-command",
+}
 
 
-def test_api_page_lists_every_op() -> None:
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    modules = {getattr(sscan, name).__module__ for name in sscan.__all__ if callable(getattr(sscan, name))}
-    assert [module for module in sorted(modules) if f"\n::: {module}\n" not in page] == []
+def test_a_planted_fault_fails_the_build(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs" / "conf.py", tmp_path)
+    shutil.copytree(ROOT / "docs" / "static", tmp_path / "static")
+    index, other = tmp_path / "index.md", tmp_path / "other.md"
+    whole = "# A page\n\n[another](other.md#its-heading), $x^2$\n\n```{toctree}\nother\n```\n"
+    index.write_text(whole)
+    entries = [
+        ".. py:class:: sscan.nn.Mamba",
+        ".. py:method:: sscan.nn.MambaLM.from_pretrained()",
+        ".. autoclass:: sscan.jax.nnx.Mamba",
+    ]
+    other.write_text("# Another\n\n## Its heading\n\n```{eval-rst}\n" + "\n\n".join(entries) + "\n```\n")
+    built = build(tmp_path)
+    assert (built.returncode, built.stderr) == (0, "")
+    assert "<math" in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    shown = re.sub(r"<[^>]*>", "", (tmp_path / "site" / "other.html").read_text(encoding="utf-8"))
+    assert "sscan.jax.nnx.Mamba(d_model, *, n_layer=1, dtype=jnp.float32, rngs, **block)" in shown
+    assert "from_pretrained(model, layer=0, dtype=jnp.float32, *, revision=None)" in shown
+    index.write_text(whole + "\n" + "\n\n".join(PLANTED))
+    (tmp_path / "alone.md").write_text("# A page that no other leads to\n")
+    built = build(tmp_path)
+    assert built.returncode == 1
+    assert [said for said in [*PLANTED.values(), "alone.md"] if said not in built.stderr] == []
+
+
+def test_every_command_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "api" / "command-line.md").read_text(encoding="utf-8")
+    commands = {path.stem for path in (ROOT / "sscan" / "cli").glob("[!_]*.py")}
+    assert commands == set(re.findall(r"^```\{help\} (\w+)$", page, re.MULTILINE))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from cases import scan_problem
-from emulator import patched
 from exchange_cases import NUMBERS, PROBLEMS, Chain, check_pieces, check_through, scanned_in_pieces, through
 
 from sscan.cuda import selective_scan as cuda
 from sscan.selective_scan import selective_scan_backward, selective_scan_forward
+from sscan.testing import patched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

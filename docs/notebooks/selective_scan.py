@@ -112,7 +112,7 @@ assert np.allclose(y[0, 0], gated)
 # ## Many channels, many states
 #
 # A model has hundreds of channels $d$, each with its own $\Delta_d$ and $N$ states. $A$
-# is a matrix (dim, N), which starts as $-1, -2, \dots, -N$: states that forget at
+# is a matrix (dim, N), which starts as $-1, -2, \ldots, -N$: states that forget at
 # different speeds. $B_t$ and $C_t$ say what is written to which state and what is read
 # from it, and are shared by the channels:
 #
@@ -149,7 +149,7 @@ y.shape, last.shape
 # ## What one token does
 #
 # The output is linear in $u$, so the effect of one token on a later output is a number:
-# with $u_{s,d}$ alone, $y_{t,d}$ is $\sum_n C_{t,n}\,e^{A_{d,n}(\Delta_{s+1} + \dots +
+# with $u_{s,d}$ alone, $y_{t,d}$ is $\sum_n C_{t,n}\,e^{A_{d,n}(\Delta_{s+1} + \ldots +
 # \Delta_t)}\,\Delta_s B_{s,n}$. The scan of a unit matrix gives all of them, one row
 # for each token:
 

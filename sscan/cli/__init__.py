@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import sscan
-from sscan.cli import convert, evaluate, generate, info, reproduce, score, train
+from sscan.cli import convert, evaluate, generate, info, kernels, reproduce, score, train
 from sscan.cli._arguments import Parser
 from sscan.cli._failures import Mistake, discard, fail, line_of
 
@@ -67,6 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sscan {sscan.__version__}")
     parser.set_defaults(command=lambda options: parser.print_help())
     commands = parser.add_subparsers(dest="name", metavar="command")
-    for command in (train, generate, evaluate, score, convert, reproduce, info):
+    for command in (train, generate, evaluate, score, convert, reproduce, kernels, info):
         command.add_to(commands)
     return parser

@@ -2,7 +2,7 @@
 
 Kernels are written for threads in lockstep: control flow depends on compile-time constants, kernel arguments and the
 block only, and whatever depends on the thread goes through ``select`` and predicated reads and writes. So the same
-bodies run on a GPU, one thread at a time, and in ``tests/emulator.py``, all threads of a block as one NumPy vector; the
+bodies run on a GPU, one thread at a time, and in ``sscan.testing``, all threads of a block as one NumPy vector; its
 emulator has a twin for every name that ``primitive`` registers here.
 
 Addresses are int64, indices count elements and are int64 too. Numbers are float32, float64, complex64 or complex128;

@@ -51,7 +51,10 @@ class Block:
         return self._mix(hidden, None, seq_idx)[0]
 
     def extend(self, hidden: Any, state: MambaState, seq_idx: Any = None) -> tuple[Any, MambaState]:
-        """Apply the block to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable.
+
+        `seq_idx` is that of a call of the block.
+        """
         return self._mix(hidden, state, seq_idx)
 
     def step(self, hidden: Any, state: MambaState) -> tuple[Any, MambaState]:
@@ -70,7 +73,7 @@ class Block:
         return _with_batch(batch, out), MambaState(_with_batch(batch, conv), _with_batch(batch, ssm))
 
     def new_state(self, *batch: int) -> MambaState:
-        """The state before the first token: zeros; without a number of sequences, that of a single one."""
+        """The state before the first token of `batch` sequences, of a single one without it: zeros."""
         d_inner, _, width = self.conv1d.weight.shape
         conv = jnp.zeros((*batch, d_inner, width - 1), self.conv1d.weight.dtype)
         return MambaState(conv, jnp.zeros((*batch, *self.A_log.shape), self.A_log.dtype))
@@ -160,7 +163,7 @@ class LanguageModel:
         return self._run(ids, lambda i, mixer, hidden: mixer(hidden, seq_idx))
 
     def extend(self, ids: Any, states: list[MambaState]) -> tuple[Any, list[MambaState]]:
-        """Logits for the continuation of sequences, and the states of all blocks at its end."""
+        """Logits for the continuation `ids` of sequences, and the states of all blocks at its end."""
         return self._carry(ids, states, "extend")
 
     def step(self, ids: Any, states: list[MambaState]) -> tuple[Any, list[MambaState]]:
@@ -168,7 +171,7 @@ class LanguageModel:
         return self._carry(ids, states, "step")
 
     def new_states(self, *batch: int) -> list[MambaState]:
-        """The states of all blocks before the first token."""
+        """The states of all blocks before the first token of `batch` sequences, of a single one without it."""
         return [layer.mixer.new_state(*batch) for layer in self.backbone.layers]
 
     def _carry(self, ids: Any, states: list[MambaState], how: str) -> tuple[Any, list[MambaState]]:

@@ -76,7 +76,7 @@ class Mamba(_block.Block, eqx.Module):  # type: ignore[misc]
     def from_pretrained(
         cls, model: str | Path, layer: int = 0, dtype: Any = jnp.float32, *, revision: str | None = None
     ) -> Mamba:
-        """A block of a language model in a folder or on the hub; see :meth:`sscan.nn.MambaLM.from_pretrained`."""
+        """Block number `layer` of a model in a folder or on the hub; see :meth:`sscan.nn.MambaLM.from_pretrained`."""
         with open_model(model, revision) as (config, weights):
             prefix = _block.prefix_of(config, layer)
             block: Mamba = _filled(

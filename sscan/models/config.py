@@ -51,7 +51,7 @@ class BlockConfig:
             raise ValueError(f"Mamba: discretization must be 'mamba' or 'zoh', got {self.discretization!r}")
 
     def sizes(self, d_model: int) -> tuple[int, int]:
-        """d_inner and dt_rank of a block of this width."""
+        """d_inner and dt_rank of a block of width `d_model`."""
         check_integer("Mamba", "d_model", d_model)
         d_inner = int(self.expand * d_model)
         if not d_inner:
@@ -59,7 +59,7 @@ class BlockConfig:
         return d_inner, math.ceil(d_model / 16) if self.dt_rank == "auto" else self.dt_rank
 
     def shapes(self, d_model: int) -> Shapes:
-        """Names and shapes of the parameters of a block of this width."""
+        """Names and shapes of the parameters of a block of width `d_model`."""
         d_inner, dt_rank = self.sizes(d_model)
         shapes: Shapes = {
             "in_proj.weight": (2 * d_inner, d_model),
@@ -176,7 +176,7 @@ class MambaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MambaConfig:
-        """The configuration in a config.json of either format.
+        """The configuration of the `values` in a config.json of either format.
 
         Raises
         ------

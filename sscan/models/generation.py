@@ -79,7 +79,8 @@ class GenerationMixin:
         max_new_tokens : int
             Number of tokens to generate for each at most.
         temperature, top_k, top_p, min_p, repetition_penalty
-            See :class:`Sampler`; temperature 0 takes the most likely token. Tokens of the prompt count as seen.
+            See :class:`sscan.models.Sampler`; temperature 0 takes the most likely token. Tokens of the prompt count as
+            seen.
         eos : int or sequence of int, optional
             Tokens that end a sequence.
         stop : sequence of str

@@ -88,7 +88,14 @@ class Sampler:
         return (cumulated > drawn).argmax(axis=1)
 
     def probabilities(self, logits: Array, seen: Sequence[Sequence[int]] | None = None) -> Array:
-        """What is drawn from at a temperature above 0: (batch, vocabulary), float64."""
+        """What is drawn from at a temperature above 0: (batch, vocabulary), float64.
+
+        Parameters
+        ----------
+        logits : (batch, vocabulary)
+        seen : sequence of sequences of int, optional
+            The tokens of each row so far, for the penalty on their repetition.
+        """
         return self._probabilities(self._penalised(logits, seen))
 
     def _penalised(self, logits: Array, seen: Sequence[Sequence[int]] | None) -> Array:

@@ -34,6 +34,11 @@ class States(list[MambaState]):
     Models make them (``new_states``), return them (``extend``, ``prefill``) and change them in place (``step``). Their
     size does not depend on how much was read. `extend` leaves the states that it is given as they are, so one prefix,
     read once, can be continued in many ways.
+
+    Parameters
+    ----------
+    iterable : iterable of MambaState
+        One for each block, as of a list.
     """
 
     @property
@@ -46,12 +51,12 @@ class States(list[MambaState]):
         return self.select(range(self.batch))
 
     def select(self, rows: Sequence[int]) -> States:
-        """A copy with these sequences, in this order; one may come several times, as in a beam search. No gradients."""
+        """A copy without gradients of the sequences `rows`, in this order; one may come twice, as in a beam search."""
         rows = list(rows)
         return States(MambaState(_rows(state.conv, rows), _rows(state.ssm, rows)) for state in self)
 
     def put(self, rows: Sequence[int], others: States) -> None:
-        """Overwrite the states of these sequences with those of `others`, in their order."""
+        """Overwrite the states of the sequences `rows` with those of `others`, in their order."""
         rows = list(rows)
         for state, other in zip(self, others, strict=True):
             state.conv.data[rows], state.ssm.data[rows] = other.conv.data, other.ssm.data
@@ -64,7 +69,7 @@ class States(list[MambaState]):
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Any]) -> States:
-        """The states whose `named_tensors` these are."""
+        """The states whose `named_tensors` are `tensors`."""
         return cls(MambaState(tensors[f"{i}.conv"], tensors[f"{i}.ssm"]) for i in range(len(tensors) // 2))
 
 

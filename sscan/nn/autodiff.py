@@ -288,7 +288,7 @@ def primitive(function: Callable[P, Any]) -> Primitive[P]:
 
 
 def defvjp(operation: Primitive[Any], *vjps: Callable[..., Array]) -> None:
-    """Define the gradient of `operation`, one function for each of its first positional arguments.
+    """Define the gradient of `operation` by `vjps`, one function for each of its first positional arguments.
 
     Each is called as ``vjp(gradient, result, *arguments, **options)``, only if that argument needs a gradient, and
     returns an array of the argument's shape. `gradient` has the shape of `result`; where the operation returns a tuple,
@@ -309,7 +309,7 @@ def defvjp(operation: Primitive[Any], *vjps: Callable[..., Array]) -> None:
 
 
 def defvjp_all(operation: Primitive[Any], vjp: Callable[..., Sequence[Array | None]]) -> None:
-    """Define the gradient of `operation` by one function returning those of all arguments."""
+    """Define the gradient of `operation` by one function, `vjp`, returning those of all arguments."""
     operation.vjp = lambda node, gradient: vjp(gradient, node.result, *node.arguments, **node.options)
 
 

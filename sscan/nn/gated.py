@@ -67,7 +67,7 @@ class Gated(Recurrent):
         return self._joined(self.inner(x, seq_idx), z)
 
     def extend(self, hidden: Operand, state: State) -> tuple[Tensor, State]:
-        """Apply the block to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable."""
         x, z, conv = self._branches(hidden, state[0], None)
         y, inner = self.inner.extend(x, state[1:])
         return self._joined(y, z), (conv, *inner)
@@ -82,7 +82,7 @@ class Gated(Recurrent):
         return self.out_proj(ops.swapaxes(y * ops.silu(z), 1, 2))
 
     def new_state(self, batch: int) -> State:
-        """The states of the convolution and of the inner layer before the first token."""
+        """The states of the convolution and of the inner layer before the first token of `batch` sequences."""
         return (self.conv1d.new_state(batch), *self.inner.new_state(batch))
 
 
@@ -122,7 +122,7 @@ class Ungated(Recurrent):
         return self._mixed(self.inner(ops.swapaxes(hidden, 1, 2), seq_idx))
 
     def extend(self, hidden: Operand, state: State) -> tuple[Tensor, State]:
-        """Apply the block to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable."""
         y, state = self.inner.extend(ops.swapaxes(hidden, 1, 2), state)
         return self._mixed(y), state
 
@@ -133,6 +133,6 @@ class Ungated(Recurrent):
         return a * ops.sigmoid(b)
 
     def new_state(self, batch: int) -> State:
-        """The state of the inner layer before the first token."""
+        """The state of the inner layer before the first token of `batch` sequences."""
         state: State = self.inner.new_state(batch)
         return state

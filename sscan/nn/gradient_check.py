@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def check_gradients(function: Callable[..., Any], *tensors: Tensor, tolerance: float = 1e-6, seed: int = 0) -> float:
     """Compare the gradients of `function` with central differences, element by element.
 
-    The outputs are contracted with fixed random weights w to f = sum <w, output>; for every element x the difference
-    (8 (f(x + h) - f(x - h)) - (f(x + 2h) - f(x - 2h))) / 12h with h = 5e-5 max(1, |x|) must agree with the gradient up
-    to ``tolerance * max(1, max |difference|)``.
+    The outputs are contracted with random weights w to f = sum <w, output>; for every element x the difference
+    ``(8 (f(x + h) - f(x - h)) - (f(x + 2h) - f(x - 2h))) / 12h`` with ``h = 5e-5 max(1, |x|)`` must agree with the
+    gradient up to ``tolerance * max(1, max |difference|)``.
 
     Parameters
     ----------
@@ -27,11 +27,14 @@ def check_gradients(function: Callable[..., Any], *tensors: Tensor, tolerance: f
         Takes the tensors, returns a tensor or a tuple of tensors.
     *tensors : Tensor
         float64, requiring a gradient. Their arrays are perturbed in place and restored; `grad` is overwritten.
+    tolerance : float, default 1e-6
+    seed : int, default 0
+        Of the weights w.
 
     Returns
     -------
     float
-        The largest error found, relative to max(1, max |difference|).
+        The largest error found, relative to ``max(1, max |difference|)``.
 
     Raises
     ------

@@ -64,7 +64,7 @@ class H3(Recurrent):
         return self._after(q, self.inner(kv, seq_idx))
 
     def extend(self, hidden: Operand, state: State) -> tuple[Tensor, State]:
-        """Apply the layer to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable."""
         q, kv, conv = self._before(hidden, state[0], None)
         y, inner = self.inner.extend(kv, state[1:])
         return self._after(q, y), (conv, *inner)
@@ -79,5 +79,5 @@ class H3(Recurrent):
         return self.out_proj(ops.swapaxes(q * y, 1, 2))
 
     def new_state(self, batch: int) -> State:
-        """The states of the convolution and of the inner layer before the first token."""
+        """The states of the convolution and of the inner layer before the first token of `batch` sequences."""
         return (self.conv1d.new_state(batch), *self.inner.new_state(batch))

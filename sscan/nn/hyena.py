@@ -22,9 +22,9 @@ TARGET, FAST, SLOW = 0.01, 0.3, 1.5  # what windows fall to, and after which sha
 class HyenaFilter(Stateless):
     """y = K * u + D u in every channel, (batch, dim, length) to the same, with an implicit filter K of any length.
 
-    K_t = MLP(features(t)) (exp(-|d| t) + `shift`) for the age t of an input as a share of `length`. The features are t
-    and exp(-2 pi i f t) for two frequencies f; the MLP has sines for activations, sin(w (W x + b)); |d| ranges over the
-    channels so that windows fall to 0.01 between 0.3 and 1.5 of `length`.
+    ``K_t = MLP(features(t)) (exp(-|d| t) + shift)`` for the age t of an input as a share of `length`. The features are
+    t and exp(-2 pi i f t) for two frequencies f; the MLP has sines for activations, sin(w (W x + b)); ``|d|`` ranges
+    over the channels so that windows fall to 0.01 between 0.3 and 1.5 of `length`.
 
     Parameters
     ----------

@@ -123,11 +123,14 @@ class LanguageModel(Module):
         return self._logits(self.backbone(ids, seq_idx))
 
     def loss(self, ids: Array, targets: Array, seq_idx: Array | None = None) -> Tensor:
-        """Mean cross-entropy in nats; the logits are never held. Targets of -100 do not count."""
+        """Mean cross-entropy in nats of `targets` behind `ids`, both (batch, length); the logits are never held.
+
+        Targets of -100 do not count. `seq_idx` (batch, length) numbers the sequences packed into a row.
+        """
         return linear_cross_entropy(self.backbone(ids, seq_idx), self.lm_head.weight, targets)
 
     def extend(self, ids: Array, states: StatesT) -> tuple[Tensor, StatesT]:
-        """Logits (batch, length, padded vocabulary) for the continuation of sequences, and the states at its end."""
+        """Logits (batch, length, padded vocabulary) for the continuation `ids`, and the states at its end."""
         hidden, states = self.backbone.extend(ids, states)
         return self._logits(hidden), states
 
@@ -154,7 +157,7 @@ class LanguageModel(Module):
 
     @classmethod
     def of_weights(cls, config: Any, weights: Weights, dtype: Any = np.float32, **options: Any) -> Self:
-        """The model of a configuration with the weights in opened files."""
+        """The model of `config` with the weights in opened files, in `dtype`; `options` are those of the class."""
         model: Self = cls(config, dtype, seed=None, **options)
         for name, parameter in model.named_parameters():
             parameter.data = weights.read(name, parameter.dtype)
@@ -199,7 +202,7 @@ class MambaLM(GenerationMixin, LanguageModel):
         super().__init__(Backbone(config, mixers, RMSNorm, dtype, activations), dtype, seed)
 
     def new_states(self, batch: int) -> States:
-        """The states before the first token: their size is all that decoding ever needs."""
+        """The states before the first token of `batch` sequences: their size is all that decoding ever needs."""
         return States(layer.mixer.new_state(batch) for layer in self.backbone.layers)
 
     @no_grad()
@@ -225,11 +228,11 @@ class MambaLM(GenerationMixin, LanguageModel):
         return decoding.decoder(self, states, drawn, sampler)
 
     def save_states(self, path: str | Path, states: States) -> None:
-        """Write states to a safetensors file, atomically."""
+        """Write states to the safetensors file `path`, atomically."""
         save_arrays(Path(path), {name: tensor.data for name, tensor in states.named_tensors()})
 
     def load_states(self, path: str | Path) -> States:
-        """The states in a file that :meth:`save_states` of a model of this configuration wrote, on its device.
+        """The states in the file `path` that :meth:`save_states` of a model of this configuration wrote, on its device.
 
         Raises
         ------

@@ -27,7 +27,7 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = -100) -> T
 
     Beside the logits themselves, the forward holds one block of rows, the backward one block and the gradient of the
     logits. Accumulates in float32 (float64 for float64 logits). Targets in host memory are brought to where the logits
-    are. Nothing waits for a GPU.
+    are. Nothing waits for a GPU. Rows whose target is `ignore_index` do not count.
 
     Raises
     ------
@@ -44,7 +44,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Array, ignore_
 
     `hidden` is (..., width), `weight` (classes, width), `targets` (...). Logits exist for one block of rows at a time.
     When a gradient will be needed, it is computed in the same pass, in the buffer of the logits, so that the backward
-    only scales it: the memory is that of the two gradients, whatever the number of classes.
+    only scales it: the memory is that of the two gradients, whatever the number of classes. Rows whose target is
+    `ignore_index` do not count.
 
     Raises
     ------

@@ -132,7 +132,10 @@ class Mamba(Module):
         return self._mix(hidden, None, seq_idx)[0]
 
     def extend(self, hidden: Operand, state: MambaState, seq_idx: Array | None = None) -> tuple[Tensor, MambaState]:
-        """Apply the block to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable.
+
+        `seq_idx` is that of a call of the block.
+        """
         return self._mix(hidden, state, seq_idx)
 
     def _mix(self, hidden: Operand, state: MambaState | None, seq_idx: Array | None) -> tuple[Tensor, MambaState]:
@@ -167,7 +170,7 @@ class Mamba(Module):
         return self.out_proj(y)
 
     def new_state(self, batch: int) -> MambaState:
-        """The state before the first token: zeros, on the device and in the dtypes of the parameters."""
+        """The state before the first token of `batch` sequences: zeros, where and of what dtypes the parameters are."""
         ssm = array_module(self.D.data).zeros((batch, self.d_inner, self.d_state), self.D.dtype)
         return MambaState(self.conv1d.new_state(batch), Tensor(ssm))
 

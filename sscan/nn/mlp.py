@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 class MLP(Pointwise):
     """W_out GELU(W_in x + b_in) + b_out, of which the middle is `expand` d_model wide.
 
-    n_layer, dtype and seed are those of :class:`sscan.nn.Mamba`.
+    Parameters
+    ----------
+    d_model : int
+    expand : float, default 4
+    n_layer, dtype, seed
+        As of :class:`sscan.nn.Mamba`.
     """
 
     def __init__(
@@ -45,8 +50,14 @@ class MLP(Pointwise):
 class GLU(Pointwise):
     """W_out (a * SiLU(b)) + b_out, [a; b] = W_in x + b_in, each `expand` d_model wide: also called SwiGLU.
 
-    With the default it has as many parameters as :class:`MLP`. n_layer, dtype and seed are those of
-    :class:`sscan.nn.Mamba`.
+    With the default it has as many parameters as :class:`MLP`.
+
+    Parameters
+    ----------
+    d_model : int
+    expand : float, default 8/3
+    n_layer, dtype, seed
+        As of :class:`sscan.nn.Mamba`.
     """
 
     def __init__(

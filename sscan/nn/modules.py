@@ -52,7 +52,7 @@ class Parameter(Tensor):
         self.decay, self.max_lr = decay, max_lr
 
     def initialise(self, rng: np.random.Generator) -> None:
-        """Draw the values anew; they do not depend on the old ones."""
+        """Draw the values anew from `rng`, whatever the old ones were."""
         self.data = move(self.draw(rng, self.shape).astype(self.dtype, order="C"), array_module(self.data))
 
 
@@ -63,7 +63,10 @@ class Module:
     """
 
     def named_parameters(self, prefix: str = "", *, shared: bool = False) -> Iterator[tuple[str, Parameter]]:
-        """Names and parameters in the order of construction; one that has several names comes once unless `shared`."""
+        """Names, behind `prefix`, and parameters in the order of construction.
+
+        A parameter that has several names comes once unless `shared`.
+        """
         seen: set[int] = set()
         for name, parameter in self._walk(prefix):
             if shared or id(parameter) not in seen:
@@ -89,7 +92,7 @@ class Module:
         return sum(math.prod(parameter.shape) for parameter in self.parameters())
 
     def initialise(self, seed: int | np.random.Generator) -> None:
-        """Draw every parameter anew from one stream of random numbers: the same values on every device."""
+        """Draw every parameter anew from one stream of random numbers, of `seed`: the same values on every device."""
         rng = np.random.default_rng(seed)
         for parameter in self.parameters():
             parameter.initialise(rng)
@@ -143,7 +146,7 @@ class Module:
         _raise_for(problems)
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Copy arrays into the parameters, cast to their dtypes. Of a shared parameter's names one is enough.
+        """Copy the arrays of `state` into the parameters, cast to their dtypes; of a shared one's names one is enough.
 
         Raises
         ------
@@ -238,6 +241,15 @@ class Linear(Module):
     W is drawn uniformly from +-scale / sqrt(in_features), b starts at zero and is exempt from weight decay. The product
     is formed in the dtype of x, to which W is cast: with float32 parameters and bfloat16 activations that is mixed
     precision, and the gradients of the parameters are float32.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    bias : bool, default True
+        Whether there is a b.
+    dtype : dtype, default float32
+        Of the parameters.
+    scale : float, default 1
     """
 
     bias: Parameter | None
@@ -255,7 +267,7 @@ class Linear(Module):
         return y if self.bias is None else (y + self.bias).astype(y.dtype)
 
     def channel_first(self, x: Operand) -> Tensor:
-        """The same map along the last but one axis: (batch, in_features, length) to (batch, out_features, length)."""
+        """The same map of x along the last but one axis: (batch, in_features, length) to (.., out_features, length)."""
         y = ops.matmul(self.weight_like(x), x)
         return y if self.bias is None else (y + self.bias.reshape(-1, 1)).astype(y.dtype)
 
@@ -265,7 +277,13 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """Rows of a table (rows, width) by index, drawn from a normal distribution of deviation 0.02."""
+    """Rows of a table (rows, width) by index, drawn from a normal distribution of deviation 0.02.
+
+    Parameters
+    ----------
+    rows, width : int
+    dtype : dtype, default float32
+    """
 
     def __init__(self, rows: int, width: int, dtype: Any = np.float32) -> None:
         self.weight = Parameter((rows, width), normal(0.02), dtype)
@@ -276,7 +294,15 @@ class Embedding(Module):
 
 
 class RMSNorm(Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+
+    Parameters
+    ----------
+    width : int
+    eps : float, default 1e-5
+    dtype : dtype, default float32
+        Of the weight, which starts as ones.
+    """
 
     def __init__(self, width: int, eps: float = 1e-5, dtype: Any = np.float32) -> None:
         self.weight = Parameter((width,), ones, dtype, decay=False)
@@ -288,7 +314,15 @@ class RMSNorm(Module):
 
 
 class LayerNorm(Module):
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis.
+
+    Parameters
+    ----------
+    width : int
+    eps : float, default 1e-5
+    dtype : dtype, default float32
+        Of the weight, which starts as ones, and of the bias, which starts as zeros.
+    """
 
     def __init__(self, width: int, eps: float = 1e-5, dtype: Any = np.float32) -> None:
         self.weight = Parameter((width,), ones, dtype, decay=False)
@@ -320,6 +354,11 @@ class Dropout(Module):
 
     Which numbers those are follows from the seed and from how many calls there were, which is counted where x is: in a
     CUDA graph, too, every launch draws anew. A run that is continued from a checkpoint counts from zero again.
+
+    Parameters
+    ----------
+    rate : float
+    seed : int, default 0
     """
 
     def __init__(self, rate: float, seed: int = 0) -> None:

@@ -445,6 +445,7 @@ def _reflected(operation: Primitive[[Array, Array]]) -> Callable[[Tensor, Operan
 
 
 def _reshape_method(a: Tensor, *shape: int) -> Tensor:
+    """The elements of `a` in the order of memory, in another `shape`."""
     return reshape(a, shape)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def decay_groups(module: Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """Groups of parameters for :class:`AdamW`: those that decay, those that must not, and those that go more slowly.
+    """Groups of the parameters of `module` for :class:`AdamW`: those that decay or must not, and those that go slowly.
 
     A_log, D, biases and norms do not decay. Step sizes and A of :class:`sscan.nn.S4D` have a highest learning rate.
     Each group is a dict with "parameters" (by name), "weight_decay", and "max_lr" if there is one.
@@ -212,7 +212,7 @@ class AdamW:
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_norm: float = 1.0) -> Array:
-    """Scale the gradients in place to a joint Euclidean norm of at most `max_norm`; returns the norm before.
+    """Scale the gradients of `parameters` in place to a joint Euclidean norm of at most `max_norm`; returns it before.
 
     The norm is a number where the gradients are, so that nothing waits for a GPU before it is read.
 

@@ -35,15 +35,15 @@ class Recurrent(Module, ABC):
 
     @abstractmethod
     def extend(self, hidden: Operand, state: Any) -> tuple[Tensor, Any]:
-        """Apply the layer to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable."""
 
     @abstractmethod
     def new_state(self, batch: int) -> Any:
-        """The state before the first token: zeros, on the device and in the dtypes of the parameters."""
+        """The state before the first token of `batch` sequences: zeros, where and of what dtypes the parameters are."""
 
     @no_grad()
     def step(self, hidden: Operand, state: Any) -> Tensor:
-        """One token, without the axis of time: the output for it; the arrays of `state` are updated in place."""
+        """The output for one token, `hidden` without the axis of time; the arrays of `state` are updated in place."""
         before = (slice(None),) * self.time
         out, new = self.extend(ops.getitem(hidden, (*before, None)), state)
         for place, tensor in zip(state, new, strict=True):
@@ -55,11 +55,11 @@ class Pointwise(Recurrent):
     """A layer that treats every token by itself: nothing is remembered."""
 
     def extend(self, hidden: Operand, state: State) -> tuple[Tensor, State]:
-        """The output, and the state, which is empty."""
+        """The output for `hidden`, and the state, which is empty."""
         return self(hidden), state
 
     def new_state(self, batch: int) -> State:
-        """Nothing."""
+        """Nothing, whatever `batch` is."""
         return ()
 
 
@@ -71,9 +71,9 @@ class Stateless(Module, ABC):
         """Apply the layer to whole sequences."""
 
     def extend(self, hidden: Operand, state: Any) -> tuple[Tensor, Any]:
-        """NotImplementedError: there is nothing to go on from."""
+        """NotImplementedError for any `hidden` and `state`: there is nothing to go on from."""
         raise NotImplementedError(f"{type(self).__name__}: what it remembers has no constant size; it has no states")
 
     def new_state(self, batch: int) -> Any:
-        """NotImplementedError, as of `extend`."""
+        """NotImplementedError for any `batch`, as of `extend`."""
         return self.extend(None, None)

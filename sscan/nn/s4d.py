@@ -80,7 +80,7 @@ class S4D(Recurrent):
         return (ssm_convolution(u, kernel) + u * self.D.reshape(-1, 1)).astype(u.dtype)  # type: ignore[union-attr]
 
     def extend(self, u: Operand, state: State) -> tuple[Tensor, State]:
-        """Apply the system to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `u` of sequences, and the state at its end, both differentiable."""
         y, last = self._scan(u, state[0], None)
         return y, (last,)
 

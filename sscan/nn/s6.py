@@ -99,7 +99,7 @@ class S6(Recurrent):
         return self._scan(u, None, seq_idx)[0]
 
     def extend(self, u: Operand, state: State) -> tuple[Tensor, State]:
-        """Apply the system to the continuation of sequences: the output and the state at its end, differentiable."""
+        """The output for the continuation `u` of sequences, and the state at its end, both differentiable."""
         y, last = self._scan(u, state[0], None)
         return y, (last,)
 

@@ -85,7 +85,7 @@ class SequenceConfig:
         self.new_layers(np.float32)
 
     def new_layers(self, dtype: Any) -> list[Any]:
-        """The layers, without initial values."""
+        """The layers, with parameters of `dtype` and without initial values."""
         return new_layers("SequenceConfig", self.layers, LAYERS, self.d_model, self.n_layer, dtype)
 
     @property
@@ -124,7 +124,7 @@ class SequenceConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SequenceConfig:
-        """The configuration in a config.json.
+        """The configuration of the `values` in a config.json.
 
         Raises
         ------

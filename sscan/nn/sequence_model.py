@@ -88,7 +88,7 @@ class SequenceModel(LanguageModel):
         super().__init__(SequenceBackbone(config, dtype, activations), dtype, seed)
 
     def new_states(self, batch: int) -> list[Any]:
-        """The states before the first token, one for each layer: their size is all that reading on ever needs.
+        """The states before the first token of `batch` sequences, one a layer: their size is all that reading on needs.
 
         Raises
         ------
@@ -110,6 +110,8 @@ class SequenceModel(LanguageModel):
         cls, folder: str | Path, dtype: Any = np.float32, *, activation_dtype: Any = None
     ) -> SequenceModel:
         """The model in a folder that :meth:`save_pretrained` wrote.
+
+        `dtype` and `activation_dtype` are those of :class:`sscan.nn.MambaLM`.
 
         Raises
         ------

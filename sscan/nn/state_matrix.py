@@ -21,14 +21,14 @@ INITIAL = ("real", "lin", "half", "random")
 class StateMatrix(Module):
     """The diagonal A = -exp(log) + i imag of every channel: its real part is always negative.
 
-    ========= ==================== ======= ===============================================
-    `initial`  A_n, n = 0, 1, ...   field   where
-    ========= ==================== ======= ===============================================
-    "real"     -(n + 1)             real    S4D-Real, Mamba's; section 3.6 of the paper
-    "lin"      -1/2 + i n pi        complex S4D-Lin; with `imaginary` = 1 as the paper has it
-    "half"     -1/2                 real    Table 8
-    "random"   -exp(Normal(0, 1))   real    Table 8, with the sign that keeps the state finite
-    ========= ==================== ======= ===============================================
+    ==========  ===================  =======  ===============================================
+    `initial`   A_n, n = 0, 1, ...   field    where
+    ==========  ===================  =======  ===============================================
+    "real"      -(n + 1)             real     S4D-Real, Mamba's; section 3.6 of the paper
+    "lin"       -1/2 + i n pi        complex  S4D-Lin; with `imaginary` = 1 as the paper has it
+    "half"      -1/2                 real     Table 8
+    "random"    -exp(Normal(0, 1))   real     Table 8, with the sign that keeps the state finite
+    ==========  ===================  =======  ===============================================
 
     Parameters
     ----------
@@ -79,10 +79,16 @@ class StateMatrix(Module):
 
 
 class FixedMatrix(Module):
-    """A matrix B or C that does not depend on the input, real or complex as the given A is; (dim, d_state) numbers."""
+    """A matrix B or C that does not depend on the input, real or complex as the given A is; (dim, d_state) numbers.
+
+    Parameters
+    ----------
+    A : StateMatrix
+    one : bool, default False
+        Whether it starts as ones, or is drawn from a normal distribution of mean square 1.
+    """
 
     def __init__(self, A: StateMatrix, one: bool = False) -> None:
-        """All ones to begin with, or normal with mean square 1."""
         draw = ones if one else normal(math.sqrt(0.5) if A.is_complex else 1.0)
         self.real = Parameter(A.shape, draw, A.log.dtype)
         self.imag = Parameter(A.shape, zeros if one else draw, A.log.dtype) if A.is_complex else None

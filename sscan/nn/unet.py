@@ -33,7 +33,7 @@ class Stage(Recurrent):
         return self._run(hidden, lambda i, layer, x: layer(x, seq_idx))
 
     def extend(self, hidden: Operand, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """Apply the stage to the continuation of sequences; one state for each layer."""
+        """The output for the continuation `hidden` of sequences; one state for each layer."""
         ends = list(state)
 
         def mix(i: int, layer: Any, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Stage(Recurrent):
 
     @no_grad()
     def step(self, hidden: Operand, state: list[Any]) -> Tensor:
-        """One token, hidden (batch, width)."""
+        """The output for one token, `hidden` (batch, width)."""
         return self._run(hidden, lambda i, layer, x: layer.step(x, state[i]))
 
     def _run(self, x: Operand, mix: Callable[[int, Any, Tensor], Tensor]) -> Tensor:
@@ -56,7 +56,7 @@ class Stage(Recurrent):
         return (stream + hidden).astype(dtype)
 
     def new_state(self, batch: int) -> list[Any]:
-        """Those of the layers."""
+        """Those of the layers, for `batch` sequences."""
         return [block.mixer.new_state(batch) for block in self.layers]
 
 
@@ -121,7 +121,7 @@ class Level(Recurrent):
         return self.after(x + ops.concatenate([self._nothing(x), up], axis=1)[:, :length])
 
     def extend(self, hidden: Operand, state: LevelState) -> tuple[Tensor, LevelState]:
-        """Apply it to a continuation of any length, of sequences of any length: the output, and where they stand."""
+        """The output for the continuation `hidden` of sequences, and where they stand; `state` is where they stood."""
         x, before = self.before.extend(hidden, state.before)
         length, inner = x.shape[1], state.inner
         waiting, ready = ops.concatenate([state.waiting.astype(x.dtype), x], axis=1), state.ready.astype(x.dtype)
@@ -134,7 +134,10 @@ class Level(Recurrent):
 
     @no_grad()
     def step(self, hidden: Operand, state: LevelState) -> Tensor:
-        """One token, hidden (batch, width). The lower rates take their step with the last token of a group."""
+        """The output for one token, `hidden` (batch, width); `state` is updated in place.
+
+        The lower rates take their step with the last token of a group.
+        """
         x = self.before.step(hidden, state.before)
         y = self.after.step(x + state.ready[:, 0].astype(x.dtype), state.after)
         state.ready = state.ready[:, 1:]
@@ -145,7 +148,7 @@ class Level(Recurrent):
         return y
 
     def new_state(self, batch: int) -> LevelState:
-        """Before the first token: zeros."""
+        """The state before the first token of `batch` sequences: zeros."""
         width, dtype = self.pool.weight.shape[0] // 2, self.pool.weight.dtype
         nothing = Tensor(array_module(self.pool.weight.data).zeros((batch, self.factor, width), dtype))
         return LevelState(

@@ -46,7 +46,7 @@ BLOCKS: dict[str, list[dict[str, Any]]] = {
 class AudioOptions(RunOptions):
     """A U-Net with two pools of `pool` each, of which every stage has `n_layer` blocks.
 
-    `block` and `centre` are one of :data:`BLOCKS`; None is the centre's for the same as elsewhere. `length` is a
+    `block` and `centre` are one of ``BLOCKS``; None is the centre's for the same as elsewhere. `length` is a
     multiple of both pools together. The paper has 8 or 15 blocks a stage, a width of 64 or 96 and a rate of 2e-3
     (section E.4); the defaults are what two CPU cores train in minutes.
     """

@@ -40,7 +40,7 @@ def train(run: TrainingRun[Any], folder: Path, stream: TextIO, stop: Sized = ())
     Raises
     ------
     FloatingPointError
-        As :meth:`TrainingRun.step`, `evaluate` and `save`.
+        As :meth:`sscan.tasks.training.TrainingRun.step`, `evaluate` and `save`.
     OSError
         If something cannot be written; an older checkpoint stays whole.
     """

@@ -23,9 +23,10 @@ WINDOW = 512  # samples of a column of a spectrogram
 
 
 def compress(samples: Samples) -> Levels:
-    """The mu-law levels, 0 to 255, of samples in [-1, 1]: evenly spaced in sign(x) log(1 + 255 |x|) / log(256).
+    """The mu-law levels, 0 to 255, of samples in [-1, 1].
 
-    No level is zero: 127 and 128 are the smallest numbers below and above it, -8.6e-5 and 8.6e-5. 0 itself is 128.
+    They are evenly spaced in ``sign(x) log(1 + 255 |x|) / log(256)``. No level is zero: 127 and 128 are
+    the smallest numbers below and above it, -8.6e-5 and 8.6e-5. 0 itself is 128.
     """
     curved = np.sign(samples) * np.log1p(MU * np.abs(samples)) / np.log1p(MU)
     levels: Levels = np.floor((curved + 1) / 2 * MU + 0.5).astype(np.uint8)

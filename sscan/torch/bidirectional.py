@@ -50,7 +50,7 @@ class BidirectionalMamba(nn.Module):  # type: ignore[misc]
             self.back.in_proj, self.back.out_proj = self.ahead.in_proj, self.ahead.out_proj
 
     def forward(self, hidden_states: Any, *, seq_idx: Any = None) -> Any:
-        """Apply the block to sequences.
+        """Apply the block to sequences, ``hidden_states`` (batch, length, d_model).
 
         ``seq_idx`` (batch, length) numbers the sequences packed into a row, none of which sees another, in either
         direction. Padding is a sequence of its own, or what is behind it would begin with it.

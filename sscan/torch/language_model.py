@@ -124,7 +124,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         )
 
     def new_states(self, batch: int) -> States:
-        """The states before the first token: their size is all that decoding ever needs."""
+        """The states before the first token of ``batch`` sequences: their size is all that decoding ever needs."""
         states = States()
         for layer in self.backbone.layers:
             conv, ssm = layer.mixer.allocate_inference_cache(batch, 0)
@@ -132,7 +132,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         return states
 
     def extend(self, ids: Any, states: States) -> tuple[Any, States]:
-        """Logits (batch, length, padded vocabulary) for the continuation of sequences, and the states at its end."""
+        """Logits (batch, length, padded vocabulary) for the continuation ``ids``, and the states at its end."""
         hidden, ends = self._extend(ids, states)
         return self.lm_head(hidden), ends
 
@@ -188,11 +188,11 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         return torch.from_numpy(ids).to(self.lm_head.weight.device)
 
     def save_states(self, path: str | Path, states: States) -> None:
-        """Write states to a safetensors file, atomically; :class:`sscan.nn.MambaLM` reads it too."""
+        """Write states to the safetensors file ``path``, atomically; :class:`sscan.nn.MambaLM` reads it too."""
         save_arrays(Path(path), {name: array_of(tensor) for name, tensor in states.named_tensors()})
 
     def load_states(self, path: str | Path) -> States:
-        """The states in a file that :meth:`save_states` of a model of this configuration wrote, on its device.
+        """The states in the file ``path``, which :meth:`save_states` of such a model wrote, on the device of this one.
 
         Raises
         ------
@@ -229,7 +229,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
 
     @classmethod
     def of_weights(cls, config: MambaConfig, weights: Weights, device: Any = None, dtype: Any = None) -> MambaLM:
-        """The model of a configuration with the weights in opened files."""
+        """The model of ``config`` with the weights in opened files, on ``device`` and in ``dtype``."""
         model = cls(config, device="meta", dtype=dtype)
         for name, empty in list(model.named_parameters()):
             stored = ml_dtypes.bfloat16 if empty.dtype is torch.bfloat16 else str(empty.dtype).removeprefix("torch.")
@@ -262,10 +262,10 @@ def tensor_of(array: Any) -> Any:
 
 
 def decay_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """The parameters in two groups for an optimiser of PyTorch, as the paper trains: matrices decay, the rest does not.
+    """The parameters of ``model`` in two groups for an optimiser of PyTorch, as the paper trains.
 
-    Vectors (biases, norms) and what is marked with ``_no_weight_decay``, as A_log and D are, do not decay. Each
-    parameter comes once, also a shared one, and none that is frozen.
+    Matrices decay by ``weight_decay``. Vectors (biases, norms) and what is marked with ``_no_weight_decay``, as A_log
+    and D are, do not. Each parameter comes once, also a shared one, and none that is frozen.
     """
     decayed: list[Any] = []
     kept: list[Any] = []

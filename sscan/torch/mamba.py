@@ -400,7 +400,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         return functional.silu(self.conv1d(inputs)[..., self.d_conv - 1])
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: Any = None) -> tuple[Any, Any]:
-        """The states before the first token, zeros: conv_state (.., d_conv) and ssm_state (.., d_state).
+        """The states before the first token, zeros: conv_state (batch_size, d_inner, d_conv), ssm_state (.., d_state).
 
         Their size does not depend on ``max_seqlen``. Without a ``dtype``, conv_state has that of the weights, and
         ssm_state is at least float32, because its rounding errors add up over a sequence.

@@ -1,4 +1,4 @@
-"""A GPU in NumPy: runs the bodies of ``sscan.cuda.kernels`` without a GPU, all threads of a block as one vector.
+"""Runs the bodies of ``sscan.cuda.kernels`` without a GPU, all threads of a block as one vector.
 
 The functions are the product's own, with every primitive replaced by its twin here. Threads go in lockstep, so control
 flow that depends on the thread raises (a vector has no truth value). Beyond the result it finds what is hidden on a
@@ -20,7 +20,7 @@ from sscan import _backends
 from sscan.cuda import _launch, _primitives, _products, _workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 WARP = 32
 
@@ -111,8 +111,9 @@ class _Accesses:
 class Emulator:
     """The twins of the primitives, for one block at a time."""
 
-    def __init__(self, threads: int, arrays: list[Any]) -> None:
+    def __init__(self, threads: int, arrays: list[Any], home: str = "sscan.cuda.") -> None:
         self.threads, self.thread = threads, np.arange(threads, dtype=np.int64)
+        self.home = home  # the module of the kernel, whose functions are device code as ours are
         self.block = 0
         self.warp_epoch = self.block_epoch = 0
         self.memory = [(a.ctypes.data, _bytes(a), a) for a in arrays if a.size]
@@ -414,7 +415,7 @@ class Emulator:
             known[id(value)] = twin(*parameters) if parameters else twin
             return known[id(value)]
         body = getattr(value, "py_func", value)
-        if not isinstance(body, types.FunctionType) or not body.__module__.startswith("sscan.cuda."):
+        if not isinstance(body, types.FunctionType) or not body.__module__.startswith(("sscan.cuda.", self.home)):
             return value
         names = {name: body.__globals__[name] for name in body.__code__.co_names if name in body.__globals__}
         replaced = {name: self.rebound(x, known) for name, x in names.items()}
@@ -436,12 +437,32 @@ def _bytes(array: Any) -> Any:
 
 def launch(kernel: Any, blocks: int, *arguments: Any) -> None:
     """``_launch.launch`` on NumPy arrays."""
-    if not blocks:
-        return
-    function, shape = _launch.build(kernel)
+    if blocks:
+        function, shape = _launch.build(kernel)
+        run(function, shape.threads, blocks, *arguments)
+
+
+def run(function: Callable[..., None], threads: int, blocks: int, *arguments: Any) -> None:
+    """Run a kernel of your own, written with the primitives of ``sscan.cuda._primitives``, in the emulator.
+
+    Parameters
+    ----------
+    function : callable
+        What one thread does. Its arguments are addresses and integers.
+    threads, blocks : int
+        Threads of a block, a multiple of 32, and blocks of the launch.
+    *arguments : array, int or None
+        As of a launch on a GPU: of a NumPy array the kernel gets the address, and reads and writes it there; of None
+        it gets the address 0.
+
+    Raises
+    ------
+    AssertionError
+        If the kernel does what the emulator is there to find.
+    """
     arrays = [a for a in arguments if isinstance(a, np.ndarray)]
     values = [0 if a is None else a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
-    emulator = Emulator(shape.threads, arrays)
+    emulator = Emulator(threads, arrays, function.__module__)
     body = emulator.rebound(function, {})
     with np.errstate(all="ignore"):
         for emulator.block in range(blocks):
@@ -468,7 +489,7 @@ def multiply(X: Any, weight: Any, out: Any, added: bool) -> None:
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Inside, sscan's ops run the CUDA backend on NumPy arrays."""
+    """Inside the block, sscan's ops take NumPy arrays for those of a GPU, and the emulator runs their kernels."""
     keep = _launch.launch, _launch.empty, _launch.processors, _launch.address, _workspace.take, _products.multiply
     packages = dict(_backends._PACKAGES)
     _launch.launch, _launch.empty, _launch.processors = launch, empty, lambda: 4
@@ -486,7 +507,7 @@ def patched() -> Iterator[None]:
 
 
 class _Emulated:
-    """sscan's public functions by name, run by the emulator."""
+    """The public functions of :mod:`sscan` by name, each on NumPy arrays, with its CUDA kernels run by the emulator."""
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(sscan, name)
