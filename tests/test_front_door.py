@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,29 @@ def test_issue_forms(form: Path) -> None:
     names = [item["id"] for item in values["body"]]
     assert len(set(names)) == len(names) > 1
     assert any(item.get("validations", {}).get("required") is True for item in values["body"])
+
+
+def test_what_is_not_installed_says_how_it_is() -> None:
+    wanted = [
+        ("flax", "jax.nnx", "Flax", "flax"),
+        ("equinox", "jax.equinox", "Equinox", "equinox"),
+        ("torch", "torch", "PyTorch", "torch"),
+        ("jax", "jax", "JAX", "jax"),
+        ("lm_eval", "lm_eval", "lm-evaluation-harness", "lm-eval"),
+    ]
+    lines = ["import importlib, sys"]
+    for library, module, _, _ in wanted:
+        lines += [
+            "for name in [name for name in sys.modules if name.startswith('sscan.jax')]: del sys.modules[name]",
+            f"sys.modules[{library!r}] = None",
+            f"try: importlib.import_module('sscan.{module}')",
+            "except ModuleNotFoundError as error: print(error.name, error)",
+        ]
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.splitlines() == [
+        f'{library} sscan.{module} needs {title}, which is installed by: pip install "sscan[{extra}]"'
+        for library, module, title, extra in wanted
+    ]
 
 
 def test_pages_of_the_front_door() -> None:
