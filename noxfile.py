@@ -63,9 +63,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict types outside the kernels."""
-    install(session, "lint")
+    """Strict types outside the kernels, and what checkers say of programs that use sscan."""
+    install(session, "test", "lint")
     session.run("mypy", *session.posargs)
+    session.run("pytest", "tests/types/test_types.py")
 
 
 @nox.session

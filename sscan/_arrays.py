@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +23,25 @@ import numpy as np
 from sscan import _recording
 
 Array = np.ndarray[Any, Any]
+
+
+class AnyArray(Protocol):
+    """An array of any library, as a checker of types sees it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+MaybeArray = AnyArray | None
+
+# In signatures of ops a result has the type of one argument. To a checker NumPy's arrays have dtypes and axes too;
+# where those of the result are not the argument's, there is a second signature, with dtypes alone.
+ArrayT = TypeVar("ArrayT", bound=AnyArray)
+StoredT = TypeVar("StoredT", bound=np.generic)
+NumberT = TypeVar("NumberT", bound=np.generic)
 
 INSTALL_CUDA = 'pip install "sscan[cuda13]", or "sscan[cuda12]" if the driver is older than CUDA 13'
 

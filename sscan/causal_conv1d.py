@@ -2,11 +2,12 @@
 
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 
 from sscan import _arrays, _backends, _checks, _plans
+from sscan._arrays import AnyArray, ArrayT, MaybeArray
 
 
 class CausalConv1dGradients(NamedTuple):
@@ -78,6 +79,30 @@ def _empty_wave(caller: _arrays.Caller, x: Any, last: bool) -> Any:
         return caller.empty(x.shape, x.dtype)
     batch, dim, length = x.shape
     return caller.empty((batch, length, dim), x.dtype).transpose(0, 2, 1)
+
+
+@overload
+def causal_conv1d(
+    x: ArrayT, weight: AnyArray, bias: MaybeArray = None, activation: str | None = None,
+    initial_state: MaybeArray = None, *, return_final_state: Literal[True], seq_idx: MaybeArray = None,
+    cu_seqlens: MaybeArray = None,
+) -> tuple[ArrayT, ArrayT]: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: ArrayT, weight: AnyArray, bias: MaybeArray = None, activation: str | None = None,
+    initial_state: MaybeArray = None, return_final_state: Literal[False] = False, seq_idx: MaybeArray = None,
+    cu_seqlens: MaybeArray = None,
+) -> ArrayT: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: ArrayT, weight: AnyArray, bias: MaybeArray = None, activation: str | None = None,
+    initial_state: MaybeArray = None, return_final_state: bool = False, seq_idx: MaybeArray = None,
+    cu_seqlens: MaybeArray = None,
+) -> ArrayT | tuple[ArrayT, ArrayT]: ...  # fmt: skip
 
 
 @_plans.planned
@@ -219,7 +244,9 @@ def causal_conv1d_backward(
 
 
 @_plans.planned
-def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
+def causal_conv1d_update(
+    x: ArrayT, conv_state: AnyArray, weight: AnyArray, bias: MaybeArray = None, activation: str | None = None
+) -> ArrayT:
     """One step of `causal_conv1d`, for decoding: y of one token, and the state moved on by it.
 
     Parameters
@@ -256,7 +283,7 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
     kernels.causal_conv1d_update(a.x, a.conv_state, a.weight, a.bias, silu, y)
     if a.conv_state is not given.conv_state:
         given.conv_state[...] = a.conv_state
-    return caller.leave(y)
+    return cast(ArrayT, caller.leave(y))
 
 
 class _Step(NamedTuple):

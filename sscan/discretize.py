@@ -1,11 +1,12 @@
 """From a continuous system to a recurrence: what a step of size delta makes of A and B."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from sscan import _arrays, _backends, _checks, _plans
-from sscan._arrays import Array
+from sscan._arrays import AnyArray, Array, ArrayT, NumberT
 
 METHODS = ("zoh", "mamba", "bilinear", "euler")
 
@@ -49,6 +50,16 @@ def _checked(op: str, delta: Array, A: Array, B: Array, method: str) -> _Problem
     times = delta.reshape(selective[:3]) if lti else delta
     delta, B = (cast(Array, _checks.time_contiguous(array)) for array in (times, B))
     return _Problem(delta, A, B, A.shape if lti else selective, selective)
+
+
+@overload
+def discretize(
+    delta: npt.NDArray[Any], A: npt.NDArray[NumberT], B: npt.NDArray[Any], method: str = "zoh"
+) -> tuple[npt.NDArray[NumberT], npt.NDArray[NumberT]]: ...
+
+
+@overload
+def discretize(delta: ArrayT, A: AnyArray, B: AnyArray, method: str = "zoh") -> tuple[ArrayT, ArrayT]: ...
 
 
 @_plans.planned

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from sscan import _arrays, _backends, _checks, _plans
-from sscan._arrays import Array
+from sscan._arrays import AnyArray, Array, ArrayT, MaybeArray
 
 
 class LinearScanGradients(NamedTuple):
@@ -40,7 +40,7 @@ def _initial(op: str, caller: _arrays.Caller, initial_state: Array | None, **arr
 
 
 @_plans.planned
-def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
+def linear_scan(a: AnyArray, b: ArrayT, initial_state: MaybeArray = None, reverse: bool = False) -> ArrayT:
     """Linear recurrence h_t = a_t h_{t-1} + b_t along the last axis; h_t = a_t h_{t+1} + b_t, if `reverse`.
 
     What is left of equation (2a) of the paper once A_bar_t and B_bar_t x_t are known.
@@ -79,12 +79,12 @@ def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False
     op = "linear_scan"
     descending = _checks.boolean(op, "reverse", reverse)
     _checks.required(op, a=a, b=b)
-    caller, (a, b, initial_state) = _arrays.enter(op, a=a, b=b, initial_state=initial_state)
+    caller, (factors, terms, state) = _arrays.enter(op, a=a, b=b, initial_state=initial_state)
     kernels = _backends.for_device(op, caller.device)
-    state = _initial(op, caller, initial_state, a=a, b=b)
-    h = caller.empty(b.shape, b.dtype)
-    kernels.linear_scan_forward(_checks.rows(a), _checks.rows(b), state, descending, _checks.rows(h))
-    return caller.leave(h)
+    state = _initial(op, caller, state, a=factors, b=terms)
+    h = caller.empty(terms.shape, terms.dtype)
+    kernels.linear_scan_forward(_checks.rows(factors), _checks.rows(terms), state, descending, _checks.rows(h))
+    return cast(ArrayT, caller.leave(h))
 
 
 @_plans.planned

@@ -11,6 +11,12 @@ Importing this module is enough for programs that call ``lm_eval.simple_evaluate
 from __future__ import annotations
 
 import importlib.util
+
+if importlib.util.find_spec("lm_eval") is None:
+    raise ModuleNotFoundError(
+        'sscan.lm_eval needs lm-evaluation-harness, which is installed by: pip install "sscan[lm-eval]"', name="lm_eval"
+    )
+
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 

@@ -1,11 +1,12 @@
 """Root-mean-square normalisation over the last axis, with the residual stream added on the way in."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from sscan import _arrays, _backends, _checks, _plans
-from sscan._arrays import Array
+from sscan._arrays import AnyArray, Array, ArrayT, StoredT
 
 
 class RMSNormGradients(NamedTuple):
@@ -34,6 +35,20 @@ def _stream(op: str, name: str, array: Array | None, dtype: np.dtype[Any]) -> Ar
     if array is None or (dtype == np.float32 and array.dtype in _checks.STORAGE[1:]):
         return _checks.rows(array)
     return _checks.rows(_checks.parameter(op, name, array, dtype))
+
+
+@overload
+def rms_norm(x: ArrayT, weight: AnyArray, residual: None = None, eps: float = 1e-5) -> ArrayT: ...
+
+
+@overload
+def rms_norm(
+    x: npt.NDArray[StoredT], weight: npt.NDArray[Any], residual: npt.NDArray[Any], eps: float = 1e-5
+) -> tuple[npt.NDArray[StoredT], npt.NDArray[Any]]: ...
+
+
+@overload
+def rms_norm(x: ArrayT, weight: AnyArray, residual: AnyArray, eps: float = 1e-5) -> tuple[ArrayT, ArrayT]: ...
 
 
 @_plans.planned

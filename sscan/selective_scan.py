@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from sscan import _arrays, _backends, _checks, _plans
-from sscan._arrays import Array
+from sscan._arrays import AnyArray, Array, ArrayT, MaybeArray, NumberT, StoredT
 
 Discretization = Literal["mamba", "zoh"]
 
@@ -34,6 +35,42 @@ class SelectiveScanGradients(NamedTuple):
 
 # Takes what a part of a sequence hands on, and gives what the parts before it do: see ``selective_scan_forward``.
 Exchange = Callable[[Any], Any]
+
+
+@overload
+def selective_scan(
+    u: npt.NDArray[StoredT], delta: AnyArray, A: npt.NDArray[NumberT], B: AnyArray, C: AnyArray, D: MaybeArray = None,
+    z: MaybeArray = None, delta_bias: MaybeArray = None, delta_softplus: bool = False, *,
+    return_last_state: Literal[True], initial_state: MaybeArray = None, seq_idx: MaybeArray = None,
+    cu_seqlens: MaybeArray = None, discretization: Discretization = "mamba",
+) -> tuple[npt.NDArray[StoredT], npt.NDArray[NumberT]]: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: ArrayT, delta: AnyArray, A: AnyArray, B: AnyArray, C: AnyArray, D: MaybeArray = None,
+    z: MaybeArray = None, delta_bias: MaybeArray = None, delta_softplus: bool = False, *,
+    return_last_state: Literal[True], initial_state: MaybeArray = None, seq_idx: MaybeArray = None,
+    cu_seqlens: MaybeArray = None, discretization: Discretization = "mamba",
+) -> tuple[ArrayT, ArrayT]: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: ArrayT, delta: AnyArray, A: AnyArray, B: AnyArray, C: AnyArray, D: MaybeArray = None,
+    z: MaybeArray = None, delta_bias: MaybeArray = None, delta_softplus: bool = False,
+    return_last_state: Literal[False] = False, *, initial_state: MaybeArray = None, seq_idx: MaybeArray = None,
+    cu_seqlens: MaybeArray = None, discretization: Discretization = "mamba",
+) -> ArrayT: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: ArrayT, delta: AnyArray, A: AnyArray, B: AnyArray, C: AnyArray, D: MaybeArray = None,
+    z: MaybeArray = None, delta_bias: MaybeArray = None, delta_softplus: bool = False,
+    return_last_state: bool = False, *, initial_state: MaybeArray = None, seq_idx: MaybeArray = None,
+    cu_seqlens: MaybeArray = None, discretization: Discretization = "mamba",
+) -> ArrayT | tuple[ArrayT, ArrayT]: ...  # fmt: skip
 
 
 @_plans.planned
@@ -124,24 +161,24 @@ def selective_scan(
 
 @_plans.planned
 def selective_scan_forward(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
+    u: ArrayT,
+    delta: AnyArray,
+    A: AnyArray,
+    B: AnyArray,
+    C: AnyArray,
+    D: MaybeArray = None,
+    z: MaybeArray = None,
+    delta_bias: MaybeArray = None,
     delta_softplus: bool = False,
     *,
-    initial_state: Any = None,
-    seq_idx: Any = None,
-    cu_seqlens: Any = None,
+    initial_state: MaybeArray = None,
+    seq_idx: MaybeArray = None,
+    cu_seqlens: MaybeArray = None,
     discretization: Discretization = "mamba",
     return_last_state: bool = True,
     keep_checkpoints: bool = True,
     exchange: Exchange | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[ArrayT, Any, Any]:
     """``selective_scan`` for autodiff layers and for parts of a sequence: ``(y, last_state, checkpoints)``.
 
     The checkpoints are states at regular intervals, which ``selective_scan_backward`` starts from: length * state / 32

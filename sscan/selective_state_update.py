@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from sscan import _backends, _checks, _plans
-from sscan._arrays import Array
+from sscan._arrays import AnyArray, Array, ArrayT, MaybeArray
 
 
 class _Arguments(NamedTuple):
@@ -93,20 +93,20 @@ def _by_group(array: Array) -> Array:
 
 @_plans.planned
 def selective_state_update(
-    state: Any,
-    x: Any,
-    dt: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    dt_bias: Any = None,
+    state: AnyArray,
+    x: ArrayT,
+    dt: AnyArray,
+    A: AnyArray,
+    B: AnyArray,
+    C: AnyArray,
+    D: MaybeArray = None,
+    z: MaybeArray = None,
+    dt_bias: MaybeArray = None,
     dt_softplus: bool = False,
-    state_batch_indices: Any = None,
+    state_batch_indices: MaybeArray = None,
     *,
     A_log: bool = False,
-) -> Any:
+) -> ArrayT:
     r"""One step of `selective_scan` under its "mamba" rule; `state` is updated in place.
 
     .. math::
@@ -178,4 +178,4 @@ def selective_state_update(
         # Only the rows that were updated: others belong to other threads. A GPU would have to be asked which they are.
         touched = slice(None) if slots is None or not on_host else slots[slots >= 0]
         given.state[touched] = a.state[touched]
-    return caller.leave(y)
+    return cast(ArrayT, caller.leave(y))

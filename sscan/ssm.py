@@ -1,11 +1,12 @@
 """The time-invariant system of Algorithm 1: its convolution kernel, and the convolution through the FFT."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from sscan import _arrays, _backends, _checks
-from sscan._arrays import Array
+from sscan._arrays import AnyArray, Array, ArrayT
 from sscan.discretize import _checked as _checked_system
 from sscan.discretize import _Problem
 
@@ -41,6 +42,19 @@ def _discretized(caller: _arrays.Caller, kernels: Any, system: _Problem, method:
     A_bar, B_bar = (caller.empty(system.selective, system.A.dtype) for _ in range(2))
     kernels.discretize_forward(system.delta, system.A, system.B, method, A_bar, B_bar)
     return A_bar.reshape(system.shape), B_bar.reshape(system.shape)
+
+
+@overload
+def ssm_kernel(
+    delta: npt.NDArray[Any], A: npt.NDArray[Any], B: npt.NDArray[Any], C: npt.NDArray[Any], length: int,
+    method: str = "zoh",
+) -> npt.NDArray[Any]: ...  # fmt: skip
+
+
+@overload
+def ssm_kernel(
+    delta: ArrayT, A: AnyArray, B: AnyArray, C: AnyArray, length: int, method: str = "zoh"
+) -> ArrayT: ...  # fmt: skip
 
 
 @_arrays.follows_caller
@@ -139,7 +153,7 @@ def _convolution(op: str, u: Array, kernel: Array, dy: Array | None = None) -> A
 
 
 @_arrays.follows_caller
-def ssm_convolution(u: Any, kernel: Any) -> Any:
+def ssm_convolution(u: ArrayT, kernel: AnyArray) -> ArrayT:
     """Causal convolution y_t = sum_{k <= t} K_k u_{t-k} of equation (3b), through the FFT.
 
     Parameters
@@ -169,12 +183,12 @@ def ssm_convolution(u: Any, kernel: Any) -> Any:
     """
     op = "ssm_convolution"
     _checks.required(op, u=u, kernel=kernel)
-    caller, (u, kernel) = _arrays.enter(op, u=u, kernel=kernel)
+    caller, (inputs, filters) = _arrays.enter(op, u=u, kernel=kernel)
     kernels = _backends.for_device(op, caller.device)
-    kernel = _convolution(op, u, kernel)
-    y = caller.empty(u.shape, u.dtype)
-    kernels.ssm_convolution_forward(u, kernel, y)
-    return caller.leave(y)
+    filters = _convolution(op, inputs, filters)
+    y = caller.empty(inputs.shape, inputs.dtype)
+    kernels.ssm_convolution_forward(inputs, filters, y)
+    return cast(ArrayT, caller.leave(y))
 
 
 @_arrays.follows_caller

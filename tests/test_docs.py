@@ -7,8 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import tokenizers
+
+import sscan.compat
+import sscan.nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,9 +29,21 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in FENCE.finditer(text)]
 
 
+@pytest.fixture
+def released_model(tmp_path: Path) -> Iterator[None]:
+    """A small stand-in at the name of a released model, and no stand-ins for other packages afterwards."""
+    folder = tmp_path / "state-spaces" / "mamba-130m-hf"
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "rain": 1, "[UNK]": 2}, "[UNK]"))
+    sscan.nn.MambaLM(sscan.nn.MambaConfig(16, 1, 8)).save_pretrained(folder, "transformers")
+    words.save(str(folder / "tokenizer.json"))
+    yield
+    sscan.compat.uninstall()
+
+
+@pytest.mark.usefixtures("released_model")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In order, in one fresh namespace per page, in an empty folder.
+    # In order, in one fresh namespace per page, in a folder that holds nothing but the model.
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, block in blocks(page):

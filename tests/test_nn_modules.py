@@ -399,6 +399,9 @@ def test_prompts_and_counts_that_are_none() -> None:
         model.generate(ids(1, 3), -1)
     with pytest.raises(TypeError, match="generate: prompt 0 must be integers, got float64"):
         model.generate([1.0, 2.0], 1)
+    for prompts, number in (([1, [2, 3]], 0), ([[1], [1, [2]]], 1), ([[1, 2], [[1], [2, 3]]], 1)):
+        with pytest.raises(TypeError, match=f"generate: prompt {number} must be integers, got some that are sequences"):
+            model.generate(prompts, 1)
     with pytest.raises(TypeError, match="generate: prompts must be token ids, got a text"):
         model.generate("rain", 1)
     for wrong in (3, np.array(3), None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def model_and_vocabulary(options: argparse.Namespace) -> tuple[MambaLM, Vocabula
     from sscan.models.tokens import vocabulary_of
     from sscan.nn import MambaLM
     from sscan.tasks.audio import FILE
+    from sscan.tasks.progress import Phase
     from sscan.tasks.species import NAMES_FILE
     from sscan.tasks.task import PRECISIONS
 
@@ -46,7 +48,8 @@ def model_and_vocabulary(options: argparse.Namespace) -> tuple[MambaLM, Vocabula
         raise Mistake(f"{options.model} tells species apart, and continues nothing")
     if (Path(options.model) / FILE).exists():
         raise Mistake(f"{options.model} is a model of audio, which sscan generate alone can use")
-    model = MambaLM.from_pretrained(options.model, PRECISIONS[options.dtype or "float32"])
-    vocabulary = vocabulary_of(options.model, model.config.vocab_size, options.tokenizer)
-    model.to(xp)
+    with Phase("loading", sys.stderr):
+        model = MambaLM.from_pretrained(options.model, PRECISIONS[options.dtype or "float32"])
+        vocabulary = vocabulary_of(options.model, model.config.vocab_size, options.tokenizer)
+        model.to(xp)
     return model, vocabulary

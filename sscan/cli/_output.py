@@ -18,32 +18,45 @@ NOT_DRAWN = 'not drawn, for want of matplotlib; it comes with: pip install "ssca
 class Continuations:
     """Writes the prompt and what is generated behind it, as soon as it is known, for one sample after the other.
 
-    What may be the beginning of a text that ends it is held back until it is known not to be.
+    What may be the beginning of a text that ends it is held back until it is known not to be. Until there is something
+    to watch, standard error says what is going on; where the text goes elsewhere, also how much of `tokens` is made.
     """
 
     def __init__(
         self, prompt: bytes, writer: Callable[[], Callable[[int], bytes]], write: Callable[[bytes], object],
-        stop: Sequence[bytes] = (),
+        tokens: int, stop: Sequence[bytes] = (),
     ) -> None:  # fmt: skip
-        self.prompt, self.writer, self.write, self.stop = prompt, writer, write, stop
-        self.sample, self.held = 0, b""
+        from sscan.tasks.progress import Phase
+
+        self.prompt, self.writer, self.write, self.tokens, self.stop = prompt, writer, write, tokens, stop
+        self.sample, self.made, self.held = -1, 0, b""
+        self.phase = Phase("reading the prompt", sys.stderr)
 
     def __enter__(self) -> Continuations:
-        self._begin()
+        self.phase.__enter__()
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
+        self.phase.close()
         if kind is None:
-            self._end()
+            if self.sample < 0:
+                self._begin()
+            self._put(self.held + b"\n")
 
     def __call__(self, sample: int, token: int) -> None:
         """The next token of a sample."""
-        if sample != self.sample:
-            self._end()
-            self.sample = sample
-            self._put(b"\n")
+        self.phase.title = "generating"
+        if sys.stdout.isatty():
+            self.phase.close()
+        while self.sample < sample:
             self._begin()
-        self.held += self.to_bytes(token)
+        self._add(self.to_bytes(token))
+        self.made += 1
+        self.phase(self.made / self.tokens)
+
+    def _add(self, part: bytes) -> None:
+        """Write what cannot belong to a text that ends the sample, and hold the rest."""
+        self.held += part
         ends = [self.held.find(text) for text in self.stop if text in self.held]
         if ends:
             self.held = self.held[: min(ends)]
@@ -53,12 +66,12 @@ class Continuations:
         self.held = self.held[len(self.held) - kept :]
 
     def _begin(self) -> None:
+        """Go on to the next sample."""
+        if self.sample >= 0:
+            self._put(self.held + b"\n\n")
+        self.sample, self.held = self.sample + 1, b""
         self.to_bytes = self.writer()
         self._put(self.prompt)
-
-    def _end(self) -> None:
-        self._put(self.held + b"\n")
-        self.held = b""
 
     def _put(self, part: bytes) -> None:
         self.write(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sscan.cli._arguments import path
@@ -26,9 +27,10 @@ def add_to(commands: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     from sscan.models.pretrained import convert
+    from sscan.tasks.progress import Phase
     from sscan.tasks.task import PRECISIONS
 
-    with mistakes():
+    with mistakes(), Phase("converting", sys.stderr):
         dtype = None if options.dtype is None else PRECISIONS[options.dtype]
         names = convert(options.model, options.folder, options.format, dtype, pickled=options.pickle)
     print(f"written     {options.folder}: {', '.join(names)}")

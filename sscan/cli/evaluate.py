@@ -32,14 +32,15 @@ def add_to(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from sscan.tasks.evaluation import evaluate
-    from sscan.tasks.progress import Bar
+    from sscan.tasks.progress import Phase
     from sscan.tasks.text import read_text
 
     with mistakes():
         model, vocabulary = model_and_vocabulary(options)
-        ids, sizes = vocabulary.encode_sized(read_text(options.text).tobytes())
-        with Bar("evaluating", sys.stderr) as bar:
-            result = evaluate(model, ids, sizes, options.window, options.stride, bar)
+        with Phase("reading", sys.stderr):
+            ids, sizes = vocabulary.encode_sized(read_text(options.text).tobytes())
+        with Phase("evaluating", sys.stderr) as phase:
+            result = evaluate(model, ids, sizes, options.window, options.stride, phase)
     how = "the state carried along"
     if options.window is not None:
         how = f"windows of {options.window}" + (f" every {options.stride}" if options.stride else ", second halves")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -66,7 +65,7 @@ def _generate_audio(options: argparse.Namespace) -> int:
 
     from sscan.nn import Sampler
     from sscan.tasks.audio import continued, open_audio_model
-    from sscan.tasks.progress import Bar
+    from sscan.tasks.progress import Phase
     from sscan.tasks.recordings import SILENCE, compress, draw_spectrogram, expand, read_recording, write_recording
     from sscan.tasks.task import PRECISIONS
 
@@ -91,8 +90,8 @@ def _generate_audio(options: argparse.Namespace) -> int:
     model.to(xp)
     count = options.tokens or round((options.seconds or 1.0) * rate)
     start = time.monotonic()
-    with Bar("generating", sys.stderr) as bar:
-        samples = expand(continued(model, prompt, count, sampler, bar))
+    with Phase("generating", sys.stderr) as phase:
+        samples = expand(continued(model, prompt, count, sampler, phase))
     seconds = time.monotonic() - start
     write_recording(options.out, samples, rate)
     print(f"written     {options.out}: {samples.size / rate:.2f} s, the last {count / rate:.2f} of them generated")
@@ -103,7 +102,6 @@ def _generate_audio(options: argparse.Namespace) -> int:
 
 def _generate_text(options: argparse.Namespace) -> int:
     from sscan.nn import Sampler
-    from sscan.tasks.progress import Bar
 
     temperature = TEMPERATURE if options.temperature is None else options.temperature
     tokens = options.tokens or SAMPLE_TOKENS
@@ -122,16 +120,8 @@ def _generate_text(options: argparse.Namespace) -> int:
     out = sys.stdout
     raw = not out.isatty() and out is sys.__stdout__
     stop = [text.encode() for text in options.stop]
-    said = itertools.count(1)
-    with (
-        Bar("generating", sys.stderr, hidden=out.isatty()) as bar,  # where the text can be watched
-        Continuations(prompt, vocabulary.writer, out.buffer.write if raw else text_writer(out), stop) as write,
-    ):
-
-        def streamer(sample: int, token: int) -> None:
-            write(sample, token)
-            bar(next(said) / (options.samples * tokens))
-
+    write = out.buffer.write if raw else text_writer(out)
+    with Continuations(prompt, vocabulary.writer, write, options.samples * tokens, stop) as streamer:
         model.generate(
             [ids] * options.samples, tokens, *drawing, eos=vocabulary.token(options.eos), stop=options.stop,
             tokenizer=vocabulary, streamer=streamer, seed=options.seed, batch=1, vocab_size=vocabulary.size,

@@ -36,6 +36,7 @@ def add_to(commands: Any) -> None:
 
 def _score(options: argparse.Namespace) -> int:
     from sscan.models.tokens import Bases
+    from sscan.tasks.progress import Phase
     from sscan.tasks.scoring import Variant
     from sscan.tasks.sequences import read_fasta
 
@@ -46,7 +47,8 @@ def _score(options: argparse.Namespace) -> int:
         model, vocabulary = model_and_vocabulary(options)
         if not isinstance(vocabulary, Bases):
             raise Mistake(f"{options.model}: a model of DNA has {Bases.size} tokens, this one {vocabulary.size}")
-        records = {record.name: record for record in read_fasta(options.fasta)}
+        with Phase("reading", sys.stderr):
+            records = {record.name: record for record in read_fasta(options.fasta)}
         pairs = []
         for variant in variants:
             if variant.record not in records:
@@ -72,19 +74,24 @@ def _score_variants(model: MambaLM, pairs: list[Any], *, both_strands: bool) -> 
 def _score_bases(model: MambaLM, records: list[Record]) -> None:
     """Print log p of every letter but the first of each record; and on standard error what it comes to."""
     from sscan.tasks.evaluation import Evaluation
+    from sscan.tasks.progress import Phase
     from sscan.tasks.scoring import log_likelihoods
     from sscan.tasks.sequences import BASES, is_base
 
-    nats, bases = 0.0, 0
+    nats, bases, letters, done = 0.0, 0, sum(record.tokens.size for record in records), 0
     print("record", "position", "base", "log_likelihood", sep="\t")
-    for record in records:
-        at = 1
-        for part in log_likelihoods(model, record.tokens):
-            tokens = record.tokens[at : at + part.size]
-            for i, (letter, value) in enumerate(zip(BASES.decode(tokens.tolist()), part.tolist(), strict=True), at + 1):
-                sys.stdout.write(f"{record.name}\t{i}\t{letter}\t{value:.4f}\n")
-            counts = is_base(tokens)
-            nats, bases, at = nats - float(part[counts].sum()), bases + int(counts.sum()), at + part.size
+    with Phase("scoring", sys.stderr, hidden=sys.stdout.isatty()) as phase:
+        for record in records:
+            at = 1
+            for part in log_likelihoods(model, record.tokens):
+                tokens = record.tokens[at : at + part.size]
+                bases_of_part = zip(BASES.decode(tokens.tolist()), part.tolist(), strict=True)
+                for i, (letter, value) in enumerate(bases_of_part, at + 1):
+                    sys.stdout.write(f"{record.name}\t{i}\t{letter}\t{value:.4f}\n")
+                counts = is_base(tokens)
+                nats, bases, at = nats - float(part[counts].sum()), bases + int(counts.sum()), at + part.size
+                phase((done + at) / letters)
+            done += record.tokens.size
     if bases:
         found = Evaluation(nats, bases, bases)
         line = f"{found.bits_a_byte:.4f} bits a base, perplexity {found.perplexity:.4f}"

@@ -133,7 +133,9 @@ def _add_run_options(parser: argparse.ArgumentParser, default: RunOptions, targe
 
 
 def _train(options: argparse.Namespace) -> int:
-    with mistakes():
+    from sscan.tasks.progress import Phase
+
+    with mistakes(), Phase("loading", sys.stderr):
         run, folder = open_run(options)
     return _train_and_report(run, folder, options)
 
@@ -164,9 +166,11 @@ def _train_and_report(run: TrainingRun[Any], folder: Path, options: argparse.Nam
 def _train_until_done(run: TrainingRun[Any], folder: Path) -> int:
     """Train and save; the number of the signal that stopped it early, or 0."""
     from sscan.tasks.loop import train
+    from sscan.tasks.progress import Phase
 
     start = time.monotonic()
-    run.warm_up()
+    with Phase("compiling kernels", sys.stderr):
+        run.warm_up()
     with stop_requests() as received:
         print(f"kernels     ready after {time.monotonic() - start:.1f} s", flush=True)
         train(run, folder, sys.stderr, stop=received)
@@ -192,18 +196,19 @@ def _report(run: TrainingRun[Any], folder: Path) -> None:
     """Say what a run has come to: held-out results, beside those of simpler models, and a sample."""
     from sscan.nn import MambaLM
     from sscan.tasks.loop import BEST_FOLDER
-    from sscan.tasks.progress import Bar, draw_loss_curve
+    from sscan.tasks.progress import Phase, draw_loss_curve
 
     task, model = run.task, run.model
-    with Bar("held out", sys.stderr) as bar:
-        results = task.compared(model, bar)
+    with Phase("held out", sys.stderr) as phase:
+        results = task.compared(model, phase)
     print("held out    " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()) + f" {task.goal_is}")
     if run.best is not None:
         step, goal = run.best
         print(
             f"best        {folder / BEST_FOLDER}: {goal:.3f} {task.goal_is} of some held-out windows, at step {step:,}"
         )
-    drawn = draw_loss_curve(folder / "loss.png", run, results)
+    with Phase("drawing", sys.stderr):
+        drawn = draw_loss_curve(folder / "loss.png", run, results)
     print(f"curve       {folder / 'loss.png' if drawn else NOT_DRAWN}")
     prompt = task.prompt()
     if prompt is None or not isinstance(model, MambaLM):
@@ -213,7 +218,7 @@ def _report(run: TrainingRun[Any], folder: Path) -> None:
         f"after {prompt.size} held-out ones:\n"
     )
     text = b"".join(map(task.vocabulary.writer(), prompt.tolist()))
-    with Continuations(text, task.vocabulary.writer, text_writer(sys.stdout)) as streamer:
+    with Continuations(text, task.vocabulary.writer, text_writer(sys.stdout), SAMPLE_TOKENS) as streamer:
         model.generate(
             prompt, SAMPLE_TOKENS, temperature=TEMPERATURE, streamer=streamer, vocab_size=task.vocabulary.size
         )

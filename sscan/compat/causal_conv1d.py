@@ -39,7 +39,9 @@ def causal_conv1d_fn(
     if padding is not None:
         x = x.masked_fill(padding, 0)
     with without_autocast(x):
-        made = causal_conv1d(x, weight, bias, _activation(activation), initial_states, return_final_states, seq_idx)
+        made: Any = causal_conv1d(
+            x, weight, bias, _activation(activation), initial_states, return_final_states, seq_idx
+        )
     y, *final_states = made if return_final_states else (made,)
     y = y if padding is None else y.masked_fill(padding, 0)
     if not return_final_states:

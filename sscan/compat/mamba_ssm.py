@@ -50,7 +50,7 @@ def selective_scan_fn(
     u_, delta, z = (None if x is None else x.to(wide) for x in (u, delta, z))
     D, delta_bias = (None if x is None else x.to(real) for x in (D, delta_bias))
     with without_autocast(u):
-        made = selective_scan(u_, delta, A.to(number), B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        made: Any = selective_scan(u_, delta, A.to(number), B, C, D, z, delta_bias, delta_softplus, return_last_state)
     y, *last_state = made if return_last_state else (made,)
     return (y.to(u.dtype), *last_state) if return_last_state else y.to(u.dtype)
 

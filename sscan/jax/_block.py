@@ -20,6 +20,7 @@ from sscan.models.states import MambaState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sscan.jax.ops import Input
     from sscan.models.config import BlockConfig, MambaConfig
     from sscan.models.pretrained import Weights
 
@@ -42,7 +43,7 @@ class Block:
     out_proj: Any
     discretization: Any  # "mamba" or "zoh"
 
-    def __call__(self, hidden: Any, seq_idx: Any = None) -> Any:
+    def __call__(self, hidden: Input, seq_idx: Input | None = None) -> jax.Array:
         """Apply the block to sequences from their beginnings, hidden (..., length, d_model).
 
         `seq_idx` (..., length) numbers the sequences packed into a row: neither the convolution nor the scan sees
@@ -50,14 +51,14 @@ class Block:
         """
         return self._mix(hidden, None, seq_idx)[0]
 
-    def extend(self, hidden: Any, state: MambaState, seq_idx: Any = None) -> tuple[Any, MambaState]:
+    def extend(self, hidden: Input, state: MambaState, seq_idx: Input | None = None) -> tuple[jax.Array, MambaState]:
         """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable.
 
         `seq_idx` is that of a call of the block.
         """
         return self._mix(hidden, state, seq_idx)
 
-    def step(self, hidden: Any, state: MambaState) -> tuple[Any, MambaState]:
+    def step(self, hidden: Input, state: MambaState) -> tuple[jax.Array, MambaState]:
         """One token, hidden (..., d_model): the output for it and the new state; without derivatives."""
         if self.discretization != "mamba":  # the rule of selective_state_update
             out, state = self.extend(jnp.asarray(hidden)[..., None, :], state)
@@ -158,15 +159,15 @@ class LanguageModel:
     norm_epsilon: float
     residual_in_fp32: bool
 
-    def __call__(self, ids: Any, seq_idx: Any = None) -> Any:
+    def __call__(self, ids: Input, seq_idx: Input | None = None) -> jax.Array:
         """Logits (..., length, padded vocabulary) for ids (..., length); `seq_idx` as in Mamba."""
         return self._run(ids, lambda i, mixer, hidden: mixer(hidden, seq_idx))
 
-    def extend(self, ids: Any, states: list[MambaState]) -> tuple[Any, list[MambaState]]:
+    def extend(self, ids: Input, states: list[MambaState]) -> tuple[jax.Array, list[MambaState]]:
         """Logits for the continuation `ids` of sequences, and the states of all blocks at its end."""
         return self._carry(ids, states, "extend")
 
-    def step(self, ids: Any, states: list[MambaState]) -> tuple[Any, list[MambaState]]:
+    def step(self, ids: Input, states: list[MambaState]) -> tuple[jax.Array, list[MambaState]]:
         """Read one token each, ids (...): logits for the next, and the new states, at constant cost."""
         return self._carry(ids, states, "step")
 

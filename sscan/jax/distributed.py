@@ -4,30 +4,56 @@ Every device holds one part of the steps, of the same length, in the order of th
 device is of the size of states, never of sequences; gradients go the same way back.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
 from sscan.jax import ops
+from sscan.jax.ops import Input
+from sscan.selective_scan import Discretization
+
+
+@overload
+def selective_scan(
+    u: Input, delta: Input, A: Input, B: Input, C: Input, D: Input | None = None, z: Input | None = None,
+    delta_bias: Input | None = None, delta_softplus: bool = False, *, return_last_state: Literal[True],
+    axis_name: str, initial_state: Input | None = None, discretization: Discretization = "mamba",
+) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Input, delta: Input, A: Input, B: Input, C: Input, D: Input | None = None, z: Input | None = None,
+    delta_bias: Input | None = None, delta_softplus: bool = False, return_last_state: Literal[False] = False, *,
+    axis_name: str, initial_state: Input | None = None, discretization: Discretization = "mamba",
+) -> jax.Array: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Input, delta: Input, A: Input, B: Input, C: Input, D: Input | None = None, z: Input | None = None,
+    delta_bias: Input | None = None, delta_softplus: bool = False, return_last_state: bool = False, *,
+    axis_name: str, initial_state: Input | None = None, discretization: Discretization = "mamba",
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...  # fmt: skip
 
 
 def selective_scan(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
+    u: Input,
+    delta: Input,
+    A: Input,
+    B: Input,
+    C: Input,
+    D: Input | None = None,
+    z: Input | None = None,
+    delta_bias: Input | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
     axis_name: str,
-    initial_state: Any = None,
-    discretization: Literal["mamba", "zoh"] = "mamba",
-) -> Any:
+    initial_state: Input | None = None,
+    discretization: Discretization = "mamba",
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """:func:`sscan.jax.selective_scan` of a sequence whose steps are split over the devices of a mesh axis.
 
     Every part is scanned from zero for the state at its end; those and the sums of the step sizes are gathered, and
@@ -85,16 +111,37 @@ def _of_last(x: Any, axis_name: str) -> Any:
     return jax.lax.psum(jnp.where(is_last, x, 0), axis_name)
 
 
+@overload
 def causal_conv1d(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
+    x: Input, weight: Input, bias: Input | None = None, activation: str | None = None,
+    initial_state: Input | None = None, *, return_final_state: Literal[True], axis_name: str,
+) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Input, weight: Input, bias: Input | None = None, activation: str | None = None,
+    initial_state: Input | None = None, return_final_state: Literal[False] = False, *, axis_name: str,
+) -> jax.Array: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Input, weight: Input, bias: Input | None = None, activation: str | None = None,
+    initial_state: Input | None = None, return_final_state: bool = False, *, axis_name: str,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...  # fmt: skip
+
+
+def causal_conv1d(
+    x: Input,
+    weight: Input,
+    bias: Input | None = None,
     activation: str | None = None,
-    initial_state: Any = None,
+    initial_state: Input | None = None,
     return_final_state: bool = False,
     *,
     axis_name: str,
-) -> Any:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """:func:`sscan.jax.causal_conv1d` of a sequence whose steps are split over the devices of a mesh axis.
 
     The last width - 1 inputs of every part go to the next device.

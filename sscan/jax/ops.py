@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,11 @@ import numpy as np
 
 from sscan.jax import _shapes
 from sscan.jax._call import alike, call
+from sscan.selective_scan import Discretization
 
 Options = tuple[tuple[str, Any], ...]
 Arrays = dict[str, Any]
+Input: TypeAlias = jax.Array | np.ndarray[Any, Any]
 
 
 def _compiled(function: Callable[..., Any], op: str) -> Callable[..., Any]:
@@ -94,23 +96,50 @@ def _scan_backward(options: Options, arrays: Arrays, checkpoints: Any, given: An
 _selective_scan = _differentiable("selective_scan", _scan_backward, _scan_forward)
 
 
+@overload
 def selective_scan(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
+    u: Input, delta: Input, A: Input, B: Input, C: Input, D: Input | None = None, z: Input | None = None,
+    delta_bias: Input | None = None, delta_softplus: bool = False, *, return_last_state: Literal[True],
+    initial_state: Input | None = None, seq_idx: Input | None = None,
+    cu_seqlens: Input | None = None, discretization: Discretization = "mamba",
+) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Input, delta: Input, A: Input, B: Input, C: Input, D: Input | None = None, z: Input | None = None,
+    delta_bias: Input | None = None, delta_softplus: bool = False, return_last_state: Literal[False] = False, *,
+    initial_state: Input | None = None, seq_idx: Input | None = None,
+    cu_seqlens: Input | None = None, discretization: Discretization = "mamba",
+) -> jax.Array: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Input, delta: Input, A: Input, B: Input, C: Input, D: Input | None = None, z: Input | None = None,
+    delta_bias: Input | None = None, delta_softplus: bool = False, return_last_state: bool = False, *,
+    initial_state: Input | None = None, seq_idx: Input | None = None,
+    cu_seqlens: Input | None = None, discretization: Discretization = "mamba",
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...  # fmt: skip
+
+
+def selective_scan(
+    u: Input,
+    delta: Input,
+    A: Input,
+    B: Input,
+    C: Input,
+    D: Input | None = None,
+    z: Input | None = None,
+    delta_bias: Input | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
-    initial_state: Any = None,
-    seq_idx: Any = None,
-    cu_seqlens: Any = None,
-    discretization: Literal["mamba", "zoh"] = "mamba",
-) -> Any:
+    initial_state: Input | None = None,
+    seq_idx: Input | None = None,
+    cu_seqlens: Input | None = None,
+    discretization: Discretization = "mamba",
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """:func:`sscan.selective_scan` in JAX: y, or (y, last_state), both differentiable.
 
     Every array but seq_idx and cu_seqlens has a gradient. For the backward the inputs are kept and, unless seq_idx or
@@ -132,20 +161,20 @@ _selective_state_update = _compiled(partial(_plain, "selective_state_update"), "
 
 
 def selective_state_update(
-    state: Any,
-    x: Any,
-    dt: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    dt_bias: Any = None,
+    state: Input,
+    x: Input,
+    dt: Input,
+    A: Input,
+    B: Input,
+    C: Input,
+    D: Input | None = None,
+    z: Input | None = None,
+    dt_bias: Input | None = None,
     dt_softplus: bool = False,
-    state_batch_indices: Any = None,
+    state_batch_indices: Input | None = None,
     *,
     A_log: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """:func:`sscan.selective_state_update` in JAX: y and the new state.
 
     The new state takes the memory of the old one where JAX can let it: inside of loops, and if it is donated. It has
@@ -174,7 +203,7 @@ def _linear_backward(options: Options, arrays: Arrays, h: Any, dh: Any) -> Any:
 _linear_scan = _differentiable("linear_scan", _linear_backward, _linear_forward)
 
 
-def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
+def linear_scan(a: Input, b: Input, initial_state: Input | None = None, reverse: bool = False) -> jax.Array:
     """:func:`sscan.linear_scan` in JAX; a, b and initial_state have gradients."""
     return _linear_scan((("reverse", reverse),), _given(a=a, b=b, initial_state=initial_state))
 
@@ -191,16 +220,40 @@ def _convolution_backward(options: Options, arrays: Arrays, saved: None, given: 
 _causal_conv1d = _differentiable("causal_conv1d", _convolution_backward)
 
 
+@overload
 def causal_conv1d(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
+    x: Input, weight: Input, bias: Input | None = None, activation: str | None = None,
+    initial_state: Input | None = None, *, return_final_state: Literal[True], seq_idx: Input | None = None,
+    cu_seqlens: Input | None = None,
+) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Input, weight: Input, bias: Input | None = None, activation: str | None = None,
+    initial_state: Input | None = None, return_final_state: Literal[False] = False, seq_idx: Input | None = None,
+    cu_seqlens: Input | None = None,
+) -> jax.Array: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Input, weight: Input, bias: Input | None = None, activation: str | None = None,
+    initial_state: Input | None = None, return_final_state: bool = False, seq_idx: Input | None = None,
+    cu_seqlens: Input | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...  # fmt: skip
+
+
+def causal_conv1d(
+    x: Input,
+    weight: Input,
+    bias: Input | None = None,
     activation: str | None = None,
-    initial_state: Any = None,
+    initial_state: Input | None = None,
     return_final_state: bool = False,
-    seq_idx: Any = None,
-    cu_seqlens: Any = None,
-) -> Any:
+    seq_idx: Input | None = None,
+    cu_seqlens: Input | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """:func:`sscan.causal_conv1d` in JAX: y, or (y, final_state), both differentiable.
 
     x, weight, bias and initial_state have gradients.
@@ -213,8 +266,8 @@ _causal_conv1d_update = _compiled(partial(_plain, "causal_conv1d_update"), "caus
 
 
 def causal_conv1d_update(
-    x: Any, conv_state: Any, weight: Any, bias: Any = None, activation: str | None = None
-) -> tuple[Any, Any]:
+    x: Input, conv_state: Input, weight: Input, bias: Input | None = None, activation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
     """:func:`sscan.causal_conv1d_update` in JAX: y and the new state; see `selective_state_update`."""
     arrays = _given(x=x, conv_state=conv_state, weight=weight, bias=bias)
     found: tuple[Any, Any] = _causal_conv1d_update((("activation", activation),), arrays)
@@ -232,7 +285,17 @@ def _norm_backward(options: Options, arrays: Arrays, saved: None, given: Any) ->
 _rms_norm = _differentiable("rms_norm", _norm_backward)
 
 
-def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> Any:
+@overload
+def rms_norm(x: Input, weight: Input, residual: None = None, eps: float = 1e-5) -> jax.Array: ...
+
+
+@overload
+def rms_norm(x: Input, weight: Input, residual: Input, eps: float = 1e-5) -> tuple[jax.Array, jax.Array]: ...
+
+
+def rms_norm(
+    x: Input, weight: Input, residual: Input | None = None, eps: float = 1e-5
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """:func:`sscan.rms_norm` in JAX: y, or with a residual (y, residual_out); all three arrays have gradients."""
     return _rms_norm((("eps", eps),), _given(x=x, weight=weight, residual=residual))
 
@@ -248,7 +311,7 @@ def _discretize_backward(options: Options, arrays: Arrays, saved: None, given: A
 _discretize = _differentiable("discretize", _discretize_backward)
 
 
-def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> tuple[Any, Any]:
+def discretize(delta: Input, A: Input, B: Input, method: str = "zoh") -> tuple[jax.Array, jax.Array]:
     """:func:`sscan.discretize` in JAX: A_bar and B_bar; delta, A and B have gradients."""
     found: tuple[Any, Any] = _discretize((("method", method),), _given(delta=delta, A=A, B=B))
     return found
@@ -261,7 +324,7 @@ def _kernel_backward(options: Options, arrays: Arrays, saved: None, dK: Any) -> 
 _ssm_kernel = _differentiable("ssm_kernel", _kernel_backward)
 
 
-def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "zoh") -> Any:
+def ssm_kernel(delta: Input, A: Input, B: Input, C: Input, length: int, method: str = "zoh") -> jax.Array:
     """:func:`sscan.ssm_kernel` in JAX; delta, A, B and C have gradients."""
     return _ssm_kernel((("length", length), ("method", method)), _given(delta=delta, A=A, B=B, C=C))
 
@@ -273,6 +336,6 @@ def _fft_backward(options: Options, arrays: Arrays, saved: None, dy: Any) -> Any
 _ssm_convolution = _differentiable("ssm_convolution", _fft_backward)
 
 
-def ssm_convolution(u: Any, kernel: Any) -> Any:
+def ssm_convolution(u: Input, kernel: Input) -> jax.Array:
     """:func:`sscan.ssm_convolution` in JAX; u and kernel have gradients."""
     return _ssm_convolution((), _given(u=u, kernel=kernel))

@@ -157,7 +157,10 @@ def prompts_of(prompts: Any, rows: int) -> list[list[int]]:
         listed = [listed]
     checked = []
     for i, prompt in enumerate(listed):
-        ids = np.asarray(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+        try:
+            ids = np.asarray(prompt.tolist() if hasattr(prompt, "tolist") else prompt)
+        except ValueError as error:  # NumPy's, about inhomogeneous shapes
+            raise TypeError(f"generate: prompt {i} must be integers, got some that are sequences of them") from error
         if ids.ndim != 1 or not ids.size:
             raise ValueError(f"generate: prompt {i} must be one token or more in one axis, got shape {ids.shape}")
         if ids.dtype.kind not in "iu":

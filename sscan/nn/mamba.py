@@ -33,7 +33,7 @@ class DepthwiseConvolution(Module):
         self, x: Operand, activation: str | None = None, state: Tensor | None = None, seq_idx: Array | None = None
     ) -> tuple[Tensor, Tensor]:
         """The convolution of x (batch, channels, length) behind the inputs in `state`, and the state at its end."""
-        y, state = causal_conv1d(x, *self.taps(), activation, state, True, seq_idx)
+        y, state = causal_conv1d(x, *self.taps(), activation, state, return_final_state=True, seq_idx=seq_idx)
         return y, state.astype(self.weight.dtype)
 
     def taps(self) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +146,7 @@ class Mamba(Module):
         dt, B, C = ops.split(self.x_proj.channel_first(x), self._dt_B_C, axis=1)
         delta = ops.matmul(self.dt_proj.weight_like(dt), dt)
         y, ssm = selective_scan(
-            x, delta, self.A(), B, C, self.D, z, self._delta_bias(), True, True,
+            x, delta, self.A(), B, C, self.D, z, self._delta_bias(), True, return_last_state=True,
             initial_state=ssm, seq_idx=seq_idx, discretization=self.discretization,
         )  # fmt: skip
         return self.out_proj(ops.swapaxes(y, 1, 2)), MambaState(conv, ssm)

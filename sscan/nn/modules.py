@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 
@@ -308,6 +308,12 @@ class RMSNorm(Module):
         self.weight = Parameter((width,), ones, dtype, decay=False)
         self.eps = eps
 
+    @overload
+    def __call__(self, x: Operand, residual: None = None) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: Operand, residual: Operand) -> tuple[Tensor, Tensor]: ...
+
     def __call__(self, x: Operand, residual: Operand | None = None) -> Any:
         """The normalised x; with a residual (the normalised sum, the sum), added and kept in float32 (float64)."""
         return rms_norm(x, self.weight, residual, self.eps)
@@ -328,6 +334,12 @@ class LayerNorm(Module):
         self.weight = Parameter((width,), ones, dtype, decay=False)
         self.bias = Parameter((width,), zeros, dtype, decay=False)
         self.eps = eps
+
+    @overload
+    def __call__(self, x: Operand, residual: None = None) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: Operand, residual: Operand) -> tuple[Tensor, Tensor]: ...
 
     def __call__(self, x: Operand, residual: Operand | None = None) -> Any:
         """The normalised x; with a residual (the normalised sum, the sum), added and kept in float32 (float64)."""

@@ -88,8 +88,8 @@ class S4D(Recurrent):
         data = u.data if isinstance(u, Tensor) else u
         nothing = array_module(data).zeros_like(data)  # what the input adds to the step size
         y, last = selective_scan(
-            u, nothing, self.A(), self.A.ones(), self.C(), self.D, None, ops.exp(self.log_delta), False, True,
-            initial_state=state, seq_idx=seq_idx, discretization="zoh",
+            u, nothing, self.A(), self.A.ones(), self.C(), self.D, None, ops.exp(self.log_delta),
+            return_last_state=True, initial_state=state, seq_idx=seq_idx, discretization="zoh",
         )  # fmt: skip
         return y, last
 

@@ -110,8 +110,8 @@ class S6(Recurrent):
         assert bias is not None
         y, last = selective_scan(
             u, delta, self.A(), self._along_time(B) if self.B is None else self.B(),
-            self._along_time(C) if self.C is None else self.C(), self.D, None, bias.astype(self.D.dtype), True, True,
-            initial_state=state, seq_idx=seq_idx, discretization=self.discretization,
+            self._along_time(C) if self.C is None else self.C(), self.D, None, bias.astype(self.D.dtype), True,
+            return_last_state=True, initial_state=state, seq_idx=seq_idx, discretization=self.discretization,
         )  # fmt: skip
         return y, last
 

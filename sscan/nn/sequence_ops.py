@@ -6,7 +6,7 @@ arguments are differentiable is said here.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from sscan.causal_conv1d import causal_conv1d as causal_conv1d_forward
 from sscan.causal_conv1d import causal_conv1d_backward
@@ -49,6 +49,33 @@ def _selective_scan_vjp(
 
 
 defvjp_all(_selective_scan, _selective_scan_vjp)
+
+
+@overload
+def selective_scan(
+    u: Operand, delta: Operand, A: Operand, B: Operand, C: Operand, D: Operand | None = None, z: Operand | None = None,
+    delta_bias: Operand | None = None, delta_softplus: bool = False, *, return_last_state: Literal[True],
+    initial_state: Operand | None = None, seq_idx: Array | None = None, cu_seqlens: Array | None = None,
+    discretization: str = "mamba",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Operand, delta: Operand, A: Operand, B: Operand, C: Operand, D: Operand | None = None, z: Operand | None = None,
+    delta_bias: Operand | None = None, delta_softplus: bool = False, return_last_state: Literal[False] = False, *,
+    initial_state: Operand | None = None, seq_idx: Array | None = None, cu_seqlens: Array | None = None,
+    discretization: str = "mamba",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Operand, delta: Operand, A: Operand, B: Operand, C: Operand, D: Operand | None = None, z: Operand | None = None,
+    delta_bias: Operand | None = None, delta_softplus: bool = False, return_last_state: bool = False, *,
+    initial_state: Operand | None = None, seq_idx: Array | None = None, cu_seqlens: Array | None = None,
+    discretization: str = "mamba",
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def selective_scan(
@@ -117,6 +144,30 @@ def _causal_conv1d_vjp(
 defvjp_all(_causal_conv1d, _causal_conv1d_vjp)
 
 
+@overload
+def causal_conv1d(
+    x: Operand, weight: Operand, bias: Operand | None = None, activation: str | None = None,
+    initial_state: Operand | None = None, *, return_final_state: Literal[True],
+    seq_idx: Array | None = None, cu_seqlens: Array | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Operand, weight: Operand, bias: Operand | None = None, activation: str | None = None,
+    initial_state: Operand | None = None, return_final_state: Literal[False] = False,
+    seq_idx: Array | None = None, cu_seqlens: Array | None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Operand, weight: Operand, bias: Operand | None = None, activation: str | None = None,
+    initial_state: Operand | None = None, return_final_state: bool = False,
+    seq_idx: Array | None = None, cu_seqlens: Array | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def causal_conv1d(
     x: Operand,
     weight: Operand,
@@ -152,6 +203,14 @@ def _rms_norm_vjp(g: Any, out: Any, x: Array, weight: Array, residual: Array, ep
 
 
 defvjp_all(_rms_norm, _rms_norm_vjp)
+
+
+@overload
+def rms_norm(x: Operand, weight: Operand, residual: None = None, eps: float = 1e-5) -> Tensor: ...
+
+
+@overload
+def rms_norm(x: Operand, weight: Operand, residual: Operand, eps: float = 1e-5) -> tuple[Tensor, Tensor]: ...
 
 
 def rms_norm(x: Operand, weight: Operand, residual: Operand | None = None, eps: float = 1e-5) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from sscan.tasks.log import Log
-from sscan.tasks.progress import Progress
+from sscan.tasks.progress import Phase, facts_of
 
 if TYPE_CHECKING:
     from collections.abc import Sized
@@ -48,13 +48,14 @@ def train(run: TrainingRun[Any], folder: Path, stream: TextIO, stop: Sized = ())
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder / LOG_FILE, len(run.losses))
     log.append({"step": len(run.losses), "task": run.task.name, "options": dataclasses.asdict(run.options)})
-    with Progress(run, stream) as progress:
+    with Phase("training", stream, facts_of(run), stays=True) as phase:
         while not run.done and not len(stop):
             due = int(run.progress * run.options.evaluations)
             run.step()
-            progress.update()
+            phase(run.progress)
             if int(run.progress * run.options.evaluations) > due:
-                _evaluate(run, folder, log)
+                with phase.titled("evaluating"):
+                    _evaluate(run, folder, log)
             if time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS:
                 run.save(folder)
                 saved = time.monotonic()

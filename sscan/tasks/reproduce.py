@@ -22,6 +22,7 @@ import numpy as np
 import sscan
 from sscan.models.files import content_of, read_object, remove_leftovers, write_atomically
 from sscan.tasks.loop import BEST_FOLDER, train
+from sscan.tasks.progress import Phase
 from sscan.tasks.training import STATE_FILE, Saved, TrainingRun
 
 if TYPE_CHECKING:
@@ -88,10 +89,12 @@ class Job:
             return
         folder = out / RUNS_FOLDER / self.name
         with _alone_in(folder):
-            run = self._begin(folder, array_module, texts)
+            with Phase("loading", stream):
+                run = self._begin(folder, array_module, texts)
             if len(stop):  # to read the data may have taken long
                 return
-            run.warm_up()
+            with Phase("compiling kernels", stream):
+                run.warm_up()
             train(run, folder, stream, stop)
             result = self._result(run, array_module)
             write_atomically(out / f"{self.name}.json", lambda new: new.write_text(json.dumps(result, indent=1) + "\n"))

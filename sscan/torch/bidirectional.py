@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sscan.models.bidirectional import check_directions
 from sscan.torch.mamba import Mamba
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BidirectionalMamba(nn.Module):  # type: ignore[misc]
@@ -49,7 +52,7 @@ class BidirectionalMamba(nn.Module):  # type: ignore[misc]
         if shared == "projections":
             self.back.in_proj, self.back.out_proj = self.ahead.in_proj, self.ahead.out_proj
 
-    def forward(self, hidden_states: Any, *, seq_idx: Any = None) -> Any:
+    def forward(self, hidden_states: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
         """Apply the block to sequences, ``hidden_states`` (batch, length, d_model).
 
         ``seq_idx`` (batch, length) numbers the sequences packed into a row, none of which sees another, in either

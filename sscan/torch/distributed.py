@@ -12,7 +12,7 @@ ranks is the gradient for the sequence.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from sscan.torch import _fakes, ops
 from sscan.torch._library import _lowered, autocast_dtype, check_tensors, or_zeros
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sscan.selective_scan import Discretization
 
 # One name is deprecated in PyTorch 2.13, the other does not exist before.
@@ -54,22 +56,46 @@ def _marker(x: Any) -> Any:
 # --- The selective scan -----------------------------------------------------------------------------------------------
 
 
+@overload
 def selective_scan(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, *, return_last_state: Literal[True],
+    initial_state: Tensor | None = None, discretization: Discretization = "mamba", group: Any = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: Literal[False] = False, *,
+    initial_state: Tensor | None = None, discretization: Discretization = "mamba", group: Any = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False, *,
+    initial_state: Tensor | None = None, discretization: Discretization = "mamba", group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
-    initial_state: Any = None,
+    initial_state: Tensor | None = None,
     discretization: Discretization = "mamba",
     group: Any = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`sscan.torch.selective_scan` of a sequence whose steps are split over the ranks of a process group.
 
     Parameters
@@ -177,16 +203,37 @@ class _SelectiveScan(torch.autograd.Function):  # type: ignore[misc]
 # --- The convolution --------------------------------------------------------------------------------------------------
 
 
+@overload
 def causal_conv1d(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    initial_state: Tensor | None = None, *, return_final_state: Literal[True], group: Any = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    initial_state: Tensor | None = None, return_final_state: Literal[False] = False, *, group: Any = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    initial_state: Tensor | None = None, return_final_state: bool = False, *, group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     activation: str | None = None,
-    initial_state: Any = None,
+    initial_state: Tensor | None = None,
     return_final_state: bool = False,
     *,
     group: Any = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`sscan.torch.causal_conv1d` of a sequence whose steps are split over the ranks of a process group.
 
     The width - 1 inputs before a part come from the ranks before it.

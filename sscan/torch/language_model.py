@@ -22,6 +22,8 @@ from sscan.torch.norms import RMSNorm
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from sscan.models.config import Format, MambaConfig
     from sscan.models.pretrained import Weights
     from sscan.models.sampling import Sampler
@@ -114,7 +116,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 
-    def forward(self, ids: Any, *, seq_idx: Any = None, cu_seqlens: Any = None) -> Any:
+    def forward(self, ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits (batch, length, padded vocabulary) for ids (batch, length).
 
         ``seq_idx`` and ``cu_seqlens`` pack sequences, as in :class:`sscan.torch.Mamba`.
@@ -131,7 +133,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
             states.append(MambaState(conv[..., 1:].contiguous(), ssm))
         return states
 
-    def extend(self, ids: Any, states: States) -> tuple[Any, States]:
+    def extend(self, ids: Tensor, states: States) -> tuple[Tensor, States]:
         """Logits (batch, length, padded vocabulary) for the continuation ``ids``, and the states at its end."""
         hidden, ends = self._extend(ids, states)
         return self.lm_head(hidden), ends
@@ -151,13 +153,13 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
         return self.backbone(ids, mix), ends
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def prefill(self, ids: Any, states: States) -> tuple[Any, States]:
+    def prefill(self, ids: Tensor, states: States) -> tuple[Tensor, States]:
         """Read ids (batch, length >= 1) at once: logits (batch, padded vocabulary) for the next, and new states."""
         hidden, states = self._extend(ids, states)
         return self.lm_head(hidden[:, -1]), states
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def step(self, ids: Any, states: States) -> Any:
+    def step(self, ids: Tensor, states: States) -> Tensor:
         """Read one token each, ids (batch,): logits for the next. The states are updated in place, at constant cost.
 
         On a GPU it is four kernels a block, if all parts are the plain ones without hooks, autocast is off and the

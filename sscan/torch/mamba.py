@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import nn
@@ -17,7 +17,10 @@ from sscan.torch._block import _diagonal, applied, applied_back, mamba, masked
 from sscan.torch._library import autocast_dtype, check_tensors
 from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
 
-States = tuple[Any, Any]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+States = tuple[torch.Tensor, torch.Tensor]
 Weights = tuple[Any, Any]  # weight and bias of a part
 
 # The parts of a block, and the class whose call sscan knows how to do without.
@@ -164,15 +167,27 @@ class Mamba(nn.Module):  # type: ignore[misc]
         self.dt_proj.bias._no_reinit = True
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
 
+    @overload
+    def forward(
+        self, hidden_states: Tensor, inference_params: Any = None, *, initial_states: States | None = None,
+        return_final_states: Literal[False] = False, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, hidden_states: Tensor, inference_params: Any = None, *, initial_states: States | None = None,
+        return_final_states: Literal[True], seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, States]: ...  # fmt: skip
+
     def forward(
         self,
-        hidden_states: Any,
+        hidden_states: Tensor,
         inference_params: Any = None,
         *,
         initial_states: States | None = None,
         return_final_states: bool = False,
-        seq_idx: Any = None,
-        cu_seqlens: Any = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Any:
         """Apply the block along sequences.
 
@@ -365,7 +380,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         ssm_state.copy_(last_state)
         return out
 
-    def step(self, hidden_states: Any, conv_state: Any, ssm_state: Any) -> tuple[Any, Any, Any]:
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token, hidden_states (batch, 1, d_model): its output, and the states, which are updated in place.
 
         conv_state (batch, d_inner, d_conv - 1 or more) and ssm_state (batch, d_inner, d_state) are what
@@ -399,7 +414,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         conv_state.copy_(torch.cat([conv_state, x[..., None]], 2)[..., 1:])
         return functional.silu(self.conv1d(inputs)[..., self.d_conv - 1])
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: Any = None) -> tuple[Any, Any]:
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: Any = None) -> tuple[Tensor, Tensor]:
         """The states before the first token, zeros: conv_state (batch_size, d_inner, d_conv), ssm_state (.., d_state).
 
         Their size does not depend on ``max_seqlen``. Without a ``dtype``, conv_state has that of the weights, and

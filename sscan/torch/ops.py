@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -12,6 +12,8 @@ from sscan.selective_scan import _is_zoh
 from sscan.torch import _registered
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sscan.selective_scan import Discretization
 
 
@@ -19,23 +21,50 @@ def _needs_gradient(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
+@overload
 def selective_scan(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, *, return_last_state: Literal[True],
+    initial_state: Tensor | None = None, seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, discretization: Discretization = "mamba",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: Literal[False] = False, *,
+    initial_state: Tensor | None = None, seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, discretization: Discretization = "mamba",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False, *,
+    initial_state: Tensor | None = None, seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, discretization: Discretization = "mamba",
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
-    initial_state: Any = None,
-    seq_idx: Any = None,
-    cu_seqlens: Any = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     discretization: Discretization = "mamba",
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`sscan.selective_scan` with gradients for u, delta, A, B, C, D, z, delta_bias and initial_state.
 
     The last state carries gradients too. While they are recorded, checkpoints are kept: length * state / 32 numbers
@@ -54,20 +83,20 @@ def selective_scan(
 
 
 def selective_state_update(
-    state: Any,
-    x: Any,
-    dt: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    dt_bias: Any = None,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
-    state_batch_indices: Any = None,
+    state_batch_indices: Tensor | None = None,
     *,
     A_log: bool = False,
-) -> Any:
+) -> Tensor:
     """:func:`sscan.selective_state_update`, which ``torch.compile`` takes; ``state`` is updated in place.
 
     It has no gradient: tensors that require one raise a TypeError, except under ``torch.no_grad()``.
@@ -79,16 +108,40 @@ def selective_state_update(
     )
 
 
+@overload
 def causal_conv1d(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    initial_state: Tensor | None = None, *, return_final_state: Literal[True], seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    initial_state: Tensor | None = None, return_final_state: Literal[False] = False, seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    initial_state: Tensor | None = None, return_final_state: bool = False, seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     activation: str | None = None,
-    initial_state: Any = None,
+    initial_state: Tensor | None = None,
     return_final_state: bool = False,
-    seq_idx: Any = None,
-    cu_seqlens: Any = None,
-) -> Any:
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`sscan.causal_conv1d` with gradients for x, weight, bias and initial_state.
 
     The final state carries gradients too. Under autocast, x is cast to its dtype.
@@ -101,7 +154,9 @@ def causal_conv1d(
     return (y, final_state) if return_final_state else y
 
 
-def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None, activation: str | None = None) -> Any:
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
     """:func:`sscan.causal_conv1d_update`, which ``torch.compile`` takes; ``conv_state`` is updated in place.
 
     It has no gradient: tensors that require one raise a TypeError, except under ``torch.no_grad()``.
@@ -110,27 +165,38 @@ def causal_conv1d_update(x: Any, conv_state: Any, weight: Any, bias: Any = None,
     return _registered.causal_conv1d_update(x, conv_state, weight, bias, activation)
 
 
-def rms_norm(x: Any, weight: Any, residual: Any = None, eps: float = 1e-5) -> Any:
+@overload
+def rms_norm(x: Tensor, weight: Tensor, residual: None = None, eps: float = 1e-5) -> Tensor: ...
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, residual: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`sscan.rms_norm` with gradients for x, weight and residual; residual_out carries them too."""
     y, residual_out = _registered.rms_norm(x, weight, residual, eps)
     return y if residual is None else (y, residual_out)
 
 
-def linear_scan(a: Any, b: Any, initial_state: Any = None, reverse: bool = False) -> Any:
+def linear_scan(a: Tensor, b: Tensor, initial_state: Tensor | None = None, reverse: bool = False) -> Tensor:
     """:func:`sscan.linear_scan` with gradients for a, b and initial_state."""
     return _registered.linear_scan(a, b, initial_state, reverse)
 
 
-def discretize(delta: Any, A: Any, B: Any, method: str = "zoh") -> Any:
+def discretize(delta: Tensor, A: Tensor, B: Tensor, method: str = "zoh") -> tuple[Tensor, Tensor]:
     """:func:`sscan.discretize` with gradients for delta, A and B."""
-    return _registered.discretize(delta, A, B, method)
+    A_bar, B_bar = _registered.discretize(delta, A, B, method)
+    return A_bar, B_bar
 
 
-def ssm_kernel(delta: Any, A: Any, B: Any, C: Any, length: int, method: str = "zoh") -> Any:
+def ssm_kernel(delta: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int, method: str = "zoh") -> Tensor:
     """:func:`sscan.ssm_kernel` with gradients for delta, A, B and C."""
     return _registered.ssm_kernel(delta, A, B, C, length, method)
 
 
-def ssm_convolution(u: Any, kernel: Any) -> Any:
+def ssm_convolution(u: Tensor, kernel: Tensor) -> Tensor:
     """:func:`sscan.ssm_convolution` with gradients for u and kernel."""
     return _registered.ssm_convolution(u, kernel)
