@@ -302,8 +302,14 @@ def check(models: list[Any]) -> dict[str, float]:
 # --- times ------------------------------------------------------------------------------------------------------------
 
 
-def times(entry: Any, batch: int, repeats: int) -> dict[str, float]:
+def repeats_of(batch: int) -> int:
+    """How often a batch is measured."""
+    return REPEATS if batch <= 64 else 1
+
+
+def times(entry: Any, batch: int) -> dict[str, float]:
     """Seconds of a generation, and of its decoding alone; medians."""
+    repeats = repeats_of(batch)
     entry.prepare(batch)
     ids = entry.ids(np.random.default_rng(batch).integers(0, VOCABULARY, (batch, PROMPT)))
     whole, decoding = [], []
@@ -402,11 +408,10 @@ def compare(models: list[Any], report: Report, end: float, batches: tuple[int, .
     for batch in batches:
         for entry in tuple(going):
             last, took = before[entry]
-            if last and time.monotonic() + took * batch / last > end:
+            if last and time.monotonic() + (1 + repeats_of(batch)) * took * batch / last > end:
                 report.add(batch=batch, who=entry.name, failed="no time left")
                 going.remove(entry)
                 continue
-            start = time.monotonic()
             if not measure(entry, batch, report, bandwidth) and not retried(entry, batch, report, bandwidth):
                 going.remove(entry)
                 fits, limit = last, batch
@@ -417,7 +422,7 @@ def compare(models: list[Any], report: Report, end: float, batches: tuple[int, .
                         fits, limit = (
                             (between, limit) if measure(entry, between, report, bandwidth) else (fits, between)
                         )
-            before[entry] = batch, time.monotonic() - start
+            before[entry] = batch, report.rows[-1].get("seconds", took)  # without what is compiled at a first batch
     theirs = models[-1]
     if theirs.name in report.best() and not theirs.compiled and time.monotonic() + 120 < end:
         theirs.compiled = True
@@ -436,7 +441,7 @@ def measure(entry: Any, batch: int, report: Report, bandwidth: float) -> bool:
     """Add a measurement to the report; False if it could not be made."""
     who = entry.name + (", compiled" if getattr(entry, "compiled", False) else "")
     try:
-        found: dict[str, Any] = times(entry, batch, REPEATS if batch <= 64 else 1)
+        found: dict[str, Any] = times(entry, batch)
     except Failed:
         raise
     except Exception as error:  # memory; what a compiler or a capture says
