@@ -1,10 +1,17 @@
-"""Peak memory of the scan beyond its inputs, as a multiple of one (batch, dim, length) float32 array. Linux only."""
+"""Peak memory of the scan beyond its inputs, 16 states. Linux only.
 
+python bench/memory.py              # in arrays of (batch, dim, length) float32
+python bench/memory.py --lengths    # in MB, a table over the length
+"""
+
+import argparse
+import math
 import os
 import subprocess
 import sys
 
 SHAPE = (1, 1536, 8192)
+LENGTHS = [2**k for k in range(11, 19)]
 PROGRAM = """
 import sys
 from problems import cotangent, scan_problem
@@ -32,18 +39,27 @@ print(status("VmHWM") - before)
 """
 
 
-def main() -> None:
-    unit = 4 * SHAPE[0] * SHAPE[1] * SHAPE[2]
+def peak(shape: tuple[int, int, int], what: str) -> int:
+    """Bytes, in a process of its own."""
     here = os.path.dirname(os.path.abspath(__file__))
-    for what in ("forward", "forward + backward"):
-        output = subprocess.run(
-            [sys.executable, "-c", PROGRAM.format(shape=SHAPE), what],
-            cwd=here,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        print(f"{what} at {SHAPE}, state 16: {int(output.stdout) / unit:.2f} arrays of {unit / 1e6:.0f} MB")
+    command = [sys.executable, "-c", PROGRAM.format(shape=shape), what]
+    return int(subprocess.run(command, cwd=here, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", action="store_true", help="a table over the length")
+    if not parser.parse_args().lengths:
+        unit = 4 * math.prod(SHAPE)
+        for what in ("forward", "forward + backward"):
+            print(f"{what} at {SHAPE}, state 16: {peak(SHAPE, what) / unit:.2f} arrays of {unit / 1e6:.0f} MB")
+        return
+    print("| (batch, dim, length) | forward, MB | forward and backward, MB | all states of the scan, MB |")
+    print("| --- | --- | --- | --- |")
+    for length in LENGTHS:
+        shape = (1, 256, length)
+        sizes = [peak(shape, what) / 1e6 for what in ("forward", "forward + backward")]
+        print(f"| {shape} | {sizes[0]:.1f} | {sizes[1]:.1f} | {4 * 16 * math.prod(shape) / 1e6:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

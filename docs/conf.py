@@ -90,6 +90,11 @@ def of_init(app: Any, what: str, name: str, thing: Any, *_: Any) -> Any:
     return f"({ast.unparse(arguments).removeprefix('self, ')})", ""
 
 
+def fields(app: Any, what: str, name: str, thing: Any, *_: Any) -> bool | None:
+    """Leave out what Python writes about the fields of named tuples."""
+    return True if f"{thing.__doc__}".startswith("Alias for field") else None
+
+
 class Help(SphinxDirective):
     """What a command prints when it is asked for help."""
 
@@ -112,3 +117,4 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (inline, None), (displayed, None))
     app.add_directive("help", Help)
     app.connect("autodoc-process-signature", of_init)
+    app.connect("autodoc-skip-member", fields)
