@@ -196,9 +196,10 @@ def test_progress(of_bytes: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     assert main(["generate", str(of_bytes), "-n", "4", "--samples", "2"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "generating  12%"
-    assert lines[-1] == "generating 100%"
-    assert len(lines) == 8
+    assert {line.split("  ")[0] for line in lines} <= {"loading", "reading the prompt", "generating", "generating 100%"}
+    shares = [line for line in lines if line.endswith("%")]
+    shares = list(dict.fromkeys(shares))  # a slow machine says some of them twice
+    assert shares == [f"generating {share:4.0%}" for share in (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)]
 
 
 # sscan evaluate

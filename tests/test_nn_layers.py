@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 import device_double
 import ml_dtypes
@@ -15,6 +16,9 @@ import torch
 from sscan import nn
 from sscan.nn import Tensor
 from sscan.nn.autodiff import to_numpy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -407,3 +411,59 @@ def test_layers_without_states_say_so(name: str) -> None:
     if "hyena" in name:
         with pytest.raises(ValueError, match=r"HyenaFilter: .* packed sequences"):
             layer(normal(1, 4, 8), np.zeros((1, 4), np.int32))
+
+
+# What layers say of inputs that they do not take
+
+
+INPUTS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "Linear": (lambda: nn.Linear(8, 4), "x", "..., rows, 8"),
+    "RMSNorm": (lambda: nn.RMSNorm(8), "x", "..., 8"),
+    "LayerNorm": (lambda: nn.LayerNorm(8), "x", "..., 8"),
+    "Mamba": (lambda: nn.Mamba(8), "hidden", "batch, length, 8"),
+    "BidirectionalMamba": (lambda: nn.BidirectionalMamba(8), "hidden", "batch, length, 8"),
+    "S4D": (lambda: nn.S4D(8), "u", "batch, 8, length"),
+    "S6": (lambda: nn.S6(8), "u", "batch, 8, length"),
+    "HyenaFilter": (lambda: nn.HyenaFilter(8), "u", "batch, 8, length"),
+    "H3": (lambda: nn.H3(8), "hidden", "batch, length, 8"),
+    "Hyena": (lambda: nn.Hyena(8), "hidden", "batch, length, 8"),
+    "Gated": (lambda: nn.Gated(8), "hidden", "batch, length, 8"),
+    "Ungated": (lambda: nn.Ungated(8), "hidden", "batch, length, 8"),
+    "Attention": (lambda: nn.Attention(8, 2), "hidden", "batch, length, 8"),
+    "MLP": (lambda: nn.MLP(8), "hidden", "..., rows, 8"),
+    "GLU": (lambda: nn.GLU(8), "hidden", "..., rows, 8"),
+    "UNet": (lambda: nn.UNet(8, blocks=1, pool=(2,)), "hidden", "batch, length, 8"),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_layers_name_what_is_wrong_with_their_input(name: str) -> None:
+    make, argument, axes = INPUTS[name]
+    layer: Any = make()
+    shapes: list[tuple[int, ...]] = [(2, 7, 7), (2, 9, 9), (7,), ()]
+    if "..." not in axes:
+        shapes += [(8, 8), (1, 2, 8, 8)]
+    for shape in shapes:
+        expected = re.escape(f"{name}: {argument} must have shape ({axes}), got {shape}")
+        with pytest.raises(ValueError, match=f"^{expected}$"):
+            layer(np.zeros(shape, np.float32))
+    right = np.zeros((2, 8, 8))
+    for x, got in ((right.astype(np.int64), "int64"), (right.astype(np.complex64), "complex64"), (right > 1, "bool"),
+                   (right.tolist(), "list"), (None, "NoneType")):  # fmt: skip
+        expected = f"{name}: {argument} must be an array of floating-point numbers, got {got}"
+        with pytest.raises(TypeError, match=f"^{expected}$"):
+            layer(x)
+    assert layer(right.astype(np.float32)).shape[:2] == (2, 8)
+
+
+def test_models_name_the_axes_of_ids() -> None:
+    model = nn.MambaLM(nn.MambaConfig(8, 1, 16))
+    ids = np.zeros((2, 3), np.int64)
+    for wrong in (ids[0], ids[None]):
+        for call in (model, lambda x: model.loss(x, x), lambda x: model.extend(x, model.new_states(2))):
+            with pytest.raises(
+                ValueError, match=re.escape(f"model: ids must have shape (batch, length), got {wrong.shape}")
+            ):
+                call(wrong)
+    with pytest.raises(ValueError, match=r"model: ids must have shape \(batch\), got \(2, 3\)"):
+        model.backbone.step(ids, model.new_states(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import math
@@ -393,6 +394,9 @@ def test_what_the_log_says(text: Path, tmp_path: Path) -> None:
     assert start["step"] == 0
     assert start["task"] == "text"
     assert RunOptions(**start["options"]) == run.options
+    content = text.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    assert start["files"] == [{"name": str(text.resolve()), "bytes": len(content), "sha256": digest}]
     assert [record["step"] for record in rest] == [4, 7]
     assert [record["held_out"] for record in rest] == [{"bits_per_byte": value} for _, value in run.measures]
     assert [record["loss"] for record in rest] == [np.mean(run.losses[:4]), np.mean(run.losses[4:])]

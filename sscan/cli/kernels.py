@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +81,11 @@ def _name(kernel: Kernel) -> str:
 
 def _code(kernel: Kernel, machine: bool, capability: tuple[int, int]) -> str:
     from sscan.cuda import _inspect
+    from sscan.tasks.progress import Phase
 
     try:
-        return _inspect.sass(kernel, capability) if machine else _inspect.ptx(kernel)
+        with Phase("compiling", sys.stderr):
+            return _inspect.sass(kernel, capability) if machine else _inspect.ptx(kernel)
     except FileNotFoundError as error:
         raise Mistake(line_of(error)) from error
 
@@ -90,13 +93,15 @@ def _code(kernel: Kernel, machine: bool, capability: tuple[int, int]) -> str:
 def _table(name: str, kernels: dict[int, Kernel], capability: tuple[int, int]) -> int:
     """A line for each as soon as it is compiled, which takes seconds."""
     from sscan.cuda import _inspect
+    from sscan.tasks.progress import Phase
 
     print(
         f"{name} on {_inspect.architecture(capability)}: registers and local bytes of a thread, shared bytes of a block"
     )
     print("   N  threads  registers  shared  local  specialisation")
     for n, kernel in kernels.items():
-        threads, (usage,) = _inspect.usages(kernel, capability)
+        with Phase("compiling", sys.stderr):
+            threads, (usage,) = _inspect.usages(kernel, capability)
         sizes = f"{n:>4}{threads:>9}{usage.registers:>11}{usage.shared:>8}{usage.stack:>7}"
         print(f"{sizes}  {', '.join(str(part) or '-' for part in kernel.key)}", flush=True)
     return 0

@@ -37,3 +37,19 @@ def check_integers(owner: str, name: str, array: Any) -> None:
     dtype = getattr(array, "dtype", None)
     if dtype is None or dtype.kind not in "iu":
         raise TypeError(f"{owner}: {name} must be integers, got {dtype or type(array).__name__}")
+
+
+def check_floats(owner: str, name: str, array: Any, *axes: str | int) -> None:
+    """TypeError unless it is an array or tensor of floating-point numbers, ValueError unless it has these axes.
+
+    Axes are sizes, or names of what may have any size; "..." in front stands for any number of others.
+    """
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or dtype.kind not in "fV":  # V is bfloat16
+        given = dtype or type(array).__name__
+        raise TypeError(f"{owner}: {name} must be an array of floating-point numbers, got {given}")
+    shape, last = tuple(array.shape), axes[1:] if axes[:1] == ("...",) else axes
+    sizes = shape[len(shape) - len(last) :]
+    fits = len(shape) >= len(last) if last != axes else len(shape) == len(last)
+    if not fits or any(axis != size for axis, size in zip(last, sizes, strict=True) if not isinstance(axis, str)):
+        raise ValueError(f"{owner}: {name} must have shape ({', '.join(map(str, axes))}), got {shape}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sscan._segments import check_packing
-from sscan.models.arguments import check_integer
+from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
 from sscan.nn.autodiff import Array, Operand, Tensor, array_module
 from sscan.nn.modules import Linear
@@ -67,6 +67,7 @@ class Attention(Stateless):
 
         A sequence is a run of equal numbers, as everywhere.
         """
+        check_floats("Attention", "hidden", hidden, "batch", "length", self.heads * self.width)
         batch, length, d_model = hidden.shape  # type: ignore[union-attr]
         runs = None if seq_idx is None else _runs(seq_idx, batch, length)
         qkv = self.in_proj(hidden).reshape(batch, length, 3 * self.heads, self.width).swapaxes(1, 2)

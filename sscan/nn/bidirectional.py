@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan.models.arguments import check_floats
 from sscan.models.bidirectional import check_directions
 from sscan.nn import ops
 from sscan.nn.autodiff import array_module
@@ -61,6 +62,7 @@ class BidirectionalMamba(Module):
         `seq_idx` (batch, length) numbers the sequences packed into a row, none of which sees another, in either
         direction. Padding is a sequence of its own, or what is behind it would begin with it.
         """
+        check_floats("BidirectionalMamba", "hidden", hidden, "batch", "length", self.ahead.out_proj.weight.shape[0])
         turned = None if seq_idx is None else seq_idx[:, ::-1]
         if self.back is self.ahead:
             rows = len(hidden)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.models.arguments import check_integer, check_number
+from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.inner import inner_layer
 from sscan.nn.mamba import DepthwiseConvolution
@@ -73,6 +73,7 @@ class Gated(Recurrent):
         return self._joined(y, z), (conv, *inner)
 
     def _branches(self, hidden: Operand, conv: Tensor | None, seq_idx: Array | None) -> tuple[Tensor, Tensor, Tensor]:
+        check_floats("Gated", "hidden", hidden, "batch", "length", self.in_proj.weight.shape[1])
         xz = self.in_proj.channel_first(ops.swapaxes(hidden, 1, 2))
         x, z = ops.split(xz, (self.d_inner, self.d_inner), axis=1)
         x, conv = self.conv1d(x, "silu", conv, seq_idx)
@@ -119,12 +120,16 @@ class Ungated(Recurrent):
 
     def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
         """Apply the block to sequences from their beginnings; `seq_idx` as of the inner layer."""
-        return self._mixed(self.inner(ops.swapaxes(hidden, 1, 2), seq_idx))
+        return self._mixed(self.inner(self._channels_first(hidden), seq_idx))
 
     def extend(self, hidden: Operand, state: State) -> tuple[Tensor, State]:
         """The output for the continuation `hidden` of sequences, and the state at its end, both differentiable."""
-        y, state = self.inner.extend(ops.swapaxes(hidden, 1, 2), state)
+        y, state = self.inner.extend(self._channels_first(hidden), state)
         return self._mixed(y), state
+
+    def _channels_first(self, hidden: Operand) -> Tensor:
+        check_floats("Ungated", "hidden", hidden, "batch", "length", self.out_proj.weight.shape[1])
+        return ops.swapaxes(hidden, 1, 2)
 
     def _mixed(self, y: Tensor) -> Tensor:
         y = self.out_proj(ops.swapaxes(ops.gelu(y), 1, 2))

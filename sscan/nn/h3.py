@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.models.arguments import check_integer
+from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
 from sscan.nn.inner import inner_layer
 from sscan.nn.mamba import DepthwiseConvolution
@@ -70,6 +70,7 @@ class H3(Recurrent):
         return self._after(q, y), (conv, *inner)
 
     def _before(self, hidden: Operand, conv: Tensor | None, seq_idx: Array | None) -> tuple[Tensor, Tensor, Tensor]:
+        check_floats("H3", "hidden", hidden, "batch", "length", self.d_model)
         qkv = self.in_proj.channel_first(ops.swapaxes(hidden, 1, 2))
         q, k, v = ops.split(qkv, (self.d_model,) * 3, axis=1)
         k, conv = self.conv1d(k, None, conv, seq_idx)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sscan.models.arguments import check_integer, check_number
+from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Array, Operand, Tensor, array_module
 from sscan.nn.mamba import DepthwiseConvolution, constant
@@ -79,6 +79,7 @@ class HyenaFilter(Stateless):
         """Apply the filter to sequences from their beginnings; it cannot be told of several in a row."""
         if seq_idx is not None:
             raise ValueError("HyenaFilter: a convolution with one filter cannot keep packed sequences apart (seq_idx)")
+        check_floats("HyenaFilter", "u", u, "batch", self.dim, "length")
         y = ssm_convolution(u, self.kernel(u.shape[2]))  # type: ignore[union-attr]
         return (y + u * self.D.reshape(-1, 1)).astype(u.dtype)  # type: ignore[union-attr]
 
@@ -143,6 +144,7 @@ class Hyena(Stateless):
 
     def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
         """Apply the layer to sequences from their beginnings; they cannot be packed."""
+        check_floats("Hyena", "hidden", hidden, "batch", "length", self.filter.dim)
         x, _ = self.conv1d(self.in_proj.channel_first(ops.swapaxes(hidden, 1, 2)), seq_idx=seq_idx)
         v, first, second = ops.split(x, (self.filter.dim,) * 3, axis=1)
         return self.out_proj(ops.swapaxes(second * self.filter(first * v, seq_idx), 1, 2))

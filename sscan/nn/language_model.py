@@ -52,12 +52,14 @@ class Backbone(Module):
 
     def __call__(self, ids: Array, seq_idx: Array | None = None) -> Tensor:
         """Hidden vectors of sequences from their beginnings; `seq_idx` as in :class:`sscan.nn.Mamba`."""
+        _check_ids(ids, "length")
         if seq_idx is not None:
             seq_idx = move(seq_idx, array_module(self.norm_f.weight.data))
         return self._run(ids, lambda i, mixer, hidden: mixer(hidden, seq_idx))
 
     def extend(self, ids: Array, states: StatesT) -> tuple[Tensor, StatesT]:
         """Hidden vectors of the continuation of sequences, and the states at its end."""
+        _check_ids(ids, "length")
         check_count("extend", states, self.layers)
         ends = type(states)(states)
 
@@ -69,6 +71,7 @@ class Backbone(Module):
 
     def step(self, ids: Array, states: list[Any]) -> Tensor:
         """Hidden vectors (batch, d_model) of one token each, ids (batch,); the states are updated in place."""
+        _check_ids(ids)
         check_count("step", states, self.layers)
         return self._run(ids, lambda i, mixer, hidden: mixer.step(hidden, states[i]))
 
@@ -95,6 +98,13 @@ class Backbone(Module):
             return normalised, residual.astype(stream)
         residual = (hidden + residual).astype(stream)
         return norm(residual.astype(hidden.dtype)), residual
+
+
+def _check_ids(ids: Array, *time: str) -> None:
+    """ValueError unless token ids are (batch, *time); that they are integers, the embedding sees to."""
+    axes = ("batch", *time)
+    if hasattr(ids, "shape") and len(ids.shape) != len(axes):
+        raise ValueError(f"model: ids must have shape ({', '.join(axes)}), got {tuple(ids.shape)}")
 
 
 class LanguageModel(Module):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sscan.causal_conv1d import causal_conv1d_update
-from sscan.models.arguments import check_integer
+from sscan.models.arguments import check_floats, check_integer
 from sscan.models.config import BlockConfig
 from sscan.models.states import MambaState
 from sscan.nn import ops
@@ -139,6 +139,7 @@ class Mamba(Module):
         return self._mix(hidden, state, seq_idx)
 
     def _mix(self, hidden: Operand, state: MambaState | None, seq_idx: Array | None) -> tuple[Tensor, MambaState]:
+        check_floats("Mamba", "hidden", hidden, "batch", "length", self.out_proj.weight.shape[0])
         xz = self.in_proj.channel_first(ops.swapaxes(hidden, 1, 2))
         x, z = ops.split(xz, (self.d_inner, self.d_inner), axis=1)
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
@@ -154,6 +155,7 @@ class Mamba(Module):
     @no_grad()
     def step(self, hidden: Operand, state: MambaState) -> Tensor:
         """One token, hidden (batch, d_model): the output for it; the arrays of `state` are updated in place."""
+        check_floats("Mamba.step", "hidden", hidden, "batch", self.out_proj.weight.shape[0])
         if self.discretization != "mamba":  # the rule of selective_state_update
             out, new = self.extend(ops.getitem(hidden, (slice(None), None)), state)
             state.conv.data[...], state.ssm.data[...] = new.conv.data, new.ssm.data

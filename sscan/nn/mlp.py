@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.models.arguments import check_integer, check_number
+from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.modules import Linear
 from sscan.nn.recurrent import Pointwise
@@ -43,7 +43,8 @@ class MLP(Pointwise):
             self.initialise(seed)
 
     def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
-        """(..., d_model) to the same; `seq_idx` makes no difference."""
+        """(..., rows, d_model) to the same; `seq_idx` makes no difference."""
+        check_floats("MLP", "hidden", hidden, "...", "rows", self.in_proj.weight.shape[1])
         return self.out_proj(ops.gelu(self.in_proj(hidden)))
 
 
@@ -76,7 +77,8 @@ class GLU(Pointwise):
             self.initialise(seed)
 
     def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
-        """(..., d_model) to the same; `seq_idx` makes no difference."""
+        """(..., rows, d_model) to the same; `seq_idx` makes no difference."""
+        check_floats("GLU", "hidden", hidden, "...", "rows", self.in_proj.weight.shape[1])
         ab = self.in_proj(hidden)
         a, b = ops.split(ab, (self.width, self.width), axis=ab.ndim - 1)
         return self.out_proj(a * ops.silu(b))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 
-from sscan.models.arguments import check_integer, check_number
+from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Array, Operand, Tensor, array_module, move, needs_gradient
 from sscan.nn.sequence_ops import rms_norm
@@ -262,12 +262,14 @@ class Linear(Module):
         self.bias = Parameter((out_features,), zeros, dtype, decay=False) if bias else None
 
     def __call__(self, x: Operand) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """(..., rows, in_features) to (..., rows, out_features)."""
+        check_floats("Linear", "x", x, "...", "rows", self.weight.shape[1])
         y = ops.matmul(x, self.weight_like(x).swapaxes(0, 1))
         return y if self.bias is None else (y + self.bias).astype(y.dtype)
 
     def channel_first(self, x: Operand) -> Tensor:
         """The same map of x along the last but one axis: (batch, in_features, length) to (.., out_features, length)."""
+        check_floats("Linear", "x", x, "batch", self.weight.shape[1], "length")
         y = ops.matmul(self.weight_like(x), x)
         return y if self.bias is None else (y + self.bias.reshape(-1, 1)).astype(y.dtype)
 
@@ -316,6 +318,7 @@ class RMSNorm(Module):
 
     def __call__(self, x: Operand, residual: Operand | None = None) -> Any:
         """The normalised x; with a residual (the normalised sum, the sum), added and kept in float32 (float64)."""
+        check_floats("RMSNorm", "x", x, "...", *self.weight.shape)
         return rms_norm(x, self.weight, residual, self.eps)
 
 
@@ -343,6 +346,7 @@ class LayerNorm(Module):
 
     def __call__(self, x: Operand, residual: Operand | None = None) -> Any:
         """The normalised x; with a residual (the normalised sum, the sum), added and kept in float32 (float64)."""
+        check_floats("LayerNorm", "x", x, "...", *self.weight.shape)
         if residual is None:
             return ops.layer_norm(x, self.weight, self.bias, self.eps)
         dtype = x.dtype  # type: ignore[union-attr]
@@ -383,6 +387,7 @@ class Dropout(Module):
 
     def __call__(self, x: Operand) -> Tensor:
         """x with some of its numbers dropped."""
+        check_floats("Dropout", "x", x, "...")
         if not (self.rate and isinstance(x, Tensor) and needs_gradient(x)):
             return x if isinstance(x, Tensor) else Tensor(x)
         xp = array_module(x.data)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sscan._arrays import on_gpu
-from sscan.models.arguments import check_integer, check_number
+from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Tensor, array_module
 from sscan.nn.modules import Parameter, normal
@@ -74,6 +74,7 @@ class S4D(Recurrent):
 
     def __call__(self, u: Operand, seq_idx: Array | None = None) -> Tensor:
         """Apply the system to sequences from their beginnings; `seq_idx` as of every layer that is recurrent."""
+        check_floats("S4D", "u", u, "batch", self.A.shape[0], "length")
         if seq_idx is not None or on_gpu(u.data if isinstance(u, Tensor) else u):
             return self._scan(u, None, seq_idx)[0]
         kernel = ssm_kernel(ops.exp(self.log_delta), self.A(), self.A.ones(), self.C(), u.shape[2])  # type: ignore[union-attr]
@@ -81,6 +82,7 @@ class S4D(Recurrent):
 
     def extend(self, u: Operand, state: State) -> tuple[Tensor, State]:
         """The output for the continuation `u` of sequences, and the state at its end, both differentiable."""
+        check_floats("S4D", "u", u, "batch", self.A.shape[0], "length")
         y, last = self._scan(u, state[0], None)
         return y, (last,)
 

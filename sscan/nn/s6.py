@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from sscan.models.arguments import check_integer
+from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
 from sscan.nn.autodiff import Tensor, array_module
 from sscan.nn.mamba import inverse_softplus_of_log_uniform
@@ -104,6 +104,7 @@ class S6(Recurrent):
         return y, (last,)
 
     def _scan(self, u: Operand, state: Tensor | None, seq_idx: Array | None) -> tuple[Tensor, Tensor]:
+        check_floats("S6", "u", u, "batch", self.A.shape[0], "length")
         dt, B, C = ops.split(self.x_proj.channel_first(u), self.sizes, axis=1)
         delta = ops.matmul(self.dt_proj.weight_like(dt), dt)
         bias = self.dt_proj.bias

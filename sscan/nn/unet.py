@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.models.arguments import check_integer
+from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
 from sscan.nn.autodiff import Tensor, array_module, no_grad
 from sscan.nn.layers import BLOCKS, new_layers, plain_layers
@@ -113,6 +113,7 @@ class Level(Recurrent):
         """
         if seq_idx is not None:
             raise NotImplementedError("UNet: takes no packed sequences (seq_idx)")
+        self._check(hidden)
         length = hidden.shape[1]  # type: ignore[union-attr]
         if length % self.multiple:
             raise ValueError(f"UNet: length must be a multiple of {self.multiple}, got {length}")
@@ -122,6 +123,7 @@ class Level(Recurrent):
 
     def extend(self, hidden: Operand, state: LevelState) -> tuple[Tensor, LevelState]:
         """The output for the continuation `hidden` of sequences, and where they stand; `state` is where they stood."""
+        self._check(hidden)
         x, before = self.before.extend(hidden, state.before)
         length, inner = x.shape[1], state.inner
         waiting, ready = ops.concatenate([state.waiting.astype(x.dtype), x], axis=1), state.ready.astype(x.dtype)
@@ -155,6 +157,9 @@ class Level(Recurrent):
             self.before.new_state(batch), self.inner.new_state(batch), self.after.new_state(batch),
             nothing[:, :0], nothing,
         )  # fmt: skip
+
+    def _check(self, hidden: Operand) -> None:
+        check_floats("UNet", "hidden", hidden, "batch", "length", self.pool.weight.shape[0] // 2)
 
     def _down(self, x: Tensor) -> Tensor:
         """To the lower rate: the channels of `factor` neighbours beside each other, mixed."""

@@ -192,6 +192,11 @@ class Audio(Task):
         content = json.dumps({"rate": self.rate, "coding": "mu-law"})
         write_atomically(folder / FILE, lambda new: new.write_text(content))
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """What the data were read from."""
+        return self.recordings
+
     def about(self) -> dict[str, Any]:
         """Where the files are, their rate, and a digest of what is in them."""
         return asdict(_Origin([str(path.resolve()) for path in self.recordings], self.rate, self._sha256))

@@ -275,6 +275,11 @@ class DNA(Task):
 
     # Going on
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """What the data were read from."""
+        return self.fasta
+
     def about(self) -> dict[str, Any]:
         """Where the files are, and a digest of what is in them."""
         return asdict(_Origin([str(path.resolve()) for path in self.fasta], self._sha256))

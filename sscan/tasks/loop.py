@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -47,7 +48,10 @@ def train(run: TrainingRun[Any], folder: Path, stream: TextIO, stop: Sized = ())
     saved = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder / LOG_FILE, len(run.losses))
-    log.append({"step": len(run.losses), "task": run.task.name, "options": dataclasses.asdict(run.options)})
+    log.append({
+        "step": len(run.losses), "task": run.task.name, "options": dataclasses.asdict(run.options),
+        "files": list(map(_named, run.task.files)),
+    })  # fmt: skip
     with Phase("training", stream, facts_of(run), stays=True) as phase:
         while not run.done and not len(stop):
             due = int(run.progress * run.options.evaluations)
@@ -60,6 +64,15 @@ def train(run: TrainingRun[Any], folder: Path, stream: TextIO, stop: Sized = ())
                 run.save(folder)
                 saved = time.monotonic()
         run.save(folder)
+
+
+def _named(file: Path) -> dict[str, Any]:
+    """A file as it can be known again."""
+    with file.open("rb") as content:
+        digest = hashlib.sha256()
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return {"name": str(file.resolve()), "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _evaluate(run: TrainingRun[Any], folder: Path, log: Log) -> None:

@@ -216,6 +216,11 @@ class Species(Task):
             "blocks": f"{self.blocks[0]:,} to train on, {self.blocks[1]:,} at other places held out",
         }
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """What the data were read from."""
+        return self.maf
+
     def about(self) -> dict[str, Any]:
         """Where the files are, and a digest of what is in them."""
         return asdict(_Origin([str(path.resolve()) for path in self.maf], self._sha256))

@@ -14,7 +14,7 @@ from sscan.models.pretrained import weights_in
 from sscan.nn import MambaConfig, MambaLM, SequenceConfig, SequenceModel, warmup_cosine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from sscan.models.tokens import Vocabulary
@@ -205,6 +205,11 @@ class Task(ABC):
     def described(self) -> dict[str, str]:
         """What there is to say of the data: titles and lines."""
         return {}
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """What the data were read from."""
+        return ()
 
     def prompt(self) -> Any:
         """Held-out tokens to be continued by a trained model, if that is what it does."""

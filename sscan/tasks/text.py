@@ -136,6 +136,11 @@ class Text(Task):
             content = self._tokenizer
             write_atomically(folder / TOKENIZER, lambda new: new.write_bytes(content))
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """What the data were read from."""
+        return self.texts
+
     def about(self) -> dict[str, Any]:
         """Where the files are, and digests of what is in them."""
         return asdict(
