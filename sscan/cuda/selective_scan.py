@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sscan.cuda import _launch, _sums, _through, _workspace
+from sscan.cuda import _launch, _prefix, _sums, _workspace
 from sscan.cuda._launch import Kernel
 
 LANES, CHECKPOINT, TILE = 4, 16, 32  # as in kernels/selective_scan.py
@@ -292,20 +292,20 @@ class SummaryPlan(NamedTuple):
     carry: _workspace.Layout
     size: int  # of the ends of parts and behind them the sums of their step sizes, in reals
     dtype: Any
-    walk: _through.Plan
+    walk: _prefix.Plan
 
 
 def summary_plan(plan, count, A, padded, carry, back):
     """The plan of a summary from that of the call that follows it; ``carry`` is the size of carried states."""
     (dim, state), real = A.shape, A.real.dtype
     size = count * plan.parts * dim * (padded * A.itemsize // real.itemsize + 1)
-    walk = _through.over_parts(A.dtype, count, plan.parts, dim, state, padded, back)
+    walk = _prefix.over_parts(A.dtype, count, plan.parts, dim, state, padded, back)
     return SummaryPlan(plan, _workspace.layout(carry), size, real, walk)
 
 
 def finished_summary(plan, A, ends, entering, passage):
     """Fill the passage; the parts for the call that follows, None if there is only one."""
-    _through.launch(plan.walk, A, ends, entering, None, passage)
+    _prefix.launch(plan.walk, A, ends, entering, None, passage)
     return (_launch.address(ends) + plan.walk.sums, ends) if plan.call.parts > 1 else None
 
 
@@ -516,5 +516,5 @@ def selective_scan_through(A, passages, back, entering, states):
     passages that of their reals. ``entering`` may be None.
     """
     parts, rows, dim, _ = passages.shape
-    plan = _through.over_passages(A.dtype, parts, rows, dim, A.shape[1], back)
-    _through.launch(plan, A, passages, None, entering, states)
+    plan = _prefix.over_passages(A.dtype, parts, rows, dim, A.shape[1], back)
+    _prefix.launch(plan, A, passages, None, entering, states)

@@ -38,7 +38,7 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
     channels are ``row_size`` apart; if ``swizzled``, the quads of a row are in an order of its own, against bank
     conflicts of threads that read the same step of all channels. ``keep`` as for ``stored_reader``.
     """
-    count = channels * steps // QUAD // threads
+    count, size = channels * steps // QUAD // threads, storage.itemsize
     columns, together = v.order == "columns", v.together
     shifted = storage.itemsize == 2 and not together and not columns
     follows = v.order == "rows"  # one channel another
@@ -70,6 +70,11 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
     def at(first, p, t, stride):
         """Index of the p-th quad, t steps on."""
         return first + (p * apart + t) * stride if columns else first + p * apart * stride + t
+
+    @device
+    def address(array, batch, stride, place):
+        """Where a part begins in an array whose batch rows lie ``batch`` apart."""
+        return array + size * (place.row * batch + at(0, 0, place.begin, stride))
 
     @device
     def known(p, channel, channel_end, ahead):
@@ -158,7 +163,7 @@ def wave_tile(v, storage, real, threads, channels, steps, row_size, keep=False, 
         return ((row & mask) << 2) | (row >> shift) if columns else row
 
     return SimpleNamespace(
-        count=count, parameters=QUAD if columns else count, own=own, start=start, at=at, known=known,
+        count=count, parameters=QUAD if columns else count, own=own, start=start, at=at, address=address, known=known,
         known_next=known_next, inside=inside, parameter_of=parameter_of, parameter_channel=parameter_channel, slot=slot,
         put=put, get=get, channel_of=channel_of, past=past, stored=stored, read=read, widen=widen, write=write,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def planned(number, shape, stretches, steps, sums, widths, back):
     (rows, dim, state), (row_step, stretch_step) = shape, steps
     first, step = ((stretches - 1) * stretch_step, -stretch_step) if back else (0, stretch_step)
     numbers = stretches, rows * dim, dim, state, row_step, first, step, *widths, int(back)
-    kernel = Kernel("selective_scan_through", "through", (number.name,))
+    kernel = Kernel("selective_scan_prefix", "prefix", (number.name,))
     return Plan(kernel, -(-rows * dim * state // THREADS), sums, numbers)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._math import number_functions
+from sscan.cuda._prefix import THREADS
 from sscan.cuda._primitives import (
     block_index,
     local_array,
@@ -22,11 +23,11 @@ from sscan.cuda._primitives import (
     writer,
 )
 from sscan.cuda._target import device
-from sscan.cuda._through import THREADS
 from sscan.cuda._unroll import unroll
 from sscan.cuda.kernels._warp import zero_test
 
 AHEAD = 128  # bytes of stretches that a thread reads at once
+AHEAD_OF_LANE = 32  # bytes of the ends of parts that a lane reads at once, for each of its states
 
 
 @cache
@@ -46,7 +47,41 @@ def behind(number):
     return behind_stretch
 
 
-def through(number):
+def past_parts(number, states, back):
+    """Device function: what becomes of a state on its way through parts, or of its gradient on the way back.
+
+    A few parts are read at once: there is nothing else to do until they are there. NVVM writes out the loops over them,
+    all but the two of complex128.
+    """
+    f, real, ahead = number_functions(number), real_of(number), AHEAD_OF_LANE // number.itemsize
+    read_end, read_sum = reader(real, number, states, True, False), reader(real, real, 1, False, False)
+    one_end, one_sum = local_array(states, number), local_array(1, real)
+    some_ends, some_sums = local_array(ahead * states, number), local_array(ahead, real)
+    choose, conj, zero, infinite, walked = f.choose, f.conj, f.zero, real.type(np.inf), behind(number)
+
+    @device
+    def walk(h, rate, part_ends, part_sums, first, apart, count, padded, n, alive):
+        """``count`` parts, whose numbers begin at ``first`` and lie ``apart``."""
+        end, passed, ends, sums = one_end(), one_sum(), some_ends(), some_sums()
+        for k0 in range(0, count, ahead):
+            for k in unroll(ahead, ahead < 4):
+                at, valid = first + (k0 + k) * apart, select(k0 + k < count, alive, 0 * alive)
+                read_end(end, part_ends, at * padded + n, valid)
+                read_sum(passed, part_sums, at, valid)
+                for j in range(states):
+                    ends[k * states + j] = end[j]
+                sums[k] = passed[0]
+            for k in unroll(ahead, ahead < 4):
+                ended = sums[k] == infinite  # a sequence, in this part
+                for j in range(states):
+                    through = conj(rate[j]) if back else rate[j]  # whose decay is the conjugate of that of A
+                    after = walked(h[j], select(ended, zero, sums[k]), through, ends[k * states + j])
+                    h[j] = choose(ended, ends[k * states + j], after)
+
+    return walk
+
+
+def prefix(number):
     """The state behind all stretches and, where there is room for it behind a channel's states, their step sizes."""
     number, real = np.dtype(number), real_of(np.dtype(number))
     f, reals, size = number_functions(number), planes(number), real.itemsize
@@ -106,6 +141,6 @@ def through(number):
 def shipped():
     """Kernels that stand for all: every dtype."""
     return [
-        Kernel("selective_scan_through", "through", (number,))
+        Kernel("selective_scan_prefix", "prefix", (number,))
         for number in ("float32", "float64", "complex64", "complex128")
     ]
