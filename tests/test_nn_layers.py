@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import device_double
@@ -391,6 +392,26 @@ def test_rotary_attention_is_as_exact_as_its_dtype() -> None:
     shares = np.exp(scores - scores.max(1, keepdims=True))
     y = layer.out_proj((shares / shares.sum(1, keepdims=True)) @ v).data
     np.testing.assert_allclose(layer(x).data[0], y, rtol=0, atol=1e-12 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("positions", ["none", "xpos"])
+def test_attention_forms_its_scores_again(positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of a few queries: the same gradients, and what is kept for them does not grow with their square."""
+    layer, length = perturbed(nn.Attention(16, 8, positions=positions, dtype=np.float64)), 300
+    x, seq_idx, found, kept = normal(2, length, 16), np.repeat([[0, 1], [2, 2]], length // 2, axis=1), [], []
+    for scores in (1 << 26, 2 * 8 * length * 7):
+        monkeypatch.setattr("sscan.nn.attention.SCORES", scores)
+        layer.zero_grad()
+        hidden = Tensor(x, requires_grad=True)
+        tracemalloc.start()
+        y = layer(hidden, seq_idx)
+        kept.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        y.backward(np.cos(np.arange(y.size)).reshape(y.shape))
+        found.append([y.data, hidden.grad, *(parameter.grad for parameter in layer.parameters())])
+    for whole, blocks in zip(*found, strict=True):
+        np.testing.assert_allclose(blocks, whole, rtol=0, atol=1e-12 * np.abs(whole).max())
+    assert kept[0] > 2 * 8 * length**2 * 8 > 4 * kept[1]
 
 
 @pytest.mark.parametrize("name", LAYERS.keys() - THROUGH_FFT | {"gated s4", "h3 s4"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 from sscan._segments import check_packing
 from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
-from sscan.nn.autodiff import Array, Operand, Tensor, array_module
+from sscan.nn.autodiff import Array, Operand, Tensor, array_module, recomputed
 from sscan.nn.modules import Linear
 from sscan.nn.recurrent import Stateless
 
-BLOCK = 1024  # queries whose scores are held at once
+BLOCK = 1024  # queries whose scores are held at once, or fewer:
+SCORES = 1 << 26  # of all rows and heads together
 BASE = 10000.0  # of the wavelengths of positions
 SCALE, GAMMA = 512.0, 0.4  # of xPos: over SCALE tokens the first pair falls to GAMMA / (1 + GAMMA), the last hardly
 
@@ -36,8 +38,9 @@ class Attention(Stateless):
 
     Notes
     -----
-    Scores are held for 1024 queries at a time, by the backward for all. Positions are counted from the first query of
-    those, which changes no product and keeps the factors of xPos in range.
+    Scores are held for 1024 queries at a time, or for fewer if there are more than 2^26 of them. If there is more than one
+    such block, the backward forms them again, so memory grows linearly with the length. Positions are counted from the
+    first query of a block, which changes no product and keeps the factors of xPos in range.
     """
 
     def __init__(
@@ -72,16 +75,26 @@ class Attention(Stateless):
         runs = None if seq_idx is None else _runs(seq_idx, batch, length)
         qkv = self.in_proj(hidden).reshape(batch, length, 3 * self.heads, self.width).swapaxes(1, 2)
         q, k, v = ops.split(qkv, (self.heads,) * 3, axis=1)
-        parts = [self._block(start, q, k, v, runs) for start in range(0, length, BLOCK)]
-        y = ops.concatenate(parts, axis=2) if len(parts) > 1 else parts[0] if parts else v
+        y = self._in_blocks(q, k, v, runs, max(min(BLOCK, SCORES // max(batch * self.heads * length, 1)), 1))
         return self.out_proj(y.swapaxes(1, 2).reshape(batch, length, d_model))
 
-    def _block(self, start: int, q: Tensor, k: Tensor, v: Tensor, runs: Array | None) -> Tensor:
-        """What queries from `start` on see of the keys up to themselves."""
-        xp, rows = array_module(q.data), slice(start, start + BLOCK)
-        q, k, v = q[:, :, rows], k[:, :, : rows.stop], v[:, :, : rows.stop]
-        keys = xp.arange(k.shape[2]) - start
-        queries = keys[start:]
+    def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, runs: Array | None, queries: int) -> Tensor:
+        """What all queries see, so many at a time."""
+        length = q.shape[2]
+        if length <= queries:
+            return self._block(slice(0, length), runs, q, k, v) if length else v
+        parts = []
+        for start in range(0, length, queries):
+            rows = slice(start, min(start + queries, length))
+            block = functools.partial(self._block, rows, runs)
+            parts.append(recomputed(block, q[:, :, rows], k[:, :, : rows.stop], v[:, :, : rows.stop]))
+        return ops.concatenate(parts, axis=2)
+
+    def _block(self, rows: slice, runs: Array | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the queries of these rows see of the keys up to the last of them."""
+        xp = array_module(q.data)
+        keys = xp.arange(rows.stop) - rows.start
+        queries = keys[rows.start :]
         unseen = queries[:, None] < keys
         if runs is not None:
             unseen = unseen | (runs[:, rows, None] != runs[:, None, : rows.stop])[:, None]

@@ -313,6 +313,35 @@ def defvjp_all(operation: Primitive[Any], vjp: Callable[..., Sequence[Array | No
     operation.vjp = lambda node, gradient: vjp(gradient, node.result, *node.arguments, **node.options)
 
 
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), of which only the tensors and the result are kept: the backward calls it again.
+
+    It must depend on nothing else that requires a gradient, and do the same whenever it is called.
+    """
+    return _recomputed(*tensors, function=function)
+
+
+@primitive
+def _recomputed(*arrays: Array, function: Callable[..., Tensor]) -> Array:
+    with no_grad():
+        return function(*map(Tensor, arrays)).data
+
+
+def _recomputed_gradients(
+    gradient: Array, result: Array, *arrays: Array, function: Callable[..., Tensor]
+) -> list[Array | None]:
+    token = _recording.set(True)
+    try:
+        leaves = [Tensor(array, requires_grad=True) for array in arrays]
+        function(*leaves).backward(gradient)
+    finally:
+        _recording.reset(token)
+    return [leaf.grad for leaf in leaves]
+
+
+defvjp_all(_recomputed, _recomputed_gradients)
+
+
 def _propagate(tensor: Tensor, gradient: Array, retain_graph: bool) -> None:
     """Visit the nodes behind `tensor` from the newest to the oldest, each once, when all its gradients are in."""
     waiting: dict[Node, list[Array | None]] = {}
