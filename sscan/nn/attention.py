@@ -38,9 +38,9 @@ class Attention(Stateless):
 
     Notes
     -----
-    Scores are held for 1024 queries at a time, or for fewer if there are more than 2^26 of them. If there is more than one
-    such block, the backward forms them again, so memory grows linearly with the length. Positions are counted from the
-    first query of a block, which changes no product and keeps the factors of xPos in range.
+    Scores are held for 1024 queries at a time, or for fewer if there are more than 2^26 of them. If that is in
+    several blocks, the backward forms them again, so memory grows linearly with the length. Positions are counted from
+    the first query of a block, which changes no product and keeps the factors of xPos in range.
     """
 
     def __init__(
