@@ -133,7 +133,8 @@ def selections() -> list[tuple[str, ...]]:
     ("selective", "A"), [*((row, "real") for row in selections()), ((), "lin"), (("delta", "B", "C"), "lin")]
 )
 def test_s6_is_its_recurrence(selective: tuple[str, ...], A: str) -> None:
-    layer = perturbed(nn.S6(3, 4, dt_rank=2, selective=selective, A=A, dtype=np.float64))
+    rank = {"dt_rank": 2} if "delta" in selective else {}
+    layer = perturbed(nn.S6(3, 4, **rank, selective=selective, A=A, dtype=np.float64))
     u = normal(2, 3, 12)
     expected = np.zeros_like(u)
     matrix = layer.A().data
@@ -488,3 +489,17 @@ def test_models_name_the_axes_of_ids() -> None:
                 call(wrong)
     with pytest.raises(ValueError, match=r"model: ids must have shape \(batch\), got \(2, 3\)"):
         model.backbone.step(ids, model.new_states(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.S6(4, dt_rank=2, selective=("B",)), "S6: dt_rank = 2 is for a selective delta, and selective is"),
+        (lambda: nn.Gated(4, dt_rank=0, selective=()), "S6: dt_rank = 0 is for a selective delta, and selective is"),
+        (lambda: nn.S6(4, imaginary=1), "StateMatrix: imaginary = 1 is for a complex A, and 'real' is real"),
+        (lambda: nn.S4D(4, A="half", imaginary=1.5), "imaginary = 1.5 is for a complex A, and 'half' is real"),
+    ],
+)
+def test_arguments_that_would_make_no_difference(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()

@@ -13,6 +13,7 @@ from sscan.nn.inner import inner_layer
 from sscan.nn.mamba import DepthwiseConvolution
 from sscan.nn.modules import Linear
 from sscan.nn.recurrent import Recurrent, State
+from sscan.nn.s6 import SELECTIVE
 
 if TYPE_CHECKING:
     from sscan.nn.autodiff import Array, Operand, Tensor
@@ -51,7 +52,8 @@ class Gated(Recurrent):
         check_integer("Gated", "d_model", d_model)
         check_integer("Gated", "d_conv", d_conv)
         check_number("Gated", "expand", expand, positive=True)
-        if inner == "s6" and options.get("dt_rank", "auto") == "auto":
+        of_input = "delta" in options.get("selective", SELECTIVE)  # the step size
+        if inner == "s6" and of_input and options.get("dt_rank", "auto") == "auto":
             options["dt_rank"] = math.ceil(d_model / 16)
         self.d_inner = int(expand * d_model)
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias, dtype)

@@ -57,7 +57,7 @@ class S4D(Recurrent):
         d_state: int = 64,
         *,
         A: str = "lin",
-        imaginary: float = math.pi,
+        imaginary: float | None = None,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         dtype: Any = np.float32,

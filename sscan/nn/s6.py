@@ -38,7 +38,7 @@ class S6(Recurrent):
     dim, d_state : int
         Channels, and real numbers in the state of each.
     dt_rank : int or "auto"
-        Rows of W_1; "auto" is ceil(dim / 16).
+        Rows of W_1; "auto" is ceil(dim / 16). An integer takes a delta that depends on the input.
     dt_min, dt_max : float
         The step size starts log-uniform between them.
     selective : collection of {"delta", "B", "C"}
@@ -64,7 +64,7 @@ class S6(Recurrent):
         dt_max: float = 0.1,
         selective: Collection[str] = SELECTIVE,
         A: str = "real",
-        imaginary: float = math.pi,
+        imaginary: float | None = None,
         discretization: str = "mamba",
         dtype: Any = np.float32,
         seed: int | np.random.Generator | None = 0,
@@ -75,6 +75,8 @@ class S6(Recurrent):
         check_integer("S6", "d_state", d_state)
         if dt_rank != "auto":
             check_integer("S6", "dt_rank", dt_rank, 0)
+            if "delta" not in selective:
+                raise ValueError(f"S6: dt_rank = {dt_rank} is for a selective delta, and selective is {selective!r}")
         if discretization not in ("mamba", "zoh"):
             raise ValueError(f"S6: discretization must be 'mamba' or 'zoh', got {discretization!r}")
         log_uniform("S6", dt_min, dt_max)

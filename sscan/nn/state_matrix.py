@@ -36,8 +36,8 @@ class StateMatrix(Module):
         Channels, and real numbers in the state of each. A complex state of d_state / 2 numbers stands for itself and
         its conjugate, of which the output is twice the real part: it is as large as a real one.
     initial : {"real", "lin", "half", "random"}
-    imaginary : float
-        Of A_1, for "lin".
+    imaginary : float, optional
+        Of A_1, for "lin" alone; pi if it is left out.
     dtype : dtype
     max_lr : float
         As of :class:`sscan.nn.Parameter`.
@@ -48,24 +48,29 @@ class StateMatrix(Module):
         dim: int,
         d_state: int,
         initial: str,
-        imaginary: float = math.pi,
+        imaginary: float | None = None,
         dtype: Any = np.float32,
         *,
         max_lr: float = math.inf,
     ) -> None:
         check_integer("StateMatrix", "dim", dim)
         check_integer("StateMatrix", "d_state", d_state)
-        check_number("StateMatrix", "imaginary", imaginary)
         if initial not in INITIAL:
             raise ValueError(f"StateMatrix: initial must be one of {', '.join(INITIAL)}, got {initial!r}")
         self.is_complex = initial == "lin"
+        if imaginary is not None:
+            check_number("StateMatrix", "imaginary", imaginary)
+            if not self.is_complex:
+                raise ValueError(f"StateMatrix: imaginary = {imaginary} is for a complex A, and {initial!r} is real")
         if self.is_complex and d_state % 2:
             raise ValueError(f"StateMatrix: d_state must be even for a complex state, got {d_state}")
         self.shape = dim, d_state // 2 if self.is_complex else d_state
         self.log = Parameter(self.shape, _log_of(initial), dtype, decay=False, max_lr=max_lr)
         self.imag: Parameter | None = None
         if self.is_complex:
-            self.imag = Parameter(self.shape, _multiples(imaginary), dtype, decay=False, max_lr=max_lr)
+            self.imag = Parameter(
+                self.shape, _multiples(math.pi if imaginary is None else imaginary), dtype, decay=False, max_lr=max_lr
+            )
 
     def __call__(self) -> Tensor:
         """A (dim, d_state), or complex (dim, d_state / 2)."""
