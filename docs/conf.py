@@ -58,12 +58,14 @@ html_theme_options = {
 
 def mathml(node: Any, display: str) -> str:
     """A formula that browsers draw; LaTeX that docutils does not know is a warning."""
-    latex = node.astext()
     try:
-        return tex2mathml(latex).replace("<math", f'<math display="{display}"', 1)
+        formula = tex2mathml(node.astext())
     except (ValueError, SyntaxError) as error:
-        logger.warning("%s: %s", error, latex, location=node)
+        logger.warning("%s: %s", error, node.astext(), location=node)
         return ""
+    # Without a font for mathematics, Chromium draws an accent into its letter.
+    formula = formula.replace('<mover accent="true">', "<mover>")
+    return formula.replace("<math", f'<math display="{display}"', 1)
 
 
 def inline(page: Any, node: Any) -> None:
