@@ -25,7 +25,7 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
 import cases  # noqa: E402
-import exchange_cases  # noqa: E402
+import state_passing_cases  # noqa: E402
 from cases import DIFFERENTIABLE, Case, check_backward, check_forward  # noqa: E402
 
 import sscan  # noqa: E402
@@ -198,15 +198,15 @@ def checks_of(lane: Any, case: Case) -> Iterator[Check]:
 
 
 def pieces(op: str | None) -> Iterator[Check]:
-    """Sequences in pieces that hand on passages; the first piece is cut along time too."""
+    """Sequences in pieces that hand on carries; the first piece is cut along time too."""
     if op not in (None, "selective_scan"):
         return
     ways = {"there": to_gpu, "home": cupy.asnumpy}
-    for name in exchange_cases.PROBLEMS:
-        yield functools.partial(exchange_cases.check_pieces, name, (300, 0, 7), **ways)
-    for number in exchange_cases.NUMBERS:
+    for name in state_passing_cases.PROBLEMS:
+        yield functools.partial(state_passing_cases.check_pieces, name, (300, 0, 7), **ways)
+    for number in state_passing_cases.NUMBERS:
         for back in (False, True):
-            yield functools.partial(exchange_cases.check_through, number, 9, back, **ways)
+            yield functools.partial(state_passing_cases.check_prefix, number, 9, back, **ways)
 
 
 def run(checks: list[Check]) -> list[str]:

@@ -34,7 +34,7 @@ class SelectiveScanGradients(NamedTuple):
 
 
 # Takes what a part of a sequence hands on, and gives what the parts before it do: see ``selective_scan_forward``.
-Exchange = Callable[[Any], Any]
+StatePassing = Callable[[Any], Any]
 
 
 @overload
@@ -177,7 +177,7 @@ def selective_scan_forward(
     discretization: Discretization = "mamba",
     return_last_state: bool = True,
     keep_checkpoints: bool = True,
-    exchange: Exchange | None = None,
+    state_passing: StatePassing | None = None,
 ) -> tuple[ArrayT, Any, Any]:
     """``selective_scan`` for autodiff layers and for parts of a sequence: ``(y, last_state, checkpoints)``.
 
@@ -188,24 +188,24 @@ def selective_scan_forward(
     ----------
     return_last_state, keep_checkpoints : bool, default True
         Whether these two are asked for.
-    exchange : callable, optional
-        For a part of a sequence whose other parts are elsewhere. It is called once, with the *passage* of this part,
+    state_passing : callable, optional
+        For a part of a sequence whose other parts are elsewhere. It is called once, with the *carry* of this part,
         (batch, dim, reals + 1) in the real accumulation dtype: of each channel the state that the part ends in when
         nothing but ``initial_state`` enters it, complex ones as pairs of reals, and last the sum of its step sizes. It
-        returns the passages of all parts before this one, (parts, batch, dim, reals + 1) in the order of time, or None
+        returns the carries of all parts before this one, (parts, batch, dim, reals + 1) in the order of time, or None
         if this is the first.
 
     Notes
     -----
     The other parameters are those of :func:`sscan.selective_scan`. A part leaves exp(A * sum of the step sizes) of a
-    state that enters it. Where the backend cuts sequences along time anyway, a passage is found on the way; where it
+    state that enters it. Where the backend cuts sequences along time anyway, a carry is found on the way; where it
     does not, it costs up to two thirds of a forward.
     """
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
     problem = _prepare("selective_scan", given, delta_softplus, discretization)
     parts = None
-    if exchange is not None:
-        problem, parts = problem.exchanged(exchange)
+    if state_passing is not None:
+        problem, parts = problem.with_prefix(state_passing)
     kept = _checks.boolean("selective_scan", "keep_checkpoints", keep_checkpoints)
     ended = _checks.boolean("selective_scan", "return_last_state", return_last_state)
     checkpoints = problem.empty_checkpoints() if kept else None
@@ -232,7 +232,7 @@ def selective_scan_backward(
     cu_seqlens: Any = None,
     discretization: Discretization = "mamba",
     checkpoints: Any = None,
-    exchange: Exchange | None = None,
+    state_passing: StatePassing | None = None,
 ) -> SelectiveScanGradients:
     """Gradients of ``selective_scan`` from those of its results, by hand (docs/maths.md).
 
@@ -245,8 +245,8 @@ def selective_scan_backward(
     checkpoints : optional
         What ``selective_scan_forward`` returned for the same inputs; without it the forward is run again. Copied if not
         contiguous.
-    exchange : callable, optional
-        As for ``selective_scan_forward``, for the way back: a passage has the gradient at the start of the part when
+    state_passing : callable, optional
+        As for ``selective_scan_forward``, for the way back: a carry has the gradient at the start of the part when
         nothing but ``dlast_state`` enters it at its end, and those of all parts behind this one are returned. Needs
         checkpoints.
 
@@ -259,10 +259,10 @@ def selective_scan_backward(
     given = _Arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens, dy, dlast_state)
     problem = _prepare("selective_scan_backward", given, delta_softplus, discretization)
     parts = None
-    if exchange is not None:
+    if state_passing is not None:
         if checkpoints is None:
-            raise ValueError("selective_scan_backward: an exchange needs checkpoints, got None")
-        problem, parts = problem.exchanged(exchange, back=True)
+            raise ValueError("selective_scan_backward: state_passing needs checkpoints, got None")
+        problem, parts = problem.with_prefix(state_passing, back=True)
     if checkpoints is None:
         checkpoints = problem.empty_checkpoints()
         problem.run(checkpoints, None)
@@ -391,28 +391,28 @@ class _Problem(NamedTuple):
         )
         return self.caller.leave(y), None if last_state is None else self.caller.leave(last_state)
 
-    def exchanged(self, exchange: Exchange, *, back: bool = False) -> tuple["_Problem", Any]:
+    def with_prefix(self, state_passing: StatePassing, *, back: bool = False) -> tuple["_Problem", Any]:
         """The problem with what enters it from the parts around it; and what the backend need not find again."""
         a, (dim, state), number = self.arguments, self.inputs.A.shape, self.inputs.A.dtype
         op, real = "selective_scan" + "_backward" * back, _checks.accumulation(a.u.dtype)
         if a.seq_idx is not None or a.cu_seqlens is not None:
-            raise ValueError(f"{op}: an exchange goes with neither seq_idx nor cu_seqlens")
+            raise ValueError(f"{op}: state_passing goes with neither seq_idx nor cu_seqlens")
         name, entering = ("dlast_state", a.dlast_state) if back else ("initial_state", a.initial_state)
-        passage = self.caller.empty((a.u.shape[0], dim, state * (number.itemsize // real.itemsize) + 1), real)
+        carry = self.caller.empty((a.u.shape[0], dim, state * (number.itemsize // real.itemsize) + 1), real)
         summary = self.backend.selective_scan_backward_summary if back else self.backend.selective_scan_summary
-        parts = summary(self.segments, self.groups, self.inputs, *((a.dy,) if back else ()), entering, passage)
-        found = exchange(self.caller.leave(passage))
+        parts = summary(self.segments, self.groups, self.inputs, *((a.dy,) if back else ()), entering, carry)
+        found = state_passing(self.caller.leave(carry))
         if found is None:
             return self, parts
-        passages = self._view(op, "the result of exchange", found)
-        if passages.shape[1:] != passage.shape or passages.dtype != real or not passages.flags.c_contiguous:
+        carries = self._view(op, "the result of state_passing", found)
+        if carries.shape[1:] != carry.shape or carries.dtype != real or not carries.flags.c_contiguous:
             raise ValueError(
-                f"{op}: exchange must return contiguous passages, {real} of shape (parts, "
-                f"{str(passage.shape)[1:]}, got {passages.dtype} of shape {passages.shape}"
+                f"{op}: state_passing must return contiguous carries, {real} of shape (parts, "
+                f"{str(carry.shape)[1:]}, got {carries.dtype} of shape {carries.shape}"
             )
-        through = self.caller.empty((a.u.shape[0], dim, state), number)
-        self.backend.selective_scan_through(self.inputs.A, passages, back, entering, through)
-        return self._replace(arguments=a._replace(**{name: through})), parts
+        prefix = self.caller.empty((a.u.shape[0], dim, state), number)
+        self.backend.selective_scan_prefix(self.inputs.A, carries, back, entering, prefix)
+        return self._replace(arguments=a._replace(**{name: prefix})), parts
 
     def run_backward(self, checkpoints: Any, parts: Any) -> SelectiveScanGradients:
         empty, leave, arguments = self.caller.empty, self.caller.leave, self.arguments

@@ -104,32 +104,32 @@ def launch_forward(segments, groups, inputs, initial_state, y, last_state, check
     )  # fmt: skip
 
 
-def selective_scan_summary(segments, groups, inputs, initial_state, passage):
-    """Fill passage (batch, dim, reals + 1), as ``selective_scan_forward`` hands it on; there are no parts."""
+def selective_scan_summary(segments, groups, inputs, initial_state, carry):
+    """Fill carry (batch, dim, reals + 1), as ``selective_scan_forward`` hands it on; there are no parts."""
     inputs = with_zeros(inputs.by_group())
     whole = not all_finite(inputs.u, inputs.delta, inputs.B)
-    fill_passage(passage, *ends_of(segments, groups, inputs, whole), inputs.A, initial_state)
+    fill_carry(carry, *ends_of(segments, groups, inputs, whole), inputs.A, initial_state)
 
 
-def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, passage):
-    """Fill passage (batch, dim, reals + 1) for the way back; there are no parts."""
+def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, carry):
+    """Fill carry (batch, dim, reals + 1) for the way back; there are no parts."""
     inputs = with_zeros(inputs.by_group())
     whole = not all_finite(dy, inputs.z, inputs.delta, inputs.C)
-    fill_passage(passage, *starts_of(segments, groups, inputs, dy, whole), inputs.A.conj(), dlast_state)
+    fill_carry(carry, *starts_of(segments, groups, inputs, dy, whole), inputs.A.conj(), dlast_state)
 
 
-def fill_passage(passage, sums, states, A, entering):
+def fill_carry(carry, sums, states, A, entering):
     """Put together what sequences end in by themselves, what is left of what entered them, and their step sizes."""
     if entering is not None:
-        states = behind(entering, sums, A, states)
-    passage[..., :-1], passage[..., -1] = states.view(A.real.dtype), sums
+        states = pass_states(entering, sums, A, states)
+    carry[..., :-1], carry[..., -1] = states.view(A.real.dtype), sums
 
 
-def selective_scan_through(A, passages, back, entering, states):
-    """Fill states (batch, dim, state) with what comes out of all passages, plus ``entering`` behind them."""
+def selective_scan_prefix(A, carries, back, entering, states):
+    """Fill states (batch, dim, state) with the prefix of all carries, plus ``entering``, which comes after them."""
     states[...] = 0
-    for passage in passages[::-1] if back else passages:
-        states[...] = behind(states, passage[..., -1], A.conj() if back else A, passage[..., :-1].view(A.dtype))
+    for carry in carries[::-1] if back else carries:
+        states[...] = pass_states(states, carry[..., -1], A.conj() if back else A, carry[..., :-1].view(A.dtype))
     if entering is not None:
         states += entering
 
@@ -254,7 +254,7 @@ def forward_in_parts(table, segments, groups, inputs, initial_state, y, last_sta
     carrying = np.flatnonzero(~last)
     sums, ends = ends_of(table[carrying], groups, inputs)
     for part, passed, end in zip(carrying, sums, ends, strict=True):
-        states[part + 1] = behind(states[part], passed, inputs.A, end)
+        states[part + 1] = pass_states(states[part], passed, inputs.A, end)
     if not np.isfinite(states).all():
         return False
     number, ends = np.arange(len(table)), np.empty_like(states)
@@ -285,7 +285,7 @@ def backward_in_parts(table, segments, groups, inputs, checkpoints, dy, dlast_st
     carrying = np.flatnonzero(~first)
     sums, starts = starts_of(table[carrying], groups, inputs, dy)
     for part, passed, start in reversed(list(zip(carrying, sums, starts, strict=True))):
-        states[part - 1] = behind(states[part], passed, inputs.A.conj(), start)
+        states[part - 1] = pass_states(states[part], passed, inputs.A.conj(), start)
     if not np.isfinite(states).all():
         return False
     number, starts = np.arange(len(table)), np.empty_like(states)
@@ -351,8 +351,8 @@ def felt(table, groups, inputs, from_end):
 
 
 @np.errstate(all="ignore")
-def behind(states, sums, A, ends):
-    """States behind a part, from those before it, the sums of its step sizes, and what it ends in from zero.
+def pass_states(states, sums, A, ends):
+    """States after a part, from those before it, the sums of its step sizes, and what it ends in from zero.
 
     The decay is applied in two halves, finite wherever its product with a number is. A state of zero stays zero.
     """

@@ -11,8 +11,8 @@ from sscan.cuda.selective_scan import (
     selective_scan_backward,
     selective_scan_backward_summary,
     selective_scan_forward,
+    selective_scan_prefix,
     selective_scan_summary,
-    selective_scan_through,
 )
 from sscan.cuda.selective_state_update import selective_state_update
 from sscan.cuda.ssm import ssm_convolution_backward, ssm_convolution_forward, ssm_kernel_backward, ssm_kernel_forward
@@ -34,8 +34,8 @@ __all__ = [
     "selective_scan_backward",
     "selective_scan_backward_summary",
     "selective_scan_forward",
+    "selective_scan_prefix",
     "selective_scan_summary",
-    "selective_scan_through",
     "selective_state_update",
     "ssm_convolution_backward",
     "ssm_convolution_forward",

@@ -1,4 +1,4 @@
-"""What becomes of a state on its way through stretches of time: what is launched, and where the stretches lie."""
+"""State passing: what is launched for the prefix of parts of time, and where their carries lie."""
 
 import functools
 from typing import NamedTuple
@@ -10,7 +10,7 @@ THREADS = 128
 
 
 class Plan(NamedTuple):
-    """How stretches are walked."""
+    """How parts are walked."""
 
     kernel: Kernel
     blocks: int
@@ -19,18 +19,18 @@ class Plan(NamedTuple):
 
 
 def over_parts(number, rows, parts, dim, state, padded, back):
-    """The plan from ends (rows, parts, dim, padded), and behind them sums (rows, parts, dim), to a passage."""
+    """The plan from ends (rows, parts, dim, padded), and behind them sums (rows, parts, dim), to a carry."""
     sums = rows * parts * dim * padded * number.itemsize
     widths = reals_of(number) * padded, 1, reals_of(number) * state + 1
     return planned(number, (rows, dim, state), parts, (parts * dim, dim), sums, widths, back)
 
 
 @functools.lru_cache(4096)
-def over_passages(number, stretches, rows, dim, state, back):
-    """The plan from passages (stretches, rows, dim, reals + 1) to states (rows, dim, state)."""
+def over_carries(number, parts, rows, dim, state, back):
+    """The plan from carries (parts, rows, dim, reals + 1) to states (rows, dim, state)."""
     width = reals_of(number) * state
     widths = width + 1, width + 1, width
-    return planned(number, (rows, dim, state), stretches, (dim, rows * dim), state * number.itemsize, widths, back)
+    return planned(number, (rows, dim, state), parts, (dim, rows * dim), state * number.itemsize, widths, back)
 
 
 def reals_of(number):
@@ -38,15 +38,15 @@ def reals_of(number):
     return 2 if number.kind == "c" else 1
 
 
-def planned(number, shape, stretches, steps, sums, widths, back):
+def planned(number, shape, parts, steps, sums, widths, back):
     """The plan for states of a shape.
 
-    ``steps`` are channels from row to row and from stretch to stretch, ``widths`` reals from channel to channel in
+    ``steps`` are channels from row to row and from part to part, ``widths`` reals from channel to channel in
     ends, sums and results.
     """
-    (rows, dim, state), (row_step, stretch_step) = shape, steps
-    first, step = ((stretches - 1) * stretch_step, -stretch_step) if back else (0, stretch_step)
-    numbers = stretches, rows * dim, dim, state, row_step, first, step, *widths, int(back)
+    (rows, dim, state), (row_step, part_step) = shape, steps
+    first, step = ((parts - 1) * part_step, -part_step) if back else (0, part_step)
+    numbers = parts, rows * dim, dim, state, row_step, first, step, *widths, int(back)
     kernel = Kernel("selective_scan_prefix", "prefix", (number.name,))
     return Plan(kernel, -(-rows * dim * state // THREADS), sums, numbers)
 

@@ -235,7 +235,7 @@ class ForwardPlan(NamedTuple):
     ends: Kernel
     forward: Kernel
     blocks: int  # for each part
-    workspaces: _workspace.Layout  # carried states; ends and sums of parts
+    workspaces: _workspace.Layout  # states between tiles; ends and sums of parts
     dims: tuple[int, ...]  # kernels take these, the number of parts that they scan, and ``rest``
     rest: tuple[int, ...]
 
@@ -268,45 +268,45 @@ def selective_scan_forward(segments, groups, inputs, initial_state, y, last_stat
     if plan.orders is not None:
         u, delta, z, B, C = laid_out(plan.orders, A, (u, delta, z), (B, C))
     parts = plan.parts
-    memory, (carry, ends, sums) = _workspace.take(plan.workspaces)
+    memory, (carried, ends, sums) = _workspace.take(plan.workspaces)
     if known_parts is not None:
         sums, ends = known_parts
     elif parts > 1:
         _launch.launch(
             plan.ends, (parts - 1) * plan.blocks, u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None,
-            None, None, None, carry, ends, sums, segments.seq_idx, segments.cu_seqlens, *plan.dims, parts - 1,
+            None, None, None, carried, ends, sums, segments.seq_idx, segments.cu_seqlens, *plan.dims, parts - 1,
             *plan.rest,
         )  # fmt: skip
     _launch.launch(
         plan.forward, parts * plan.blocks, u, delta, A, B, C, D, z, delta_bias, int(delta_softplus), initial_state, y,
-        last_state, checkpoints, carry, ends, sums, segments.seq_idx, segments.cu_seqlens, *plan.dims, parts,
+        last_state, checkpoints, carried, ends, sums, segments.seq_idx, segments.cu_seqlens, *plan.dims, parts,
         *plan.rest,
     )  # fmt: skip
     del memory  # held until here
 
 
 class SummaryPlan(NamedTuple):
-    """How a passage is found: the ends of all parts, each from zero, and then what comes out of the last one."""
+    """How a carry is found: the ends of all parts, each from zero, and then their prefix."""
 
     call: Any  # the plan of the forward or backward that follows
-    carry: _workspace.Layout
+    carried: _workspace.Layout  # states, between tiles
     size: int  # of the ends of parts and behind them the sums of their step sizes, in reals
     dtype: Any
-    walk: _prefix.Plan
+    prefix: _prefix.Plan
 
 
-def summary_plan(plan, count, A, padded, carry, back):
-    """The plan of a summary from that of the call that follows it; ``carry`` is the size of carried states."""
+def summary_plan(plan, count, A, padded, carried, back):
+    """The plan of a summary from that of the call that follows it; ``carried`` is the size of states between tiles."""
     (dim, state), real = A.shape, A.real.dtype
     size = count * plan.parts * dim * (padded * A.itemsize // real.itemsize + 1)
-    walk = _prefix.over_parts(A.dtype, count, plan.parts, dim, state, padded, back)
-    return SummaryPlan(plan, _workspace.layout(carry), size, real, walk)
+    prefix = _prefix.over_parts(A.dtype, count, plan.parts, dim, state, padded, back)
+    return SummaryPlan(plan, _workspace.layout(carried), size, real, prefix)
 
 
-def finished_summary(plan, A, ends, entering, passage):
-    """Fill the passage; the parts for the call that follows, None if there is only one."""
-    _prefix.launch(plan.walk, A, ends, entering, None, passage)
-    return (_launch.address(ends) + plan.walk.sums, ends) if plan.call.parts > 1 else None
+def finished_summary(plan, A, ends, entering, carry):
+    """Fill the carry; the parts for the call that follows, None if there is only one."""
+    _prefix.launch(plan.prefix, A, ends, entering, None, carry)
+    return (_launch.address(ends) + plan.prefix.sums, ends) if plan.call.parts > 1 else None
 
 
 def planned_summary(segments, groups, inputs, along):
@@ -316,8 +316,8 @@ def planned_summary(segments, groups, inputs, along):
     return summary_plan(plan, segments.count, inputs.A, padded, plan.workspaces.sizes[0], False)
 
 
-def selective_scan_summary(segments, groups, inputs, initial_state, passage):
-    """Fill passage (batch, dim, reals + 1), as ``selective_scan_forward`` hands it on; the forward's ``known_parts``.
+def selective_scan_summary(segments, groups, inputs, initial_state, carry):
+    """Fill carry (batch, dim, reals + 1), as ``selective_scan_forward`` hands it on; the forward's ``known_parts``.
 
     All parts are walked here, the last one too, each from zero.
     """
@@ -326,15 +326,15 @@ def selective_scan_summary(segments, groups, inputs, initial_state, passage):
     plan = summary.call
     if plan.orders is not None:
         u, delta, z, B, C = laid_out(plan.orders, A, (u, delta, z), (B, C))
-    memory, (carry,) = _workspace.take(summary.carry)
+    memory, (carried,) = _workspace.take(summary.carried)
     ends = _launch.empty(summary.size, summary.dtype)
     _launch.launch(
         plan.ends, plan.parts * plan.blocks, u, delta, A, B, C, None, z, delta_bias, int(delta_softplus), None, None,
-        None, None, carry, ends, _launch.address(ends) + summary.walk.sums, None, None, *plan.dims, plan.parts,
+        None, None, carried, ends, _launch.address(ends) + summary.prefix.sums, None, None, *plan.dims, plan.parts,
         *plan.rest,
     )  # fmt: skip
     del memory  # held until here
-    return finished_summary(summary, A, ends, initial_state, passage)
+    return finished_summary(summary, A, ends, initial_state, carry)
 
 
 def backward_shape(A, zoh, many, segments, warps, channel_blocks):
@@ -464,7 +464,7 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
         u, delta, z, dy, B, C = laid_out(plan.orders, A, (u, delta, z, dy), (B, C))
     softplus, (_, _, _, seq_idx, cu_seqlens) = int(delta_softplus), segments
     memory, addresses = _workspace.take(plan.workspaces)
-    starts, sums, carry, matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums = addresses
+    starts, sums, carried, matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums = addresses
     if known_parts is not None:
         sums, starts = known_parts
     elif plan.parts > 1:
@@ -474,7 +474,7 @@ def selective_scan_backward(segments, groups, inputs, checkpoints, dy, dlast_sta
         )  # fmt: skip
     _launch.launch(
         plan.backward, plan.blocks, dy, u, delta, A, B, C, D, z, delta_bias, softplus, checkpoints, dlast_state, du,
-        ddelta, dz, matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carry, starts, sums,
+        ddelta, dz, matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carried, starts, sums,
         seq_idx, cu_seqlens, *plan.numbers,
     )  # fmt: skip
     _sums.launch(
@@ -491,8 +491,8 @@ def planned_backward_summary(segments, groups, inputs, along):
     return summary_plan(plan, segments.count, inputs.A, geometry(segments, groups, inputs.A).padded, 0, True)
 
 
-def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, passage):
-    """Fill passage (batch, dim, reals + 1) for the way back; the backward's ``known_parts``.
+def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, carry):
+    """Fill carry (batch, dim, reals + 1) for the way back; the backward's ``known_parts``.
 
     All parts are walked here, the first one too, each as if nothing entered at its end.
     """
@@ -504,17 +504,17 @@ def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, p
     starts = _launch.empty(summary.size, summary.dtype)
     _launch.launch(
         plan.starts, plan.parts * plan.starts_blocks, dy, delta, A, C, z, delta_bias, int(delta_softplus), starts,
-        _launch.address(starts) + summary.walk.sums, None, None, *plan.starts_dims, plan.parts, *plan.starts_rest,
+        _launch.address(starts) + summary.prefix.sums, None, None, *plan.starts_dims, plan.parts, *plan.starts_rest,
     )  # fmt: skip
-    return finished_summary(summary, A, starts, dlast_state, passage)
+    return finished_summary(summary, A, starts, dlast_state, carry)
 
 
-def selective_scan_through(A, passages, back, entering, states):
-    """Fill states (batch, dim, state) with what comes out of all passages, and ``entering``, which comes behind them.
+def selective_scan_prefix(A, carries, back, entering, states):
+    """Fill states (batch, dim, state) with the prefix of all carries, plus ``entering``, which comes after them.
 
-    Passages are (parts, batch, dim, reals + 1). All arrays are contiguous; A (dim, state) has the states' dtype,
-    passages that of their reals. ``entering`` may be None.
+    Carries are (parts, batch, dim, reals + 1). All arrays are contiguous; A (dim, state) has the states' dtype,
+    carries that of their reals. ``entering`` may be None.
     """
-    parts, rows, dim, _ = passages.shape
-    plan = _prefix.over_passages(A.dtype, parts, rows, dim, A.shape[1], back)
-    _prefix.launch(plan, A, passages, None, entering, states)
+    parts, rows, dim, _ = carries.shape
+    plan = _prefix.over_carries(A.dtype, parts, rows, dim, A.shape[1], back)
+    _prefix.launch(plan, A, carries, None, entering, states)

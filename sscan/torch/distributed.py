@@ -148,7 +148,7 @@ def selective_scan(
         y, last_state = _SelectiveScan.apply(across, options, _marker(u), *inputs, initial_state)
     else:
         y, last_state, _ = sscan.selective_scan_forward(
-            *inputs, **options, initial_state=initial_state, keep_checkpoints=False, exchange=across.before
+            *inputs, **options, initial_state=initial_state, keep_checkpoints=False, state_passing=across.before
         )
     return (y, last_state) if return_last_state else y
 
@@ -161,19 +161,19 @@ def _under_autocast(u: Any, *others: Any) -> list[Any]:
 
 
 class _Across:
-    """The way of passages from rank to rank."""
+    """How carries get from rank to rank."""
 
     def __init__(self, group: Any, rank: int, size: int) -> None:
         self.group, self.rank, self.size = group, rank, size
 
-    def before(self, passage: Any) -> Any:
-        """The passages of the ranks before this one."""
-        found = _gathered(passage, self.group, self.size)
+    def before(self, carry: Any) -> Any:
+        """The carries of the ranks before this one."""
+        found = _gathered(carry, self.group, self.size)
         return found[: self.rank] if self.rank > 0 else None
 
-    def behind(self, passage: Any) -> Any:
-        """The passages of the ranks behind this one."""
-        found = _gathered(passage, self.group, self.size)
+    def after(self, carry: Any) -> Any:
+        """The carries of the ranks after this one."""
+        found = _gathered(carry, self.group, self.size)
         return found[self.rank + 1 :] if self.rank < self.size - 1 else None
 
 
@@ -182,7 +182,7 @@ class _SelectiveScan(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, across: _Across, options: Any, marker: Any, *arguments: Any) -> tuple[Any, Any]:
         *inputs, initial_state = arguments
         y, last_state, checkpoints = sscan.selective_scan_forward(
-            *inputs, **options, initial_state=initial_state, exchange=across.before
+            *inputs, **options, initial_state=initial_state, state_passing=across.before
         )
         ctx.across, ctx.options = across, options
         ctx.set_materialize_grads(False)
@@ -195,7 +195,7 @@ class _SelectiveScan(torch.autograd.Function):  # type: ignore[misc]
         *inputs, initial_state, checkpoints = ctx.saved_tensors
         gradients = sscan.selective_scan_backward(
             or_zeros(dy, inputs[0]), *inputs, **ctx.options, dlast_state=dlast_state, initial_state=initial_state,
-            checkpoints=checkpoints, exchange=ctx.across.behind,
+            checkpoints=checkpoints, state_passing=ctx.across.after,
         )  # fmt: skip
         return None, None, None, *gradients
 

@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 import pytest
 from cases import DIFFERENTIABLE, Array, Case, backward, cases_of, check_backward, check_forward, cotangents, forward
-from exchange_cases import NUMBERS, PROBLEMS, check_pieces, check_through
+from state_passing_cases import NUMBERS, PROBLEMS, check_pieces, check_prefix
 
 import sscan
 
@@ -83,5 +83,5 @@ def test_pieces_conform(name: str) -> None:
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 9])
 @pytest.mark.parametrize("number", NUMBERS)
-def test_through_passages(number: str, count: int, back: bool) -> None:
-    check_through(number, count, back, to_gpu, cupy.asnumpy)
+def test_prefix_of_carries(number: str, count: int, back: bool) -> None:
+    check_prefix(number, count, back, to_gpu, cupy.asnumpy)

@@ -41,7 +41,7 @@ from sscan.cuda.kernels._scan import (
     steps_of_state,
 )
 from sscan.cuda.kernels._waves import QUAD
-from sscan.cuda.kernels.selective_scan_prefix import past_parts
+from sscan.cuda.kernels.selective_scan_prefix import parts_passer
 
 TILE = CHECKPOINT
 QUADS = TILE // QUAD
@@ -334,7 +334,7 @@ def part_beginner(cut, row_at):
     """
     v, NS, rows, many = cut.v, cut.v.states, cut.rows, cut.v.many
     numbers, none, read_numbers = local_array(NS, v.dtype), v.dtype.type(0), reader(v.real, v.dtype, NS)
-    read_rates, walk_parts = rates_of_states(v.dtype, NS, v.zoh), past_parts(v.dtype, NS, True)
+    read_rates, pass_parts = rates_of_states(v.dtype, NS, v.zoh), parts_passer(v.dtype, NS, True)
     (turn, put_row, _), (_, save, _), (_, read_constants) = rows_of_states(v), state_carriers(v), parameter_readers(v)
 
     @device
@@ -350,7 +350,7 @@ def part_beginner(cut, row_at):
             read_numbers(g, memory.dlast_state, place.segment * sizes.dim * sizes.state + row.at, row.valid)
         after = place.parts - 1 - place.part
         last = (place.number + after) * sizes.dim + row.channel
-        walk_parts(
+        pass_parts(
             g, rate, memory.part_starts, memory.part_sums, last, -sizes.dim, after, sizes.padded, row.n, row.alive
         )
         turn(rate, lane.turned)

@@ -56,7 +56,7 @@ from sscan.cuda.kernels._scan import (
     steps_of_state,
 )
 from sscan.cuda.kernels._waves import QUAD, wave_tile
-from sscan.cuda.kernels.selective_scan_prefix import past_parts
+from sscan.cuda.kernels.selective_scan_prefix import parts_passer
 
 TILE = 32  # steps between barriers; between sums over states there are QUAD
 QUADS = TILE // QUAD
@@ -291,7 +291,7 @@ def state_carriers(cut, row_at):
     none, number_size, (_, write_real) = v.dtype.type(0), v.dtype.itemsize, reals_of_channels(v.real)
     read_numbers, write_numbers = reader(v.real, v.dtype, NS), writer(v.real, v.dtype, NS)
     read_together, write_together = reader(v.real, v.dtype, NS, True, False), writer(v.real, v.dtype, NS, True)
-    read_rates, walk_parts = rates_of_states(v.dtype, NS, v.zoh), past_parts(v.dtype, NS, False)
+    read_rates, pass_parts = rates_of_states(v.dtype, NS, v.zoh), parts_passer(v.dtype, NS, False)
 
     @device
     def carried_at(row, place, sizes):
@@ -321,7 +321,7 @@ def state_carriers(cut, row_at):
                         own.h, memory.initial_state, place.segment * sizes.dim * sizes.state + row.at, row.valid
                     )
                 first = (place.number - place.part) * sizes.dim + row.channel
-                walk_parts(
+                pass_parts(
                     own.h, own.rate, memory.part_ends, memory.part_sums, first, sizes.dim, place.part, sizes.padded,
                     row.n, row.alive,
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A sequence scanned in pieces that hand on passages, on any lane, beside the whole of it."""
+"""A sequence scanned in pieces that hand on carries, on any lane, beside the whole of it."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def pieces(arguments: Arguments, lengths: tuple[int, ...]) -> list[Arguments]:
 
 
 class Chain:
-    """An exchange of pieces that are scanned one after the other: each gets the passages of those before it."""
+    """State passing between pieces that are scanned one after the other: each gets the carries of those before it."""
 
     def __init__(self, *, back: bool = False) -> None:
-        self.passages: list[Any] = []
+        self.carries: list[Any] = []
         self.back = back
 
-    def __call__(self, passage: Any) -> Any:
-        before = np.stack(self.passages) if self.passages else None
-        self.passages.insert(0 if self.back else len(self.passages), passage)
+    def __call__(self, carry: Any) -> Any:
+        before = np.stack(self.carries) if self.carries else None
+        self.carries.insert(0 if self.back else len(self.carries), carry)
         return before
 
 
@@ -81,11 +81,11 @@ def scanned_in_pieces(
     made, gradients, chain = [], [], Chain()
     for piece in cut:
         inputs = {name: x for name, x in piece.items() if name != "dy"}
-        made.append(selective_scan_forward(**inputs, exchange=chain))
+        made.append(selective_scan_forward(**inputs, state_passing=chain))
     chain, dlast_state = Chain(back=True), there(given["dlast_state"])
     for piece, (_, _, checkpoints) in zip(reversed(cut), reversed(made), strict=True):
         gradients.append(
-            selective_scan_backward(**piece, dlast_state=dlast_state, checkpoints=checkpoints, exchange=chain)
+            selective_scan_backward(**piece, dlast_state=dlast_state, checkpoints=checkpoints, state_passing=chain)
         )
         dlast_state = None
     joined = {
@@ -119,52 +119,51 @@ def check_pieces(name: str, lengths: tuple[int, ...] = LENGTHS, there: Move = it
         assert_within(x, same[key], exact[key], eps_of(x.dtype), f"{name}: {key}")
 
 
-# --- Passages by themselves -------------------------------------------------------------------------------------------
+# --- Carries by themselves -------------------------------------------------------------------------------------------
 
 NUMBERS = ("float32", "float64", "complex64", "complex128")
 
 
-def passages_of(number: str, count: int, *, batch: int = 2, dim: int = 5, state: int = 7) -> tuple[Array, Array]:
-    """A and passages; the step sizes leave something of a state, even over several of them."""
+def carries_of(number: str, count: int, *, batch: int = 2, dim: int = 5, state: int = 7) -> tuple[Array, Array]:
+    """A and carries; the step sizes leave something of a state, even over several of them."""
     rng, planes = np.random.default_rng(count), 2 if number.startswith("c") else 1
     real = np.dtype(number).type(0).real.dtype
     A = -rng.uniform(0.1, 1, (dim, state)) + (planes - 1) * 1j * rng.normal(size=(dim, state))
-    passages = rng.normal(size=(count, batch, dim, planes * state + 1)).astype(real)
-    passages[..., -1] = rng.uniform(0, 2, passages.shape[:-1])
-    return (A if planes == 2 else A.real).astype(number), passages
+    carries = rng.normal(size=(count, batch, dim, planes * state + 1)).astype(real)
+    carries[..., -1] = rng.uniform(0, 2, carries.shape[:-1])
+    return (A if planes == 2 else A.real).astype(number), carries
 
 
-def walked(A: Array, passages: Array, back: bool, state: Array) -> Array:
-    """What comes out of all passages, step by step, and a state behind them."""
-    through = np.zeros_like(state)
-    for passage in passages[::-1] if back else passages:
-        decay = np.exp(A * passage[..., -1:])
-        own = np.ascontiguousarray(passage[..., :-1]).view(A.dtype)
-        through = (decay.conj() if back else decay) * through + own
-    return through + state
+def walked(A: Array, carries: Array, back: bool, state: Array) -> Array:
+    """The prefix of all carries, step by step, and a state after them."""
+    prefix = np.zeros_like(state)
+    for carry in carries[::-1] if back else carries:
+        decay = np.exp(A * carry[..., -1:])
+        own = np.ascontiguousarray(carry[..., :-1]).view(A.dtype)
+        prefix = (decay.conj() if back else decay) * prefix + own
+    return prefix + state
 
 
-def through(A: Any, passages: Any, back: bool, state: Any, empty: Any) -> Any:
+def prefix(A: Any, carries: Any, back: bool, state: Any, empty: Any) -> Any:
     """The same by a scan of no steps; ``empty`` is (batch, dim, 0), in the real dtype."""
     arguments = {"u": empty, "delta": empty, "A": A, "B": A, "C": A}
     _, last_state, checkpoints = selective_scan_forward(
-        **arguments, initial_state=None if back else state, exchange=None if back else lambda _: passages
+        **arguments, initial_state=None if back else state, state_passing=None if back else lambda _: carries
     )
     if not back:
         return last_state
-    return selective_scan_backward(
-        empty, **arguments, initial_state=state, dlast_state=state, checkpoints=checkpoints, exchange=lambda _: passages
-    ).dinitial_state
+    arguments |= {"initial_state": state, "dlast_state": state, "checkpoints": checkpoints}
+    return selective_scan_backward(empty, **arguments, state_passing=lambda _: carries).dinitial_state
 
 
-def check_through(number: str, count: int, back: bool, there: Move = itself, home: Move = itself) -> None:
-    """The tolerance rule for so many passages."""
-    A, passages = passages_of(number, count)
-    state = passages_of(number, count + 1)[1][0, ..., :-1].copy().view(number)
-    empty = np.zeros((*state.shape[:2], 0), passages.dtype)
-    found = home(through(there(A), there(passages), back, there(state), there(empty)))
-    wide = upcast({"A": A, "passages": passages, "state": state})
-    same = walked(A, passages, back, state)
-    exact = walked(wide["A"], wide["passages"], back, wide["state"])
+def check_prefix(number: str, count: int, back: bool, there: Move = itself, home: Move = itself) -> None:
+    """The tolerance rule for so many carries."""
+    A, carries = carries_of(number, count)
+    state = carries_of(number, count + 1)[1][0, ..., :-1].copy().view(number)
+    empty = np.zeros((*state.shape[:2], 0), carries.dtype)
+    found = home(prefix(there(A), there(carries), back, there(state), there(empty)))
+    wide = upcast({"A": A, "carries": carries, "state": state})
+    same = walked(A, carries, back, state)
+    exact = walked(wide["A"], wide["carries"], back, wide["state"])
     assert (found.shape, found.dtype) == (same.shape, same.dtype)
-    assert_within(found, same, exact, eps_of(found.dtype), f"{number}, {count} passages, {back=}")
+    assert_within(found, same, exact, eps_of(found.dtype), f"{number}, {count} carries, {back=}")

@@ -1,4 +1,4 @@
-"""Exchanges of the selective scan: what makes one sequence of parts that are scanned on their own, both ways."""
+"""State passing: what makes one sequence of parts that are scanned on their own, both ways."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from cases import scan_problem
-from exchange_cases import NUMBERS, PROBLEMS, Chain, check_pieces, check_through, scanned_in_pieces, through
+from state_passing_cases import NUMBERS, PROBLEMS, Chain, check_pieces, check_prefix, prefix, scanned_in_pieces
 
 from sscan.cuda import selective_scan as cuda
 from sscan.selective_scan import selective_scan_backward, selective_scan_forward
@@ -40,45 +40,45 @@ def test_pieces_are_the_whole(name: str) -> None:
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 9])
 @pytest.mark.parametrize("number", NUMBERS)
-def test_through_passages(number: str, count: int, back: bool) -> None:
-    check_through(number, count, back)
+def test_prefix_of_carries(number: str, count: int, back: bool) -> None:
+    check_prefix(number, count, back)
 
 
-def test_a_passage_holds_the_last_state_and_the_sum_of_step_sizes() -> None:
+def test_a_carry_holds_the_last_state_and_the_sum_of_step_sizes() -> None:
     arguments = scan_problem(
         np.random.default_rng(1), batch=2, dim=5, state=3, length=100, A_scale=0.01, delta="positive",
         delta_softplus=False, initial_state=True,
     )  # fmt: skip
     chain = Chain()
-    _, last_state, _ = selective_scan_forward(**arguments, exchange=chain)
-    (passage,) = chain.passages
-    assert passage.shape == (2, 5, 4)
-    np.testing.assert_allclose(passage[..., :-1], last_state, rtol=1e-5, atol=1e-5)
+    _, last_state, _ = selective_scan_forward(**arguments, state_passing=chain)
+    (carry,) = chain.carries
+    assert carry.shape == (2, 5, 4)
+    np.testing.assert_allclose(carry[..., :-1], last_state, rtol=1e-5, atol=1e-5)
     sums = (arguments["delta"] + arguments["delta_bias"][:, None]).astype(np.float64).sum(-1)
-    np.testing.assert_allclose(passage[..., -1], sums, rtol=1e-5)
+    np.testing.assert_allclose(carry[..., -1], sums, rtol=1e-5)
 
 
 def test_launches(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every one costs the host time: two more for a passage, which "ends" and "starts" are of if parts are cut."""
+    """Every one costs the host time: two more for a carry, which "ends" and "starts" are of if parts are cut."""
     seen: list[str] = []
     arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=100)
-    passages = np.zeros((3, 1, 5, 5), np.float32)
+    carries = np.zeros((3, 1, 5, 5), np.float32)
     with monkeypatch.context() as patch:  # what the lane puts back afterwards is its own
         patch.setattr("sscan.cuda._launch.launch", lambda kernel, *_: seen.append(kernel.factory))
-        _, _, checkpoints = selective_scan_forward(**arguments, exchange=lambda _: passages)
+        _, _, checkpoints = selective_scan_forward(**arguments, state_passing=lambda _: carries)
         forward = seen.copy()
         seen.clear()
-        selective_scan_backward(arguments["u"], **arguments, checkpoints=checkpoints, exchange=lambda _: passages)
-    assert forward == ([] if lane == "cpu" else ["ends", "through", "through", "forward"])
-    assert seen[:4] == ([] if lane == "cpu" else ["starts", "through", "through", "backward"])
+        selective_scan_backward(arguments["u"], **arguments, checkpoints=checkpoints, state_passing=lambda _: carries)
+    assert forward == ([] if lane == "cpu" else ["ends", "prefix", "prefix", "forward"])
+    assert seen[:4] == ([] if lane == "cpu" else ["starts", "prefix", "prefix", "backward"])
 
 
 def test_no_parts_before() -> None:
-    """None and an empty array of passages are the same."""
+    """None and an empty array of carries are the same."""
     arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=10, initial_state=True)
     alone, _, _ = selective_scan_forward(**arguments)
     for nothing in (None, np.zeros((0, 1, 5, 5), np.float32)):
-        y, _, _ = selective_scan_forward(**arguments, exchange=lambda _, nothing=nothing: nothing)
+        y, _, _ = selective_scan_forward(**arguments, state_passing=lambda _, nothing=nothing: nothing)
         np.testing.assert_allclose(y, alone, rtol=1e-6, atol=1e-6)
 
 
@@ -104,13 +104,13 @@ def test_what_is_not_finite_reaches_all_pieces(name: str) -> None:
 
 
 @pytest.mark.parametrize("back", [False, True])
-def test_a_state_that_grows_goes_through_passages(back: bool) -> None:
+def test_a_state_that_grows_is_passed_on(back: bool) -> None:
     """e^120 of it is infinite: of nothing it makes nothing, and of 1e-30 a number. Then it shrinks again."""
-    A, passages = np.ones((2, 1), np.float32), np.zeros((3, 1, 2, 2), np.float32)
-    passages[2, 0, 0, 0], passages[0, 0, 1, 0] = 0.25, 1e-30
-    passages[:, 0, :, 1] = np.array([0, 120, -120])[:, None]
-    passages = np.ascontiguousarray(passages[::-1]) if back else passages
-    found = through(A, passages, back, np.zeros((1, 2, 1), np.float32), np.zeros((1, 2, 0), np.float32))
+    A, carries = np.ones((2, 1), np.float32), np.zeros((3, 1, 2, 2), np.float32)
+    carries[2, 0, 0, 0], carries[0, 0, 1, 0] = 0.25, 1e-30
+    carries[:, 0, :, 1] = np.array([0, 120, -120])[:, None]
+    carries = np.ascontiguousarray(carries[::-1]) if back else carries
+    found = prefix(A, carries, back, np.zeros((1, 2, 1), np.float32), np.zeros((1, 2, 0), np.float32))
     np.testing.assert_allclose(found[0, :, 0], [0.25, 1e-30], rtol=1e-4)
 
 
@@ -118,30 +118,30 @@ def test_a_state_that_grows_goes_through_passages(back: bool) -> None:
 def test_no_channels(size: tuple[int, int]) -> None:
     batch, dim = size
     arguments = scan_problem(np.random.default_rng(0), batch=batch, dim=dim, state=4, length=10)
-    passages = np.zeros((2, batch, dim, 5), np.float32)
-    _, last_state, _ = selective_scan_forward(**arguments, exchange=lambda _: passages)
+    carries = np.zeros((2, batch, dim, 5), np.float32)
+    _, last_state, _ = selective_scan_forward(**arguments, state_passing=lambda _: carries)
     assert last_state.shape == (batch, dim, 4)
 
 
 @pytest.mark.parametrize(
-    "passages",
+    "carries",
     [np.zeros((2, 1, 5, 4), np.float32), np.zeros((1, 5, 5), np.float32), np.zeros((2, 1, 5, 5)),
      np.zeros((2, 1, 5, 10), np.float32)[..., ::2]],
 )  # fmt: skip
-def test_bad_passages(passages: Any) -> None:
+def test_bad_carries(carries: Any) -> None:
     arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=10)
-    expected = r"exchange must return contiguous passages, float32 of shape \(parts, 1, 5, 5\), got"
+    expected = r"state_passing must return contiguous carries, float32 of shape \(parts, 1, 5, 5\), got"
     with pytest.raises(ValueError, match=f"^selective_scan: {expected}"):
-        selective_scan_forward(**arguments, exchange=lambda _: passages)
+        selective_scan_forward(**arguments, state_passing=lambda _: carries)
     _, _, checkpoints = selective_scan_forward(**arguments)
     with pytest.raises(ValueError, match=f"^selective_scan_backward: {expected}"):
-        selective_scan_backward(arguments["u"], **arguments, checkpoints=checkpoints, exchange=lambda _: passages)
+        selective_scan_backward(arguments["u"], **arguments, checkpoints=checkpoints, state_passing=lambda _: carries)
 
 
-def test_what_an_exchange_does_not_go_with() -> None:
+def test_what_state_passing_does_not_go_with() -> None:
     arguments = scan_problem(np.random.default_rng(0), batch=1, dim=5, state=4, length=10)
     for name, x in (("seq_idx", np.zeros((1, 10), np.int32)), ("cu_seqlens", np.array([0, 10]))):
-        with pytest.raises(ValueError, match=r"^selective_scan: an exchange goes with neither seq_idx nor cu_seqlens"):
-            selective_scan_forward(**arguments, **{name: x}, exchange=Chain())
-    with pytest.raises(ValueError, match=r"^selective_scan_backward: an exchange needs checkpoints"):
-        selective_scan_backward(arguments["u"], **arguments, exchange=Chain(back=True))
+        with pytest.raises(ValueError, match=r"^selective_scan: state_passing goes with neither seq_idx nor cu_"):
+            selective_scan_forward(**arguments, **{name: x}, state_passing=Chain())
+    with pytest.raises(ValueError, match=r"^selective_scan_backward: state_passing needs checkpoints"):
+        selective_scan_backward(arguments["u"], **arguments, state_passing=Chain(back=True))
