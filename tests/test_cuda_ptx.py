@@ -93,7 +93,7 @@ def test_known_spills_are_of_kernels_that_are_compiled() -> None:
 
 
 def test_every_kernel_is_in_the_documentation() -> None:
-    """`python bench/registers.py` writes the page."""
+    """`python bench/inspect/registers.py` writes the page."""
     page = registers.PAGE.read_text(encoding="utf-8")
     assert not [kernel for kernel in KERNELS if registers.label(kernel) not in page]
 

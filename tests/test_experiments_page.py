@@ -18,7 +18,7 @@ FILES = sorted(RESULTS.glob("*.json"))
 
 def test_the_page_is_what_the_results_make() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert page(text) == text, "run python bench/report_experiments.py"
+    assert page(text) == text, "run python bench/pages/report_experiments.py"
     shown = {(name, scale) for _, name, scale, _ in BLOCK.findall(text)}
     assert {name for name, _ in shown} == set(TABLES)
     run = {(result["table"], result["scale"]) for result in map(json.loads, map(read, FILES))}
@@ -54,5 +54,5 @@ def test_a_result_is_of_what_its_command_runs_today(path: object) -> None:
 def test_the_page_of_the_trained_model_is_what_its_runs_make() -> None:
     path = PAGE.parent / "trained.md"
     made = report_training.page(RESULTS.parent / "training-2026-11-29", "trained.png")
-    assert path.read_text(encoding="utf-8") == made, "run python bench/report_training.py"
+    assert path.read_text(encoding="utf-8") == made, "run python bench/pages/report_training.py"
     assert path.with_suffix(".png").exists()

@@ -53,7 +53,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_page_is_of_its_notebook(path: Path) -> None:
-    """Its text and code, in order; `python bench/notebooks.py` writes it anew."""
+    """Its text and code, in order; `python bench/pages/notebooks.py` writes it anew."""
     page, at = path.with_suffix(".md").read_text(encoding="utf-8"), 0
     for part in notebooks.skeleton(path):
         found = page.find(part, at)

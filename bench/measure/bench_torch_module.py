@@ -1,6 +1,6 @@
 """The selective scan and the Mamba module in PyTorch on a GPU, under bfloat16 autocast, beside mamba_ssm where it is.
 
-    python bench/bench_torch_module.py [--out bench/results/torch-DATE.md] [--d-model 768 2560]
+    python bench/measure/bench_torch_module.py [--out bench/results/torch-DATE.md] [--d-model 768 2560]
 
 "Sum of its parts" is what a call cannot do without: its matrix products and sscan's kernels, each timed alone on arrays
 of the same shapes and strides. Both are also measured as CUDA graphs, which take the time of the host away. Results are

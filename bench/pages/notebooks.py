@@ -1,7 +1,7 @@
 """Run the notebooks in docs/notebooks and write their pages: text, code, and what the code printed and drew.
 
-    python bench/notebooks.py                   # all of them, at full size: some ten minutes on two cores
-    python bench/notebooks.py selective_scan    # one
+    python bench/pages/notebooks.py                   # all of them, at full size: some ten minutes on two cores
+    python bench/pages/notebooks.py selective_scan    # one
 
 A notebook is a Python file whose cells begin with `# %%`, or `# %% [markdown]` for text, as Jupytext and VS Code read
 it. The cell with the tag "parameters" holds its sizes; tests/test_notebooks.py runs it with smaller ones.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
+FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.py"))
 PARAMETERS = 'tags=["parameters"]'
 
@@ -117,7 +117,7 @@ def write(path: Path) -> None:
                 picture = f"{path.stem}-{next(numbers)}.png"
                 figure.savefig(FOLDER.parent / "pictures" / picture, dpi=90)
                 parts.append(f"![what the cell draws](../pictures/{picture})")
-    note = f"*This page is [{path.name}]({path.name}), run by `python bench/notebooks.py {path.stem}`.*"
+    note = f"*This page is [{path.name}]({path.name}), run by `python bench/pages/notebooks.py {path.stem}`.*"
     path.with_suffix(".md").write_text("\n\n".join([*parts, note]) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Measure what a call costs the host, on CuPy arrays and from PyTorch, beside a bare ``autograd.Function``.
 
-    python bench/compare_host.py [--out bench/results/host-DATE.md] [--profile]
+    python bench/measure/compare_host.py [--out bench/results/host-DATE.md] [--profile]
 
 Tiny problems, on which the host takes longer than the GPU; and the Mamba module, eager, under bfloat16 autocast, with
 the memory that it keeps and needs. Calls are made once before, so that nothing is compiled, and results are compared

@@ -1,12 +1,12 @@
 """Small problems that touch every kernel on a GPU, checked against the reference: something to run a sanitizer on.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 9 python bench/sanitize.py
+    compute-sanitizer --tool memcheck --error-exitcode 9 python bench/inspect/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 python bench/inspect/sanitize.py
 
 Every array has memory of its own from cudaMalloc, of exactly its size. Exit code 1 if a result is wrong or a kernel of
 ``shipped()`` was not run. Fill the kernel cache first, without a sanitizer and on all cores::
 
-    for i in $(seq 0 15); do python bench/sanitize.py --share $i/16 & done; wait
+    for i in $(seq 0 15); do python bench/inspect/sanitize.py --share $i/16 & done; wait
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path.insert(0, str(TESTS))
 
 import cases  # noqa: E402

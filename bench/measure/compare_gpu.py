@@ -1,6 +1,6 @@
 """Measure sscan on a GPU and compare it with the bars, the card's copy bandwidth, PyTorch and mamba_ssm, in one run.
 
-    python bench/compare_gpu.py --out bench/results/cuda-DATE.md [--only scans,ops,...]
+    python bench/measure/compare_gpu.py --out bench/results/cuda-DATE.md [--only scans,ops,...]
 
 Every section checks results before it times. Exit code 1 if a check fails or a section cannot be run.
 """
@@ -256,28 +256,24 @@ def scans(report: Report) -> None:
     here = ("mamba_ssm here, forward / backward",) if mamba else ()
     report.table("(batch, dim, length)", "dtype", "forward", "with checkpoints", "backward given them",
                  "published mamba_ssm, forward / backward", *here)  # fmt: skip
-    missed = []
     for shape, bars in BARS.items():
         for dtype, bar in bars.items():
             times = scan_times(shape, dtype)
             free_memory()
             also = (mamba_times(mamba, shape, dtype),) if mamba else ()
+            forward, backward = (
+                f"{taken:.2f} ({limit}){' **missed**' if taken > limit else ''}"
+                for taken, limit in ((times.forward, bar.forward), (times.backward, bar.backward))
+            )
             report.row(
-                shape, dtype, f"{times.forward:.2f} ({bar.forward})", f"{times.keeping:.2f}",
-                f"{times.backward:.2f} ({bar.backward})", f"{bar.mamba_forward} / {bar.mamba_backward}", *also,
+                shape, dtype, forward, f"{times.keeping:.2f}", backward,
+                f"{bar.mamba_forward} / {bar.mamba_backward}", *also,
             )  # fmt: skip
-            for name, time_, limit in (
-                ("forward", times.forward, bar.forward),
-                ("backward", times.backward, bar.backward),
-            ):
-                if time_ > limit:
-                    missed.append(f"{shape} {dtype} {name} {time_:.2f} > {limit}")
     for name, dtype, is_complex in (("float64", "float64", False), ("complex64 A", "float32", True)):
         times = scan_times(REPORTED, dtype, is_complex)
         report.row(REPORTED, name, f"{times.forward:.2f}", f"{times.keeping:.2f}", f"{times.backward:.2f}",
                    "-", *("-" for _ in here))  # fmt: skip
         free_memory()
-    report.add("", "Bars missed: " + ("; ".join(missed) if missed else "none") + ".")
 
 
 def mamba_times(mamba: Callable[[Any], gpu_peers.Pair], shape: Shape, dtype: str) -> str:

@@ -1,8 +1,8 @@
 """Figure 5's question on a FASTA file: is DNA predicted better from longer contexts? A model for each length.
 
-    python bench/dna_lengths.py chrX.fa.gz --lengths 1024 4096 16384 --device cuda --precision bfloat16 --out runs/dna
-    python bench/dna_lengths.py chrX.fa.gz --lengths 1024 --model transformer --n-layer 6 --device cuda --out runs/dna
-    python bench/dna_lengths.py chrX.fa.gz --baselines --out runs/dna
+    python bench/measure/dna_lengths.py chrX.fa.gz --lengths 1024 4096 16384 --device cuda --out runs/dna
+    python bench/measure/dna_lengths.py chrX.fa.gz --lengths 1024 --model transformer --n-layer 6 --out runs/dna
+    python bench/measure/dna_lengths.py chrX.fa.gz --baselines --out runs/dna
 
 All have the same number of tokens a step, and of steps. Each leaves ``MODEL-LENGTH.json``: held-out bits per
 base, in windows of its length and with the states carried along, tokens per second of training, and how much of the

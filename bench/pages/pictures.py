@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation that show what lies in bench/results: ``python bench/pictures.py``.
+"""Draw the pictures of the documentation that show what lies in bench/results: ``python bench/pages/pictures.py``.
 
 speed.svg, memory.svg and block.svg in docs/pictures; those of the experiments and of the trained model are drawn by
 report_experiments.py and report_training.py, and those of notebooks by notebooks.py.
@@ -18,7 +18,7 @@ from sscan.models import MambaConfig
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
 SPEED = ROOT / "bench" / "results" / "cuda-2026-11-29.md"
 MEMORY = ROOT / "bench" / "results" / "memory-2026-11-30.md"

@@ -2,7 +2,7 @@
 
     apt-get install --no-install-recommends fluidsynth timgm6mb-soundfont
     python -m venv /tmp/music && /tmp/music/bin/pip install music21==10.5.1 "soundfile>=0.13" scipy
-    /tmp/music/bin/python bench/piano.py FOLDER --minutes 20
+    /tmp/music/bin/python bench/data/piano.py FOLDER --minutes 20
 
 Writes a FLAC file a score: 16 kHz, one channel, 16 bits, loudest sample 0.9. Keyboard works come first, then string
 quartets on the piano, as many whole movements as the minutes take. Repeats are not played, as a second time is the

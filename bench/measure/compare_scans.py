@@ -1,6 +1,6 @@
 """Measure the scan on a GPU where shapes or memory are unusual, beside its bars and what mamba_ssm takes.
 
-    python bench/compare_scans.py --out bench/results/cuda-scans-DATE.md
+    python bench/measure/compare_scans.py --out bench/results/cuda-scans-DATE.md
 
 Picoseconds per point of (batch, dim, length), in CUDA graphs of calls on inputs that take turns. Every kind of problem
 is compared with the reference in float64 before it is timed. mamba_ssm's times were measured on an H200 in November

@@ -1,6 +1,6 @@
-"""Registers and memory of every CUDA kernel that stands for its kind: ``python bench/registers.py``, no GPU needed.
+"""Registers and memory of every CUDA kernel that stands for its kind; no GPU needed.
 
-Writes docs/registers.md. Numbers depend on the versions of the compilers, which the page names.
+``python bench/inspect/registers.py`` writes docs/registers.md, which names the compilers: numbers depend on them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sscan.cuda._launch import Kernel
 
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
-PAGE = Path(__file__).parent.parent / "docs" / "registers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "registers.md"
 COMPILERS = ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvvm", "nvidia-nvjitlink")
 
 
@@ -84,7 +84,7 @@ kernel is shown in the specialisations that the tests compile, which stand for a
 mean, its factory in `sscan/cuda/kernels/` says. Local memory is where a thread keeps what its registers do not hold;
 which kernels need it, and why, is listed in `tests/test_cuda_ptx.py`, and no other may.
 
-Written by `python bench/registers.py` with {", ".join(versions)}.
+Written by `python bench/inspect/registers.py` with {", ".join(versions)}.
 
 | kernel | specialisation | threads | {architectures} | shared bytes | local bytes |
 | --- | --- | --- | --- | --- | --- | --- | --- |

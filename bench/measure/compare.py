@@ -1,6 +1,6 @@
 """Print a table: sscan's selective scan against its peers on this machine, in one run, correctness first.
 
-    python bench/compare.py [--prototype FOLDER] [--quick] [--out FILE]
+    python bench/measure/compare.py [--prototype FOLDER] [--quick] [--out FILE]
 
 Medians of wall-clock milliseconds. Each candidate has a process of its own, since the workers of OpenMP and of OpenBLAS
 spin for a while behind a call and would take a core from whoever runs next in theirs. The repetitions of all alternate,

@@ -1,6 +1,6 @@
 """Measure the kernels around the scan on a GPU, beside their bars and what causal_conv1d and mamba_ssm take.
 
-    python bench/compare_small.py --out bench/results/cuda-small-DATE.md
+    python bench/measure/compare_small.py --out bench/results/cuda-small-DATE.md
 
 Every kind of call is compared with the CPU's result before it is timed, in CUDA graphs of calls on inputs that take
 turns. The peers' times were measured on an H200 in November 2026 (causal_conv1d 1.6.1, mamba_ssm 2.3.2, for sm_90).

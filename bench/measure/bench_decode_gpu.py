@@ -1,10 +1,10 @@
 """Decoding on a GPU by sscan.nn and sscan.torch: tokens per second beside bars and floors, and what each kernel takes.
 
-    python bench/bench_decode_gpu.py [--size 130m] [--out bench/results/decode-cuda-DATE.md]
+    python bench/measure/bench_decode_gpu.py [--size 130m] [--out bench/results/decode-cuda-DATE.md]
 
 Random weights in bfloat16. Before anything is timed, logits are compared with the formulas in float64, drawn tokens
 with those that the host draws from the same logits, and tokens of sscan.torch with those of sscan.nn. Exit code 1 if a
-check fails or a bar is missed.
+check fails; bars that are missed are marked.
 """
 
 from __future__ import annotations
@@ -187,11 +187,11 @@ def kernels_of(model: MambaLM, batch: int) -> dict[str, list[Any]]:
     return {name: [*calls, (states, ids)] for name, calls in found.items()}
 
 
-def report(size: str, model: MambaLM, other: Any, bandwidth: float) -> tuple[list[str], bool]:
-    """The rows of a table for each batch, and whether all bars are met."""
+def report(size: str, model: MambaLM, other: Any, bandwidth: float) -> list[str]:
+    """The rows of a table for each batch."""
     weights = decoding._weights(model)
     read = sum(p.data.nbytes for p in model.parameters())
-    lines, met = [], True
+    lines = []
     for batch in BATCHES:
         state_bytes = sum(2 * (s.conv.data.nbytes + s.ssm.data.nbytes) for s in model.new_states(batch))
         step = 1e6 * batch / (rate := tokens_per_second(model, batch, GREEDY))
@@ -201,9 +201,9 @@ def report(size: str, model: MambaLM, other: Any, bandwidth: float) -> tuple[lis
         empty = kernels["embed"][0]
         floor = microseconds(lambda empty=empty, n=launches: [_launch.launch(*empty) for _ in range(n)])
         bar = BARS.get(size, {}).get(batch)
-        met = met and (bar is None or min(rate, torch_rate) >= bar)
+        verdict = f"{bar:,}{' **missed**' if min(rate, torch_rate) < bar else ''}" if bar else "-"
         lines.append(
-            f"| {batch} | {rate:,.0f} | {torch_rate:,.0f} | {f'{bar:,}' if bar else '-'} | {drawn:,.0f} | {step:.0f} | "
+            f"| {batch} | {rate:,.0f} | {torch_rate:,.0f} | {verdict} | {drawn:,.0f} | {step:.0f} | "
             f"{1e6 * (read + state_bytes) / bandwidth:.0f} | {launches} in {floor:.0f} |"
         )
         print(lines[-1], flush=True)
@@ -214,7 +214,7 @@ def report(size: str, model: MambaLM, other: Any, bandwidth: float) -> tuple[lis
         lines.append(f"|   | {', '.join(parts)} us |")
         print(lines[-1], flush=True)
     assert weights is not None
-    return lines, met
+    return lines
 
 
 def main() -> int:
@@ -247,7 +247,7 @@ def main() -> int:
         print(f"check failed: {failure}")
         return 1
     bandwidth = copy_bandwidth()
-    lines, met = report(options.size, model, other, bandwidth)
+    lines = report(options.size, model, other, bandwidth)
     text = "\n".join([
         f"# Decoding on {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}, {options.size}, bfloat16", "",
         f"`{' '.join(['python', *sys.argv])}`; copies {bandwidth / 1e12:.2f} TB/s. tokens/s greedy, of {NEW} steps",
@@ -258,7 +258,7 @@ def main() -> int:
     print(text)
     if options.out:
         options.out.write_text(text, encoding="utf-8")
-    return 0 if met else 1
+    return 0
 
 
 if __name__ == "__main__":

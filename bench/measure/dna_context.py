@@ -1,6 +1,6 @@
 """How much context helps a model of DNA: bits per base by how many bases of a window have been read.
 
-    python bench/dna_context.py chrX.fa.gz runs/dna/mamba-1024 runs/dna/mamba-16384 --out context.json
+    python bench/measure/dna_context.py chrX.fa.gz runs/dna/mamba-1024 runs/dna/mamba-16384 --out context.json
 
 Windows lie evenly in what training holds out, and every model reads the same ones, from their beginnings.
 """

@@ -1,6 +1,6 @@
 """Seconds to import sscan and to make the first call of a new process, with an empty and with a filled kernel cache.
 
-    python bench/first_call.py [--gpu]
+    python bench/measure/first_call.py [--gpu]
 
 On a GPU, CuPy is imported and brought up before sscan's first call; the bar for a warm one is 1.5 s.
 """
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 PROGRAM = """
 import sys
@@ -53,12 +54,20 @@ def measure(cache: str, device: str) -> tuple[list[float], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="on CuPy arrays")
-    device = "gpu" if parser.parse_args().gpu else "cpu"
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    given = parser.parse_args()
+    lines = [
+        "| cache | import, s | inputs | forward | backward | compilers imported |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    print("\n".join(lines))
     with tempfile.TemporaryDirectory() as cache:
-        print("cache   import   inputs  forward  backward (seconds)   compilers imported")
         for name in ("cold", "warm", "warm"):
-            times, loaded = measure(cache, device)
-            print(f"{name}   " + "  ".join(f"{x:7.2f}" for x in times) + f"              {loaded}", flush=True)
+            times, loaded = measure(cache, "gpu" if given.gpu else "cpu")
+            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in times) + f" | {loaded} |")
+            print(lines[-1], flush=True)
+    if given.out:
+        given.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """A Mamba, by ``sscan train``, or a Transformer of the same size in PyTorch: same text, windows, recipe, minutes.
 
-    python bench/corpus.py corpus
-    python bench/train_beside.py mamba --text corpus --out runs/mamba --minutes 10
-    python bench/train_beside.py transformer --text corpus --out runs/transformer --minutes 10
-    python bench/report_training.py FOLDER --out docs/trained.md  # once their files lie there
+    python bench/data/corpus.py corpus
+    python bench/measure/train_beside.py mamba --text corpus --out runs/mamba --minutes 10
+    python bench/measure/train_beside.py transformer --text corpus --out runs/transformer --minutes 10
+    python bench/pages/report_training.py FOLDER --out docs/trained.md  # once their files lie there
 
 Both folders get ``log.jsonl``, with the held-out bits per byte of the same windows on the way, and ``result.json``,
 with those of the whole held-out part and samples. What the minutes count is steps alone, batches and the reading of

@@ -1,4 +1,4 @@
-"""The picture in the README, of characters, which need no address to be shown: ``python bench/chart.py``.
+"""The picture in the README, of characters, which need no address to be shown: ``python bench/pages/chart.py``.
 
 Its numbers are read from ``bench/results``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WIDTH = 40  # of the longest bar of a group
 EIGHTHS = " ▏▎▍▌▋▊▉"
 

@@ -1,7 +1,7 @@
-"""What counting and compressing say of the held-out part of a text: bits per byte, beside bench/train_beside.py.
+"""What counting and compressing say of the held-out part of a text: bits per byte, beside train_beside.py.
 
 pip install pyppmd
-python bench/count_baselines.py --text corpus --out bench/results/training-DATE/baselines.json
+python bench/measure/count_baselines.py --text corpus --out bench/results/training-DATE/baselines.json
 """
 
 from __future__ import annotations

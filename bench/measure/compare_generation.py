@@ -1,6 +1,6 @@
 """Generation on a GPU as the paper measures it: prompts of 2048 tokens, 128 new ones, beside transformers' GPT-NeoX.
 
-    python bench/compare_generation.py [--size 130m] [--minutes 8] [--out bench/results/generation-DATE]
+    python bench/measure/compare_generation.py [--size 130m] [--minutes 8] [--out bench/results/generation-DATE]
 
 Random weights in bfloat16, greedy. Tokens per second are batch * 128 / time, prompts included (section 4.5), at growing
 batches until memory or the minutes end. Prompts are read some rows at a time; kernels, graphs and memory are made
