@@ -91,6 +91,27 @@ class Chunk(NamedTuple):
     tiles: np.ndarray
 
 
+class Matrices(NamedTuple):
+    """Scratch for B and C, and for the sums for dB and dC.
+
+    Where they vary B and C are those of one chunk, [state][step], and the sums [step][state][channel]. Where they are
+    constant all are [state][channel], of the blocks of a task one after another.
+    """
+
+    B: np.ndarray
+    C: np.ndarray
+    dB: np.ndarray
+    dC: np.ndarray
+
+
+class States(NamedTuple):
+    """Scratch of the forward for the states of a block, [state][channel]: they, and A in two forms."""
+
+    H: np.ndarray
+    R: np.ndarray
+    I: np.ndarray
+
+
 # --- pieces of several kernels ---------------------------------------------------------------------------------------
 
 
@@ -161,6 +182,15 @@ def load_constant(S, offset, constants, block, is_C):
 
 
 @register_jitable
+def load_constants(matrices, offset, B_constant, C_constant, B_varies, C_varies, block):
+    """B and C of one block, those that are constant."""
+    if not B_varies:
+        load_constant(matrices.B, offset, B_constant, block, False)
+    if not C_varies:
+        load_constant(matrices.C, offset, C_constant, block, True)
+
+
+@register_jitable
 def load_varying(S, chunk, source, block, state, time, steps, is_C):
     """S[chunk n + t] = B or C of one chunk in the accumulation dtype."""
     flat = reals(S)
@@ -171,6 +201,15 @@ def load_varying(S, chunk, source, block, state, time, steps, is_C):
     if is_C:
         for k in range(S.size):
             S[k] = twice_conj(S[k])
+
+
+@register_jitable
+def load_matrices(matrices, chunk, B, C, B_varies, C_varies, block, state, time, steps):
+    """B and C of one chunk, those that vary."""
+    if B_varies:
+        load_varying(matrices.B, chunk, B, block, state, time, steps, False)
+    if C_varies:
+        load_varying(matrices.C, chunk, C, block, state, time, steps, True)
 
 
 @register_jitable
@@ -218,9 +257,41 @@ def load_delta(chunk, waves, zoh, block, time, steps, ahead):
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
+@register_jitable
+def forward_scratch(padded, chunk, number, B_varies, C_varies):
+    """Scratch for the states of a block, and for B and C."""
+    size = padded * TILE
+    own = States(scratch(size, number), scratch(size, number), scratch(size, number))
+    B = scratch(padded * (chunk if B_varies else TILE), number)
+    C = scratch(padded * (chunk if C_varies else TILE), number)
+    B[:] = 0
+    C[:] = 0
+    own.R[:] = PADDING_RATE
+    own.I[:] = 0
+    return own, Matrices(B, C, B[:0], C[:0])
+
+
+@register_jitable
+def begin_segment(own, A, zoh, initial_state, initial, block):
+    """A and the initial state of a block."""
+    load_rates(own.R, own.I, 0, A, zoh, block)
+    own.H[:] = 0
+    if initial >= 0:
+        move_states(own.H, 0, initial_state, initial, block, True)
+
+
+@register_jitable
+def keep_states(checkpoints, number, H):
+    """Copy the states of a block to a checkpoint."""
+    for n in range(0, H.size, TILE * states_per_step(H)):
+        store_wide(checkpoints, number * H.size + n, load_wide(H, n))
+
+
 @inlined
-def walk(H, R, I, BS, CS, DL, DU, Y, padded, chunk, steps, zoh, B_varies, C_varies):
-    """The recurrence over one chunk, a few states at a time; Y sums over the states."""
+def walk(own, matrices, inputs, Y, padded, chunk, steps, zoh, B_varies, C_varies):
+    """h = a h + B_bar u, y = C h over one chunk, a few states at a time; Y sums over the states."""
+    # out of the named tuples first: each time an array is taken from one, its references are counted
+    (H, R, I), BS, CS, DL, DU = own, matrices.B, matrices.C, inputs.DL, inputs.DU
     zero = splat(Y.dtype.type(0))
     for n in range(0, padded, states_per_step(H)):
         h, r, i = load_wide(H, n * TILE), load_wide(R, n * TILE), load_wide(I, n * TILE)
@@ -276,20 +347,10 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
 
         ``checkpoints`` is empty, or takes the states at the start of each chunk. Without y only last_state is computed.
         """
-        (dim, state), step = A.shape, states_per_step(A)
-        padded, blocks = padded_to(state, step), tasks // len(segments)
-        size, steps_scratch, Y = (
-            padded * TILE,
-            chunk_scratch(chunk, waves.D.dtype),
-            scratch(chunk * TILE, waves.D.dtype),
-        )
-        H, R, I = scratch(size, A.dtype), scratch(size, A.dtype), scratch(size, A.dtype)
-        BS = scratch(padded * (chunk if B_varies else TILE), A.dtype)
-        CS = scratch(padded * (chunk if C_varies else TILE), A.dtype)
-        BS[:] = 0
-        CS[:] = 0
-        R[:] = PADDING_RATE
-        I[:] = 0
+        (dim, state), blocks = A.shape, tasks // len(segments)
+        padded = padded_to(state, states_per_step(A))
+        inputs, Y = chunk_scratch(chunk, waves.D.dtype), scratch(chunk * TILE, waves.D.dtype)
+        own, matrices = forward_scratch(padded, chunk, A.dtype, B_varies, C_varies)
         environment = flush_subnormals()
         while True:
             task = take(counter)
@@ -297,45 +358,19 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                 break
             batch, begin, length, initial, final, first_chunk = segments[task // blocks]
             block = block_of(task % blocks, batch, groups, dim)
-            load_rates(R, I, 0, A, zoh, block)
-            if not B_varies:
-                load_constant(BS, 0, B_constant, block, False)
-            if not C_varies:
-                load_constant(CS, 0, C_constant, block, True)
-            H[:] = 0
-            if initial >= 0:
-                move_states(H, 0, initial_state, initial, block, True)
+            begin_segment(own, A, zoh, initial_state, initial, block)
+            load_constants(matrices, 0, B_constant, C_constant, B_varies, C_varies, block)
             for t0 in range(0, length, chunk):
                 steps, time = min(chunk, length - t0), begin + t0
                 if checkpoints.size > 0:
-                    kept = ((first_chunk + t0 // chunk) * blocks + task % blocks) * size
-                    for n in range(0, size, step * TILE):
-                        store_wide(checkpoints, kept + n, load_wide(H, n))
-                load_delta(steps_scratch, waves, zoh, block, time, steps, chunk)
-                if B_varies:
-                    load_varying(BS, chunk, B, block, state, time, steps, False)
-                if C_varies:
-                    load_varying(CS, chunk, C, block, state, time, steps, True)
-                walk(
-                    H,
-                    R,
-                    I,
-                    BS,
-                    CS,
-                    steps_scratch.DL,
-                    steps_scratch.DU,
-                    Y,
-                    padded,
-                    chunk,
-                    steps,
-                    zoh,
-                    B_varies,
-                    C_varies,
-                )
+                    keep_states(checkpoints, (first_chunk + t0 // chunk) * blocks + task % blocks, own.H)
+                load_delta(inputs, waves, zoh, block, time, steps, chunk)
+                load_matrices(matrices, chunk, B, C, B_varies, C_varies, block, state, time, steps)
+                walk(own, matrices, inputs, Y, padded, chunk, steps, zoh, B_varies, C_varies)
                 if y.address != 0:
-                    store_output(Y, steps_scratch, waves, y, block, time, steps, chunk)
+                    store_output(Y, inputs, waves, y, block, time, steps, chunk)
             if final >= 0:
-                move_states(H, 0, last_state, final, block, False)
+                move_states(own.H, 0, last_state, final, block, False)
         restore_environment(environment)
 
     return forward
@@ -381,6 +416,37 @@ def adjoint_scratch(step, dtype, number):
 
 
 @register_jitable
+def backward_scratch(padded, most, number, B_varies, C_varies):
+    """Scratch for up to ``most`` blocks of a task, and for B and C and their gradients."""
+    size, every = padded * TILE, most * padded * TILE
+    own = Channels(
+        scratch(every, number), scratch(every, number), scratch(every, number), scratch(every, number),
+        scratch(every, number),
+    )  # fmt: skip
+    of_B = (padded * CHECKPOINT, CHECKPOINT * size) if B_varies else (every, every)
+    of_C = (padded * CHECKPOINT, CHECKPOINT * size) if C_varies else (every, every)
+    matrices = Matrices(
+        scratch(of_B[0], number), scratch(of_C[0], number), scratch(of_B[1], number), scratch(of_C[1], number)
+    )
+    own.R[:] = PADDING_RATE
+    own.I[:] = 0
+    own.AA[:] = 0
+    return own, matrices
+
+
+@register_jitable
+def begin_task(own, matrices, D_SUM, BIAS_SUM):
+    """What a task sums begins with zero, and what no block fills stays so."""
+    matrices.B[:] = 0
+    matrices.C[:] = 0
+    matrices.dB[:] = 0
+    matrices.dC[:] = 0
+    own.GA[:] = 0
+    D_SUM[:] = 0
+    BIAS_SUM[:] = 0
+
+
+@register_jitable
 def load_cotangent(GY, GR, tile, waves, dy, block, time, steps):
     """dy of one chunk and block, through the gate if there is one, time-major and row-major."""
     zero, z = splat(tile.dtype.type(0)), waves.z
@@ -405,14 +471,17 @@ def load_cotangent(GY, GR, tile, waves, dy, block, time, steps):
 
 
 @inlined
-def recompute(h, n, r, i, BS, CS, at_b, at_c, DL, DU, YT, HS, AS, WS, steps, zoh, B_varies, C_varies):
+def recompute(h, n, own, here, matrices, inputs, adjoint, steps, zoh, B_varies, C_varies):
     """The states of one chunk again from its checkpoint h, and what the way back needs of every step."""
-    zero, size = splat(YT.dtype.type(0)), states_per_step(HS) * TILE
+    BS, CS, DL, DU = matrices.B, matrices.C, inputs.DL, inputs.DU
+    YT, HS, AS, WS = adjoint.YT, adjoint.HS, adjoint.AS, adjoint.WS
+    r, i, zero = load_wide(own.R, here), load_wide(own.I, here), splat(YT.dtype.type(0))
+    size = states_per_step(HS) * TILE
     store_wide(HS, 0, h)
     for t in range(steps):
         dl, du = repeat(load(DL, t * TILE), h), repeat(load(DU, t * TILE), h)
-        b = spread(BS, n * CHECKPOINT + t, CHECKPOINT) if B_varies else load_wide(BS, at_b)
-        c = spread(CS, n * CHECKPOINT + t, CHECKPOINT) if C_varies else load_wide(CS, at_c)
+        b = spread(BS, n * CHECKPOINT + t, CHECKPOINT) if B_varies else load_wide(BS, here)
+        c = spread(CS, n * CHECKPOINT + t, CHECKPOINT) if C_varies else load_wide(CS, here)
         if zoh:
             a, change = decay_and_change(dl, r)
             store_wide(WS, t * size, change * i)
@@ -426,40 +495,42 @@ def recompute(h, n, r, i, BS, CS, at_b, at_c, DL, DU, YT, HS, AS, WS, steps, zoh
 
 
 @inlined
-def walk_back(
-    n, size, offset, aa, CARRY, GA, BS, CS, GB, GC, DL, DU, GY, SU, SD, HS, AS, WS, steps, zoh, B_varies, C_varies
-):
+def walk_back(n, size, own, here, matrices, inputs, adjoint, steps, zoh, B_varies, C_varies):
     """The adjoint recurrence G_t = C_t dy_t + a_{t+1} G_{t+1} over one chunk, and its part in every gradient."""
-    zero, wide, own = splat(SU.dtype.type(0)), states_per_step(HS) * TILE, offset + n * TILE
-    carry, ga = load_wide(CARRY, own), load_wide(GA, own)
+    (BS, CS, GB, GC), DL, DU = matrices, inputs.DL, inputs.DU
+    GY, SU, SD, HS, AS, WS = adjoint.GY, adjoint.SU, adjoint.SD, adjoint.HS, adjoint.AS, adjoint.WS
+    zero, wide = splat(SU.dtype.type(0)), states_per_step(HS) * TILE
+    carry, ga, aa = load_wide(own.CARRY, here), load_wide(own.GA, here), load_wide(own.AA, here)
     for back in range(steps):
         t = steps - 1 - back
         dl, gy = repeat(load(DL, t * TILE), carry), repeat(load(GY, t * TILE), carry)
         du = repeat(load(DU, t * TILE), carry)
-        at_b = t * size + n * TILE if B_varies else own
-        at_c = t * size + n * TILE if C_varies else own
-        b = spread(BS, n * CHECKPOINT + t, CHECKPOINT) if B_varies else load_wide(BS, own)
-        c = spread(CS, n * CHECKPOINT + t, CHECKPOINT) if C_varies else load_wide(CS, own)
+        at_b = t * size + n * TILE if B_varies else here
+        at_c = t * size + n * TILE if C_varies else here
+        b = spread(BS, n * CHECKPOINT + t, CHECKPOINT) if B_varies else load_wide(BS, here)
+        c = spread(CS, n * CHECKPOINT + t, CHECKPOINT) if C_varies else load_wide(CS, here)
+        # forward: y = C h
         g = fma(c, gy, carry)
         store_wide(GC, at_c, fma(load_wide(HS, (t + 1) * wide), gy, load_wide(GC, at_c)))
+        # forward: h = a h + B_bar u
         a = load_wide(AS, t * wide)
         carry = g * conj(a)
-        through = carry * conj(load_wide(HS, t * wide))  # conj(a h) G, the product and not h less its input
+        of_a = carry * conj(load_wide(HS, t * wide))  # conj(a h) G, the product and not h less its input
         sum_u = load(SU, t * TILE) if n > 0 else zero
-        sum_d = real_dot(aa, through, load(SD, t * TILE) if n > 0 else zero)
+        sum_d = real_dot(aa, of_a, load(SD, t * TILE) if n > 0 else zero)
         if zoh:
             w, bu = load_wide(WS, t * wide), b * du
             store_wide(GB, at_b, fma(g * conj(w), du, load_wide(GB, at_b)))
             store(SU, t * TILE, real_dot(b * w, g, sum_u))
             store(SD, t * TILE, real_dot(bu, carry, sum_d))
-            ga = fma(through + g * conj(bu * psi(dl * aa, a, w * aa)) * dl, dl, ga)
+            ga = fma(of_a + g * conj(bu * psi(dl * aa, a, w * aa)) * dl, dl, ga)
         else:
             store_wide(GB, at_b, fma(g, du, load_wide(GB, at_b)))
             store(SU, t * TILE, real_dot(b, g, sum_u))
             store(SD, t * TILE, sum_d)
-            ga = fma(through, dl, ga)
-    store_wide(CARRY, own, carry)
-    store_wide(GA, own, ga)
+            ga = fma(of_a, dl, ga)
+    store_wide(own.CARRY, here, carry)
+    store_wide(own.GA, here, ga)
 
 
 @register_jitable
@@ -537,7 +608,7 @@ def store_lane_sums(S, size, state, target, offset, plane, block, time, steps):
 
 
 @register_jitable
-def load_blocks(own, BS, CS, A, B_constant, C_constant, zoh, B_varies, C_varies, groups, block0, block1, size):
+def load_blocks(own, matrices, A, B_constant, C_constant, zoh, B_varies, C_varies, groups, block0, block1, size):
     """What a task's blocks need of A, and of B and C where they are constant."""
     for number in range(block0, block1):
         block, offset = block_of(number, 0, groups, A.shape[0]), (number - block0) * size
@@ -545,10 +616,7 @@ def load_blocks(own, BS, CS, A, B_constant, C_constant, zoh, B_varies, C_varies,
         for n in range(A.shape[1]):
             for r in range(block.rows):
                 put(own.AA, offset, n, r, A[block.channel + r, n])
-        if not B_varies:
-            load_constant(BS, offset, B_constant, block, False)
-        if not C_varies:
-            load_constant(CS, offset, C_constant, block, True)
+        load_constants(matrices, offset, B_constant, C_constant, B_varies, C_varies, block)
 
 
 @register_jitable
@@ -570,6 +638,15 @@ def store_channel_sums(S, sums, row, groups, block0, block1):
             sums[row, block.channel + r] = S[(number - block0) * SQUARE + r]
 
 
+@register_jitable
+def store_matrix_gradients(matrices, dB, dC, B_varies, C_varies, part, block, size, state, time, steps):
+    """dB and dC of one chunk, those of what varies, to a slice of their sums."""
+    if B_varies:
+        store_lane_sums(matrices.dB, size, state, dB[0], slice_offset(dB, part), dB[1], block, time, steps)
+    if C_varies:
+        store_lane_sums(matrices.dC, size, state, dC[0], slice_offset(dC, part), dC[1], block, time, steps)
+
+
 @functools.cache
 def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
     """The backward kernel of one discretisation rule and one form of B and C."""
@@ -589,18 +666,9 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
         blocks = (dim // groups + TILE - 1) // TILE
         padded, most = padded_to(state, step), (blocks + slices - 1) // slices
         size = padded * TILE
-        every = most * size
-        chunk, adjoint = chunk_scratch(T, waves.D.dtype), adjoint_scratch(step, waves.D.dtype, A.dtype)
-        own = Channels(
-            scratch(every, A.dtype), scratch(every, A.dtype), scratch(every, A.dtype), scratch(every, A.dtype),
-            scratch(every, A.dtype),
-        )  # fmt: skip
-        BS, GB = scratch(padded * T if B_varies else every, A.dtype), scratch(T * size if B_varies else every, A.dtype)
-        CS, GC = scratch(padded * T if C_varies else every, A.dtype), scratch(T * size if C_varies else every, A.dtype)
+        inputs, adjoint = chunk_scratch(T, waves.D.dtype), adjoint_scratch(step, waves.D.dtype, A.dtype)
+        own, matrices = backward_scratch(padded, most, A.dtype, B_varies, C_varies)
         D_SUM, BIAS_SUM = scratch(most * SQUARE, waves.D.dtype), scratch(most * SQUARE, waves.D.dtype)
-        own.R[:] = PADDING_RATE
-        own.I[:] = 0
-        own.AA[:] = 0
         environment = flush_subnormals()
         while True:
             task = take(counter)
@@ -608,62 +676,44 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                 break
             bundle, group, part = task // (groups * slices), task // slices % groups, task % slices
             block0, block1 = group * blocks + blocks * part // slices, group * blocks + blocks * (part + 1) // slices
-            BS[:] = 0
-            CS[:] = 0
-            GB[:] = 0
-            GC[:] = 0
-            own.GA[:] = 0
-            D_SUM[:] = 0
-            BIAS_SUM[:] = 0
-            load_blocks(own, BS, CS, A, B_constant, C_constant, zoh, B_varies, C_varies, groups, block0, block1, size)
+            begin_task(own, matrices, D_SUM, BIAS_SUM)
+            load_blocks(own, matrices, A, B_constant, C_constant, zoh, B_varies, C_varies, groups, block0, block1, size)
             for segment in range(len(segments) * bundle // bundles, len(segments) * (bundle + 1) // bundles):
                 batch, begin, length, initial, final, first_chunk = segments[segment]
                 own.CARRY[:] = 0
                 if final >= 0:
                     move_blocks(own.CARRY, size, dlast_state, final, groups, block0, block1, True)
                 for t0 in range((length - 1) // T * T, -1, -T):
-                    steps, time = min(T, length - t0), begin + t0
+                    steps, time, block = min(T, length - t0), begin + t0, block_of(block0, batch, groups, dim)
+                    load_matrices(matrices, T, B, C, B_varies, C_varies, block, state, time, steps)
                     if B_varies:
-                        load_varying(BS, T, B, block_of(block0, batch, groups, dim), state, time, steps, False)
-                        GB[:] = 0
+                        matrices.dB[:] = 0
                     if C_varies:
-                        load_varying(CS, T, C, block_of(block0, batch, groups, dim), state, time, steps, True)
-                        GC[:] = 0
+                        matrices.dC[:] = 0
                     for number in range(block0, block1):
                         block, offset = block_of(number, batch, groups, dim), (number - block0) * size
                         kept = ((first_chunk + t0 // T) * groups * blocks + number) * size
-                        load_delta(chunk, waves, zoh, block, time, steps, -T)
-                        load_cotangent(adjoint.GY, adjoint.GR, chunk.tiles, waves, dy, block, time, steps)
+                        load_delta(inputs, waves, zoh, block, time, steps, -T)
+                        load_cotangent(adjoint.GY, adjoint.GR, inputs.tiles, waves, dy, block, time, steps)
                         for n in range(0, padded, step):
-                            here = offset + n * TILE
-                            recompute(
-                                load_wide(checkpoints, kept + n * TILE), n, load_wide(own.R, here),
-                                load_wide(own.I, here), BS, CS, here, here, chunk.DL, chunk.DU, adjoint.YT,
-                                adjoint.HS, adjoint.AS, adjoint.WS, steps, zoh, B_varies, C_varies,
-                            )  # fmt: skip
-                            walk_back(
-                                n, size, offset, load_wide(own.AA, here), own.CARRY, own.GA, BS, CS, GB, GC, chunk.DL,
-                                chunk.DU, adjoint.GY, adjoint.SU, adjoint.SD, adjoint.HS, adjoint.AS, adjoint.WS, steps,
-                                zoh, B_varies, C_varies,
-                            )  # fmt: skip
+                            here, h = offset + n * TILE, load_wide(checkpoints, kept + n * TILE)
+                            recompute(h, n, own, here, matrices, inputs, adjoint, steps, zoh, B_varies, C_varies)
+                            walk_back(n, size, own, here, matrices, inputs, adjoint, steps, zoh, B_varies, C_varies)
                         sums = (number - block0) * SQUARE
                         store_gradients(
-                            adjoint, chunk, waves, zoh, du, ddelta, D_SUM, BIAS_SUM, sums, block, time, steps
+                            adjoint, inputs, waves, zoh, du, ddelta, D_SUM, BIAS_SUM, sums, block, time, steps
                         )
                         if waves.z.address != 0:
-                            store_gate_gradient(adjoint.YT, chunk, waves, dy, dz, block, time, steps)
+                            store_gate_gradient(adjoint.YT, inputs, waves, dy, dz, block, time, steps)
                     block = block_of(block0, batch, groups, dim)
-                    if B_varies:
-                        store_lane_sums(GB, size, state, dB[0], slice_offset(dB, part), dB[1], block, time, steps)
-                    if C_varies:
-                        store_lane_sums(GC, size, state, dC[0], slice_offset(dC, part), dC[1], block, time, steps)
+                    store_matrix_gradients(matrices, dB, dC, B_varies, C_varies, part, block, size, state, time, steps)
                 if initial >= 0:
                     move_blocks(own.CARRY, size, dinitial_state, initial, groups, block0, block1, False)
             move_blocks(own.GA, size, dA, bundle, groups, block0, block1, False)
             if not B_varies:
-                move_blocks(GB, size, dB_constant, bundle, groups, block0, block1, False)
+                move_blocks(matrices.dB, size, dB_constant, bundle, groups, block0, block1, False)
             if not C_varies:
-                move_blocks(GC, size, dC_constant, bundle, groups, block0, block1, False)
+                move_blocks(matrices.dC, size, dC_constant, bundle, groups, block0, block1, False)
             store_channel_sums(D_SUM, dD, bundle, groups, block0, block1)
             store_channel_sums(BIAS_SUM, dbias, bundle, groups, block0, block1)
         restore_environment(environment)

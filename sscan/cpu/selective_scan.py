@@ -119,7 +119,7 @@ def selective_scan_backward_summary(segments, groups, inputs, dy, dlast_state, c
 
 
 def fill_carry(carry, sums, states, A, entering):
-    """Put together what sequences end in by themselves, what is left of what entered them, and their step sizes."""
+    """The carry of sequences: the states that they end in, from what ``entering`` leaves of itself, and their sums."""
     if entering is not None:
         states = pass_states(entering, sums, A, states)
     carry[..., :-1], carry[..., -1] = states.view(A.real.dtype), sums
@@ -214,16 +214,17 @@ def store_numbers(gradient: np.ndarray, total: np.ndarray) -> None:
 
 
 # --- the split along time ---------------------------------------------------------------------------------------------
-# A part's end state is its own, from zero, plus what is left of its initial state: exp(A sum(delta)) of it. The part's
-# own end state needs only those last steps that are still felt at its end. The backward is the same in reverse.
+# State passing: the carry of a part is the state that it ends in when it starts from zero, and the sum of its step
+# sizes. The part leaves exp(A sum) of a state that enters it, so what enters a part follows from the carries of the
+# parts before it. The end from zero needs only those last steps that are still felt there. The backward is the same in
+# reverse.
 #
-# This is so as long as all numbers are finite. A NaN is felt for ever, and where a state may grow, its two portions can
-# be infinite when their sum is not. So all is done again, without parts, if a state that a part starts from, or has
-# come to when it was walked, is not finite.
+# This holds while all numbers are finite. A NaN is felt for ever. A state that grows may be finite although both of its
+# terms are infinite. So if a state at the border of two parts is not finite, the call is computed again without parts.
 
-BLOCKS = 4  # with fewer, the segments are split
-PARTS = 8  # into parts for about as many blocks
-SHORTEST = 2048  # steps in a part
+BLOCKS = 4  # a call with fewer is split along time
+PARTS = 8  # about so many blocks it has then
+SHORTEST = 2048  # a part has at least so many steps
 
 
 def parts(segments: np.ndarray, blocks: int) -> np.ndarray | None:
@@ -237,7 +238,7 @@ def parts(segments: np.ndarray, blocks: int) -> np.ndarray | None:
     counts = np.clip(lengths // SHORTEST, 1, -(-PARTS // (len(segments) * blocks)))
     if (counts == 1).all():
         return None
-    steps = -(-lengths // (counts * CHECKPOINT)) * CHECKPOINT  # so that cuts leave the number of checkpoints as it is
+    steps = -(-lengths // (counts * CHECKPOINT)) * CHECKPOINT  # parts begin at checkpoints, so none is added
     counts = np.maximum(-(-lengths // np.maximum(steps, 1)), 1)
     parent = np.repeat(np.arange(len(segments)), counts)
     index = np.arange(len(parent)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -335,9 +336,10 @@ def last_rows(at: np.ndarray, rows: np.ndarray, states: np.ndarray, given: np.nd
 
 
 def felt(table, groups, inputs, from_end):
-    """The sum of step sizes over each part, and how many steps at its end (or start) are felt beyond that end.
+    """The sum of step sizes over each part, and how many steps at its end (or start) are felt outside of it.
 
-    Where not all of them are, the sum is any that leaves nothing of a state.
+    If some are not, nothing is left of a state that enters the part. The sum is then not the true one, but one that is
+    large enough to leave nothing.
     """
     A, dtype = inputs.A, inputs.delta_bias.dtype
     blocks = groups * blocks_of(A, groups)

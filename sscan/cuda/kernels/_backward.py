@@ -821,11 +821,11 @@ def matrix_sums_writer(cut):
 def tile_writer(v, waves):
     """``write_tile``: du, ddelta and dz, from where ``settle`` left them."""
     gated, of_steps, count, known, get = v.gated, local_array(QUAD, v.real), waves.count, waves.known, waves.get
-    write, at_wave = waves.write, waves.at
+    write, at_wave, first_of = waves.write, waves.at, waves.start
 
     @device
-    def write_tile(tile, du, ddelta, dz, first, stride, quads, place, t):
-        d, x, e = of_steps(), of_steps(), of_steps()
+    def write_tile(tile, du, ddelta, dz, stride, quads, place, t):
+        d, x, e, first = of_steps(), of_steps(), of_steps(), first_of(quads.channel, quads.step, stride)
         for p in unroll(count):
             get(d, tile.steps, quads.slot, p)
             get(x, tile.slopes, quads.slot, p)

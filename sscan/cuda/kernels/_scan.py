@@ -2,6 +2,28 @@
 
 Four lanes are a channel, a warp is 8 channels, a block has one, two or four warps. A lane has up to four states of its
 channel; a block of 16 states is walked at a time. Time comes in tiles, of which four steps are a quad.
+
+Parameters of the kernels are integers: addresses (0 where there is no array), sizes, and strides in stored reals.
+
+    u delta z dy                            inputs along time
+    y du ddelta dz                          results along time
+    A B C D delta_bias delta_softplus       parameters of channels and states, B and C along time too
+    initial_state last_state                states around the segments, (segments, dim, state)
+    dlast_state dinitial_state              their gradients
+    checkpoints                             states at every 16th step, (checkpoints, dim, padded states)
+    carried                                 states, and what is summed for each, between tiles of many blocks of states
+    part_ends part_starts part_sums         carries of parts, (parts, dim, padded states), and sums of step sizes
+    matrix_sums                             dB and dC of each block of channels, (step, matrix, padded states)
+    A_sums B_sums C_sums D_sums bias_sums   gradients of each part
+    seq_idx cu_seqlens                      what is packed into rows
+    dim state length                        sizes of the problem
+    channel_blocks blocks_of_group          blocks of channels, in all and of a group
+    channels_of_group                       channels that share B and C
+    parts launched_parts part_length        parts of a segment, those of this launch, and their steps
+    sequences state_blocks                  how many are packed, and blocks of states
+    *_batch                                 from one batch row to the next
+    B_group C_group                         from one group of B and C to the next
+    *_stride                                from one channel, in columns step, to the next; of B and C, state or step
 """
 
 from typing import Any, NamedTuple

@@ -206,30 +206,93 @@ def tap_of(real, width, mask):
     return tap
 
 
+def initial_adder(real, halo, group):
+    """``add_initial``: the initial state to the groups before the first step, of the first tile and the one before."""
+    read, tile_steps = element_reader(real.name, real), WARP * group
+
+    @device
+    def add_initial(V, P, initial_state, state_row, t):
+        for k in range(group):
+            at = t + k
+            V[k] = V[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
+            at = t + k - tile_steps
+            P[k] = P[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
+
+    return add_initial
+
+
+def sums_of_taps(real, width, mask):
+    """``first_state``: where the taps of a step find the initial state of its sequence, and whether they look there.
+
+    ``weighted``: the sum of a lane's step j before the activation.
+    """
+    halo, states, tap = width - 1, mask == "states", tap_of(real, width, mask)
+    oldest, integer = real.type(halo), np.int64
+
+    @device
+    def first_state(age, at, steps, sequences, wanted, dim, d):
+        state, head = d, d < 0
+        if states:
+            head = wanted & (age < oldest) & (at >= 0) & (at < steps)
+            sequence = read_integer(sequences, at, select(head, 1, 0))
+            state = (sequence * dim + d) * halo + integer(age)
+        return state, head
+
+    @device
+    def weighted(X, W, b, age, j, initial_state, state, head):
+        total = b
+        for k in range(width):
+            total = fma(W[k], tap(X, age, j, k, initial_state, state, head), total)
+        return total
+
+    return first_state, weighted
+
+
+@device
+def place(dim):
+    """(part, channel, whether there is one) of a warp."""
+    blocks = (dim + CHANNELS - 1) // CHANNELS
+    part = quotient(block_index(), blocks)
+    d = (block_index() - part * blocks) * CHANNELS + (thread_index() >> 5)
+    return part, select(d < dim, d, 0), d < dim
+
+
+def taps_reader(real, width):
+    """``read_taps``: a channel's weights, and its bias."""
+    read, zero = element_reader(real.name, real), real.type(0)
+
+    @device
+    def read_taps(W, weight, bias, d):
+        for k in range(width):
+            W[k] = read(weight, d * width + k, True)
+        b = zero
+        if bias != 0:
+            b = read(bias, d, True)
+        return b
+
+    return read_taps
+
+
 def forward(storage, width, group, ends, silu, mask):
     """A warp has ``tiles_of_part`` tiles of one row. ``ends``: groups may be partly outside of their rows."""
     real, halo, tile_steps = real_of_storage(storage), width - 1, WARP * group
-    back, phase, tap = -(-halo // group), phase_of(storage, group), tap_of(real, width, mask)
+    back, phase, read_taps = -(-halo // group), phase_of(storage, group), taps_reader(real, width)
     make_raw, ask, take = group_reader(storage, real, group)
     add_ends, write_ends = ends_of_rows(storage, real, group)
     before, _ = neighbours(group, halo)
-    read, read_age = element_reader(real.name, real), element_reader(AGES, real)
-    write = writer(dtype_of(storage), real, group, group > 1)
+    add_initial, (first_state, weighted) = initial_adder(real, halo, group), sums_of_taps(real, width, mask)
+    read_age, write = element_reader(AGES, real), writer(dtype_of(storage), real, group, group > 1)
     window, numbers, taps = local_array(halo + group, real), local_array(group, real), local_array(width, real)
-    (activate, _), zero, oldest, integer = activations(real, silu), real.type(0), real.type(halo), np.int64
-    masked, states = mask != "", mask == "states"
+    (activate, _), oldest, masked, states = activations(real, silu), real.type(halo), mask != "", mask == "states"
 
     def kernel(
         x, y, weight, bias, initial_state, ages, sequences, dim, length, tiles, parts, tiles_of_part, x_batch, x_dim,
         y_batch, y_dim,
     ):  # fmt: skip
         X, V, P, Y, W, raw = window(), numbers(), numbers(), numbers(), taps(), make_raw()
-        blocks, lane = (dim + CHANNELS - 1) // CHANNELS, thread_index() & (WARP - 1)
-        rest = quotient(block_index(), blocks)
-        batch = quotient(rest, parts)
-        first, d = (rest - batch * parts) * tiles_of_part, block_index() - rest * blocks
-        d = d * CHANNELS + (thread_index() >> 5)
-        steps, d = select(d < dim, length, 0), select(d < dim, d, 0)
+        lane, (rest, d, inside) = thread_index() & (WARP - 1), place(dim)
+        batch, steps = quotient(rest, parts), select(inside, length, 0)
+        first = (rest - batch * parts) * tiles_of_part
         row, y_row, state_row = batch * x_batch + d * x_dim, batch * y_batch + d * y_dim, (batch * dim + d) * halo
         t, last = first * tile_steps + lane * group, min(first + tiles_of_part, tiles)
         if ends:
@@ -237,11 +300,7 @@ def forward(storage, width, group, ends, silu, mask):
         ask(raw, x, row, t - tile_steps, select((lane >= WARP - back) & (first > 0), steps, 0))
         take(P, raw)
         ask(raw, x, row, t, steps)
-        for k in range(width):
-            W[k] = read(weight, d * width + k, True)
-        b = zero
-        if bias != 0:
-            b = read(bias, d, True)
+        b = read_taps(W, weight, bias, d)
         for tile in range(first, last):
             take(V, raw)
             if ends:
@@ -250,26 +309,17 @@ def forward(storage, width, group, ends, silu, mask):
             if tile + 1 < last:
                 ask(raw, x, row, t + tile_steps, steps)
             if (initial_state != 0) & (tile == 0) & (not states):
-                for k in range(group):
-                    at = t + k
-                    V[k] = V[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
-                    at = t + k - tile_steps
-                    P[k] = P[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
+                add_initial(V, P, initial_state, state_row, t)
             for k in range(group):
                 X[halo + k] = V[k]
             before(X, P, lane)
             converge()
             for j in range(group):
-                total, age, state, head = b, oldest, d, d < 0
+                age = oldest
                 if masked:
                     age = read_age(ages, batch * length + t + j, (t + j >= 0) & (t + j < steps))
-                if states:
-                    head = (age < oldest) & (t + j >= 0) & (t + j < steps)
-                    sequence = read_integer(sequences, t + j, select(head, 1, 0))
-                    state = (sequence * dim + d) * halo + integer(age)
-                for k in range(width):
-                    total = fma(W[k], tap(X, age, j, k, initial_state, state, head), total)
-                Y[j] = activate(total)
+                state, head = first_state(age, t + j, steps, sequences, True, dim, d)
+                Y[j] = activate(weighted(X, W, b, age, j, initial_state, state, head))
             write(y, y_row + t, Y, select((t >= 0) & (t + group <= steps), group, 0))
             if ends:
                 if (tile == 0) | (tile + 2 >= tiles):
@@ -282,32 +332,113 @@ def forward(storage, width, group, ends, silu, mask):
     return kernel, Shape(CHANNELS * WARP, (12 if group <= 4 else 10) if lean else 4)
 
 
+def final_gradients(real, width, mask):
+    """``of_packed`` and ``of_row``: what dfinal_state adds to dx of the last steps of a sequence, or of a row."""
+    halo, masked, integer = width - 1, mask != "", np.int64
+    read, read_age = element_reader(real.name, real), element_reader(AGES, real)
+    ages_seen = tuple(real.type(j) for j in range(width))
+
+    @device
+    def of_packed(dfinal_state, sequences, A, j, at, steps, dim, d):
+        last_one, ahead, index = at < 0, (at >= 0) & (at < steps), at * 0
+        for k in range(1, width):
+            turns = A[j + k] < ages_seen[k]
+            last_one = last_one | (ahead & turns)
+            index = select(ahead & turns, halo - k, index)
+            ahead = ahead & (A[j + k] >= ages_seen[k])
+        last_one = last_one & (at >= 0)
+        state = read_integer(sequences, at, select(last_one, 1, 0)) * dim + d
+        return read(dfinal_state, state * halo + index, last_one)
+
+    @device
+    def of_row(dfinal_state, state_row, ages, age_row, at, steps, length):
+        index = at - (length - halo)
+        last_one = (index >= 0) & (at >= 0) & (at < steps)
+        if masked:
+            last_age = read_age(ages, age_row + length - 1, last_one)
+            last_one = last_one & (integer(last_age) >= halo - 1 - index)
+        return read(dfinal_state, state_row + index, last_one)
+
+    return of_packed, of_row
+
+
+def gradients_of_steps(real, width, group, silu, mask):
+    """Of a lane's steps: ``read_ages``, ``gradients_of_sums`` and what they add to the gradients of weights and inputs.
+
+    ``add_gradients`` adds to DW, one number for each tap, and gives dbias. ``gradients_of_inputs`` makes dx, of the
+    gradients G of the sums that an input is in and of dfinal_state.
+    """
+    halo, tile_steps, masked, states = width - 1, WARP * group, mask != "", mask == "states"
+    (_, slope), tap = activations(real, silu), tap_of(real, width, mask)
+    first_state, weighted = sums_of_taps(real, width, mask)
+    read_age, (of_packed, of_row) = element_reader(AGES, real), final_gradients(real, width, mask)
+    zero, oldest, ages_seen = real.type(0), real.type(halo), tuple(real.type(j) for j in range(width))
+
+    @device
+    def spread_back(G, W, A, j):
+        total = zero
+        for k in range(width):
+            g = G[j + k]
+            if masked:
+                g = select(A[j + k] >= ages_seen[k], g, zero)
+            total = fma(W[halo - k], g, total)
+        return total
+
+    @device
+    def read_ages(A, ages, age_row, t, steps):
+        for j in range(group + halo):
+            A[j] = oldest
+            if masked:
+                A[j] = read_age(ages, age_row + t + j, (t + j >= 0) & (t + j < steps))
+
+    @device
+    def gradients_of_sums(G, E, X, A, W, b, t, steps, sequences, initial_state, dim, d):
+        for j in range(group):
+            state, head = first_state(A[j], t + j, steps, sequences, initial_state != 0, dim, d)
+            G[j] = E[j] * slope(weighted(X, W, b, A[j], j, initial_state, state, head))
+
+    @device
+    def add_gradients(DW, db, G, X, A, t, steps, sequences, initial_state, dim, d):
+        for j in range(group):
+            state, head = first_state(A[j], t + j, steps, sequences, initial_state != 0, dim, d)
+            for k in range(width):
+                DW[k] = fma(G[j], tap(X, A[j], j, k, initial_state, state, head), DW[k])
+            db = db + G[j]
+        return db
+
+    @device
+    def gradients_of_inputs(
+        E, G, A, W, dfinal_state, sequences, ages, age_row, state_row, t, tile, steps, length, dim, d
+    ):
+        for j in range(group):
+            total = spread_back(G, W, A, j)
+            if dfinal_state != 0:
+                if states:
+                    total = total + of_packed(dfinal_state, sequences, A, j, t + j, steps, dim, d)
+                elif (tile + 2) * tile_steps > length - halo:
+                    total = total + of_row(dfinal_state, state_row, ages, age_row, t + j, steps, length)
+            E[j] = total
+
+    return read_ages, gradients_of_sums, add_gradients, gradients_of_inputs
+
+
 def backward(storage, width, group, ends, silu, mask):
     """A warp has ``tiles_of_part`` tiles of each of ``rows_of_part`` rows of a channel, and goes from late to early.
 
     If there are tiles after those, it begins with one of them, for the gradients that its own look forward to.
     """
     real, halo, tile_steps = real_of_storage(storage), width - 1, WARP * group
-    back, phase, tap = -(-halo // group), phase_of(storage, group), tap_of(real, width, mask)
+    back, phase, read_taps = -(-halo // group), phase_of(storage, group), taps_reader(real, width)
     make_raw, ask, take = group_reader(storage, real, group)
     add_ends, write_ends = ends_of_rows(storage, real, group)
     before, after = neighbours(group, halo)
-    read, write_dx = element_reader(real.name, real), writer(dtype_of(storage), real, group, group > 1)
-    write, read_age = element_writer(real.name, real), element_reader(AGES, real)
+    read_ages, gradients_of_sums, add_gradients, gradients_of_inputs = gradients_of_steps(
+        real, width, group, silu, mask
+    )
+    write_dx, write = writer(dtype_of(storage), real, group, group > 1), element_writer(real.name, real)
     window, numbers, taps = local_array(halo + group, real), local_array(group, real), local_array(width, real)
-    (_, slope), zero, oldest, integer = activations(real, silu), real.type(0), real.type(halo), np.int64
-    sum_over_warp, ages_seen = lane_sum(WARP), tuple(real.type(j) for j in range(width))
-    masked, states = mask != "", mask == "states"
-
-    @device
-    def first_state(A, j, t, steps, sequences, initial_state, dim, d):
-        """Where the taps at a lane's step j find the initial state of its sequence, and whether they look there."""
-        state, head = d, d < 0
-        if states:
-            head = (initial_state != 0) & (A[j] < oldest) & (t + j >= 0) & (t + j < steps)
-            sequence = read_integer(sequences, t + j, select(head, 1, 0))
-            state = (sequence * dim + d) * halo + integer(A[j])
-        return state, head
+    add_initial, zero = initial_adder(real, halo, group), real.type(0)
+    sum_over_warp, masked, states = lane_sum(WARP), mask != "", mask == "states"
 
     def kernel(
         dy, x, dx, weight, bias, initial_state, dfinal_state, ages, sequences, dweight, dbias, batches, dim, length,
@@ -315,23 +446,16 @@ def backward(storage, width, group, ends, silu, mask):
     ):  # fmt: skip
         X, G, A, V, P, N, E = window(), window(), window(), numbers(), numbers(), numbers(), numbers()
         W, DW, raw, raw_before, raw_dy = taps(), taps(), make_raw(), make_raw(), make_raw()
-        blocks, lane = (dim + CHANNELS - 1) // CHANNELS, thread_index() & (WARP - 1)
-        part = quotient(block_index(), blocks)
-        d = (block_index() - part * blocks) * CHANNELS + (thread_index() >> 5)
-        inside = d < dim
-        steps, d = select(inside, length, 0), select(inside, d, 0)
+        lane, (part, d, inside) = thread_index() & (WARP - 1), place(dim)
+        steps, b, db = select(inside, length, 0), read_taps(W, weight, bias, d), zero
         for k in range(width):
-            W[k] = read(weight, d * width + k, True)
             DW[k] = zero
-        b, db = zero, zero
-        if bias != 0:
-            b = read(bias, d, True)
         rows = quotient(part, parts)
         first, rows = (part - rows * parts) * tiles_of_part, rows * rows_of_part
         last = min(first + tiles_of_part, tiles)
         lookers = select(lane >= WARP - back, steps, 0)
         for batch in range(rows, min(rows + rows_of_part, batches)):
-            row, dy_row = batch * x_batch + d * x_dim, batch * dy_batch + d * dy_dim
+            row, dy_row, age_row = batch * x_batch + d * x_dim, batch * dy_batch + d * dy_dim, batch * length
             dx_row, state_row = batch * dx_batch + d * dx_dim, (batch * dim + d) * halo
             tile = min(last, tiles - 1)
             t = tile * tile_steps + lane * group
@@ -356,58 +480,20 @@ def backward(storage, width, group, ends, silu, mask):
                     ask(raw_dy, dy, dy_row, t - tile_steps, steps)
                     ask(raw_before, x, row, t - 2 * tile_steps, lookers)
                 if (initial_state != 0) & (tile == 0) & (not states):
-                    for k in range(group):
-                        at = t + k
-                        V[k] = V[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
-                        at = t + k - tile_steps
-                        P[k] = P[k] + read(initial_state, state_row + halo + at, (at >= -halo) & (at < 0))
+                    add_initial(V, P, initial_state, state_row, t)
                 for k in range(group):
                     X[halo + k] = V[k]
                 before(X, P, lane)
                 converge()
-                for j in range(group + halo):
-                    A[j] = oldest
-                    if masked:
-                        A[j] = read_age(ages, batch * length + t + j, (t + j >= 0) & (t + j < steps))
-                for j in range(group):
-                    total, (state, head) = b, first_state(A, j, t, steps, sequences, initial_state, dim, d)
-                    for k in range(width):
-                        total = fma(W[k], tap(X, A[j], j, k, initial_state, state, head), total)
-                    G[j] = E[j] * slope(total)
+                read_ages(A, ages, age_row, t, steps)
+                gradients_of_sums(G, E, X, A, W, b, t, steps, sequences, initial_state, dim, d)
                 after(G, N, lane)
                 converge()
                 if tile < last:
-                    for j in range(group):
-                        state, head = first_state(A, j, t, steps, sequences, initial_state, dim, d)
-                        for k in range(width):
-                            DW[k] = fma(G[j], tap(X, A[j], j, k, initial_state, state, head), DW[k])
-                        db = db + G[j]
-                    for j in range(group):
-                        total = zero
-                        for k in range(width):
-                            g = G[j + k]
-                            if masked:
-                                g = select(A[j + k] >= ages_seen[k], g, zero)
-                            total = fma(W[halo - k], g, total)
-                        if dfinal_state != 0:
-                            if states:
-                                last_one, ahead, index = t + j < 0, (t + j >= 0) & (t + j < steps), t * 0
-                                for k in range(1, width):
-                                    turns = A[j + k] < ages_seen[k]
-                                    last_one = last_one | (ahead & turns)
-                                    index = select(ahead & turns, halo - k, index)
-                                    ahead = ahead & (A[j + k] >= ages_seen[k])
-                                last_one = last_one & (t + j >= 0)
-                                state = read_integer(sequences, t + j, select(last_one, 1, 0)) * dim + d
-                                total = total + read(dfinal_state, state * halo + index, last_one)
-                            elif (tile + 2) * tile_steps > length - halo:
-                                index = t + j - (length - halo)
-                                last_one = (index >= 0) & (t + j >= 0) & (t + j < steps)
-                                if masked:
-                                    last_age = read_age(ages, batch * length + length - 1, last_one)
-                                    last_one = last_one & (integer(last_age) >= halo - 1 - index)
-                                total = total + read(dfinal_state, state_row + index, last_one)
-                        E[j] = total
+                    db = add_gradients(DW, db, G, X, A, t, steps, sequences, initial_state, dim, d)
+                    gradients_of_inputs(
+                        E, G, A, W, dfinal_state, sequences, ages, age_row, state_row, t, tile, steps, length, dim, d
+                    )
                     write_dx(dx, dx_row + t, E, select((t >= 0) & (t + group <= steps), group, 0))
                     if ends:
                         if (tile == 0) | (tile + 2 >= tiles):

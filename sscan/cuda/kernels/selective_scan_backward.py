@@ -120,10 +120,6 @@ def backward(rows, warps, blocks, *key):
             first_of(quads.channel, quads.step, strides.delta), first_of(quads.channel, quads.step, strides.z),
         )  # fmt: skip
 
-    @device
-    def first_result(quads, stride):
-        return first_of(quads.channel, quads.step, stride)
-
     def kernel(
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz,
         matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carried, part_starts, part_sums,
@@ -154,7 +150,7 @@ def backward(rows, warps, blocks, *key):
             matrix_sums += number_size * first * matrix_count * sizes.padded
 
         thread = thread_index()
-        lane, quads = lane_at(thread, place), quads_at(thread, place)
+        lane = lane_at(thread, place)
         tile, totals, sums_before, staged, starts = make_shared()
         own, quad, of_tile = make_own()
         held, held_matrices = Waves(stored(), stored(), stored(), stored()), make_matrices()
@@ -165,8 +161,8 @@ def backward(rows, warps, blocks, *key):
         for back in range(tiles):
             t = (tiles - 1 - back) * TILE
             now = anew(thread)  # made of this, what a tile needs once does not take registers in between
-            firsts = firsts_of(quads_at(now, place), strides)
-            matrices_here = start_matrices(matrices, matrix_strides, now)
+            quads, matrices_here = quads_at(now, place), start_matrices(matrices, matrix_strides, now)
+            firsts = firsts_of(quads, strides)
             read_tile(held, arrays, firsts, strides, quads, place, t)
             bias = parameters_of(delta_bias, quads, place)
             if not many:
@@ -196,8 +192,9 @@ def backward(rows, warps, blocks, *key):
 
             now = anew(thread)
             add_totals(totals, of_tile, now)
-            first = first_result(quads_at(now, place), results_stride)
-            write_tile(tile, du + results, ddelta + results, dz + results, first, results_stride, quads, place, t)
+            write_tile(
+                tile, du + results, ddelta + results, dz + results, results_stride, quads_at(now, place), place, t
+            )
 
         end_part(own, totals, lane_at(anew(thread), place), place, sizes, memory)
 
