@@ -65,6 +65,16 @@ def load_window(X, at, x, address, t0, count, halo, initial_state, initial, d):
     read_numbers(X, at, x, address, count)
 
 
+@register_jitable
+def weighted(X, at, weight, bias, d):
+    """The sums of the taps of a vector of steps, whose inputs begin at X[at]: before the activation."""
+    like, halo = load_wide(X, 0), weight.shape[1] - 1
+    total = repeat(splat(bias[d]), like)
+    for k in range(weight.shape[1]):
+        total = fma(repeat(splat(weight[d, k]), like), load_wide(X, at - halo + k), total)
+    return total
+
+
 @kernel
 def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, channels, initial_state, final_state):
     """One task: ``channels`` channels of one bundle. The last part of a segment writes its final state."""
@@ -76,14 +86,12 @@ def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, channels, 
     X = scratch(at + CHUNK + TILE, weight.dtype)
     X[:] = 0
     wide = states_per_step(X) * TILE
-    like = load_wide(X, 0)
     while True:
         task = take(counter)
         if task >= tasks:
             break
         bundle, d0 = task // blocks, task % blocks * channels
         for d in range(d0, min(d0 + channels, dim)):
-            b = repeat(splat(bias[d]), like)
             for p in range(bundles[bundle], bundles[bundle + 1]):
                 length, offset, initial, final = parts[p, LENGTH], parts[p, FROM], parts[p, INITIAL], parts[p, FINAL]
                 batch, begin = parts[p, BATCH], parts[p, BEGIN]
@@ -93,9 +101,7 @@ def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, channels, 
                     here = start(x, batch, 0, d, begin + t0)
                     load_window(X, at, x, here, t0, steps, halo, initial_state, initial, d)
                     for t in range(0, steps, wide):
-                        total = b
-                        for k in range(width):
-                            total = fma(repeat(splat(weight[d, k]), like), load_wide(X, at - halo + t + k), total)
+                        total = weighted(X, at + t, weight, bias, d)
                         if silu:
                             total = total * sigmoid(total)
                         store_wide(Y, t, total)
@@ -107,6 +113,83 @@ def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, channels, 
                         final_state[final, d, k] = X[at - halo + k]
 
 
+# --- backward --------------------------------------------------------------------------------------------------------
+# X are the inputs of a chunk and of what its taps see before and after it, G the gradients of the sums before the
+# activation, S the sums for dweight and, last, for dbias: a vector for each, whose lanes are added up at the end.
+
+
+@register_jitable
+def through_activation(G, X, at, weight, bias, d, count):
+    """G = dy times the slope of the activation, of ``count`` steps."""
+    wide = states_per_step(X) * TILE
+    for t in range(0, count, wide):
+        total = weighted(X, at + t, weight, bias, d)
+        s, one = sigmoid(total), constant(total, 1.0)
+        store_wide(G, t, load_wide(G, t) * (s * fma(total, one - s, one)))
+
+
+@register_jitable
+def spread_back(DX, G, weight, d, steps):
+    """dx of a chunk: each input is in the sums of its own step and of the ``width - 1`` after it."""
+    like, halo, wide = load_wide(G, 0), weight.shape[1] - 1, states_per_step(G) * TILE
+    for t in range(0, steps, wide):
+        total = repeat(splat(weight.dtype.type(0)), like)
+        for k in range(weight.shape[1]):
+            total = fma(repeat(splat(weight[d, k]), like), load_wide(G, t + halo - k), total)
+        store_wide(DX, t, total)
+
+
+@register_jitable
+def add_sums(S, G, X, at, width, steps):
+    """What a chunk adds to the sums for dweight and dbias."""
+    wide = states_per_step(X) * TILE
+    for k in range(width):
+        total = load_wide(S, k * wide)
+        for t in range(0, steps, wide):
+            total = fma(load_wide(G, t), load_wide(X, at - (width - 1) + t + k), total)
+        store_wide(S, k * wide, total)
+    total = load_wide(S, width * wide)
+    for t in range(0, steps, wide):
+        total = total + load_wide(G, t)
+    store_wide(S, width * wide, total)
+
+
+@register_jitable
+def add_final(DX, dfinal_state, final, d, first, steps):
+    """What the final state gives to dx of its inputs; the chunk is ``first`` steps past the first of these."""
+    for k in range(dfinal_state.shape[2]):
+        t = k - first
+        if t >= 0 and t < steps:
+            DX[t] += dfinal_state[final, d, k]
+
+
+@register_jitable
+def store_initial(dinitial_state, initial, dfinal_state, final, G, weight, d, length):
+    """The gradient of the initial state: of the first steps, and of the final state if that goes back so far."""
+    for i in range(weight.shape[1] - 1):
+        g = weight.dtype.type(0)
+        for k in range(i + 1):
+            g += weight[d, k] * G[i - k]
+        if final >= 0 and i >= length:
+            g += dfinal_state[final, d, i - length]
+        dinitial_state[initial, d, i] = g
+
+
+@register_jitable
+def store_sums(partials, bundle, d, S, F):
+    """The lanes of the sums of a channel, added up; F is scratch."""
+    wide, sums = states_per_step(S) * TILE, partials.shape[2]
+    for k in range(sums):
+        total = splat(S.dtype.type(0))
+        for lane in range(0, wide, TILE):
+            total = total + load(S, k * wide + lane)
+        store(F, k * TILE, total)
+    for k0 in range(0, sums, TILE):
+        store(S, k0, lane_sums(F, k0 * TILE, TILE))
+    for k in range(sums):
+        partials[bundle, d, k] = S[k]
+
+
 @kernel
 def backward(
     counter, tasks, dy, x, dx, weight, bias, silu, parts, bundles, channels, initial_state, dfinal_state,
@@ -114,8 +197,8 @@ def backward(
 ):  # fmt: skip
     """One task: ``channels`` channels of one bundle, whose sums for dweight and dbias are partials[bundle, d].
 
-    The gradient G of the sum before the activation is needed ``width - 1`` steps past the chunk, where it is computed
-    again by whoever owns those steps. X and G are zero past what was read: the sums run over whole vectors.
+    G is needed ``width - 1`` steps past the chunk, where it is computed again by whoever owns those steps. X and G are
+    zero past what was read: the sums run over whole vectors.
     """
     dim, width = weight.shape
     blocks = (dim + channels - 1) // channels
@@ -126,18 +209,14 @@ def backward(
     X, G = scratch(2 * at + CHUNK + 2 * wide, weight.dtype), scratch(at + CHUNK + 2 * wide, weight.dtype)
     sums = (width + TILE) // TILE * TILE  # width + 1 in whole vectors
     S, F = scratch(sums * wide, weight.dtype), scratch(sums * TILE, weight.dtype)
-    zero = splat(weight.dtype.type(0))
     F[:] = 0
     X[:] = 0
-    like = load_wide(X, 0)
-    one = constant(like, 1.0)
     while True:
         task = take(counter)
         if task >= tasks:
             break
         bundle, d0 = task // blocks, task % blocks * channels
         for d in range(d0, min(d0 + channels, dim)):
-            b = repeat(splat(bias[d]), like)
             S[:] = 0
             for p in range(bundles[bundle], bundles[bundle + 1]):
                 length, offset, initial, final = parts[p, LENGTH], parts[p, FROM], parts[p, INITIAL], parts[p, FINAL]
@@ -151,50 +230,16 @@ def backward(
                     X[at + count : at + count + wide] = 0
                     read_numbers(G, 0, dy, start(dy, batch, 0, d, begin + t0), count)
                     if silu:
-                        for t in range(0, count, wide):
-                            total = b
-                            for k in range(width):
-                                total = fma(repeat(splat(weight[d, k]), like), load_wide(X, at - halo + t + k), total)
-                            s = sigmoid(total)
-                            store_wide(G, t, load_wide(G, t) * (s * fma(total, one - s, one)))
+                        through_activation(G, X, at, weight, bias, d, count)
                     G[count : steps + halo + wide] = 0
-                    for t in range(0, steps, wide):
-                        total = repeat(zero, like)
-                        for k in range(width):
-                            total = fma(repeat(splat(weight[d, k]), like), load_wide(G, t + halo - k), total)
-                        store_wide(DX, t, total)
-                    for k in range(width):
-                        total = load_wide(S, k * wide)
-                        for t in range(0, steps, wide):
-                            total = fma(load_wide(G, t), load_wide(X, at - halo + t + k), total)
-                        store_wide(S, k * wide, total)
-                    total = load_wide(S, width * wide)
-                    for t in range(0, steps, wide):
-                        total = total + load_wide(G, t)
-                    store_wide(S, width * wide, total)
+                    spread_back(DX, G, weight, d, steps)
+                    add_sums(S, G, X, at, width, steps)
                     if final >= 0:
-                        for k in range(halo):
-                            t = length - halo + k - t0
-                            if t >= 0 and t < steps:
-                                DX[t] += dfinal_state[final, d, k]
+                        add_final(DX, dfinal_state, final, d, t0 - (length - halo), steps)
                     if initial >= 0 and t0 == 0:
-                        for i in range(halo):
-                            g = weight.dtype.type(0)
-                            for k in range(i + 1):
-                                g += weight[d, k] * G[i - k]
-                            if final >= 0 and i >= length:
-                                g += dfinal_state[final, d, i - length]
-                            dinitial_state[initial, d, i] = g
+                        store_initial(dinitial_state, initial, dfinal_state, final, G, weight, d, length)
                     write_numbers(DX, 0, dx, start(dx, batch, 0, d, begin + t0), steps)
-            for k in range(width + 1):
-                total = zero
-                for lane in range(0, wide, TILE):
-                    total = total + load(S, k * wide + lane)
-                store(F, k * TILE, total)
-            for k0 in range(0, width + 1, TILE):
-                store(S, k0, lane_sums(F, k0 * TILE, TILE))
-            for k in range(width + 1):
-                partials[bundle, d, k] = S[k]
+            store_sums(partials, bundle, d, S, F)
 
 
 @kernel
