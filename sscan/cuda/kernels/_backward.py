@@ -94,7 +94,7 @@ class Addresses(NamedTuple):
     A: Any
     B: Any  # if constant, as C
     C: Any
-    checkpoints: Any
+    checkpoints: Any  # of the block's channels in this part
     dlast_state: Any
     part_starts: Any
     part_sums: Any
@@ -414,11 +414,11 @@ def state_carriers(v):
     read_together, write_together = reader(v.real, number, NS, True, False), writer(v.real, number, NS, True)
 
     @device
-    def read_h(own, r, row, lane, place, sizes, memory, t):
+    def read_h(own, r, row, turned, place, sizes, memory, t):
         h = numbers()
-        checkpoint = place.checkpoint + (t >> 4)
-        read_together(h, memory.checkpoints, (checkpoint * sizes.dim + row.channel) * sizes.padded + row.n, row.alive)
-        turn(h, lane.turned)
+        at = ((t >> 4) * sizes.dim + row.channel - place.channel) * sizes.padded + row.n
+        read_together(h, memory.checkpoints, at, row.alive)
+        turn(h, turned)
         put_row(own.h, r, h)
 
     @device
@@ -466,9 +466,9 @@ def states_reader(cut, row_at):
     rows, (read_h, _, _) = cut.rows, state_carriers(cut.v)
 
     @device
-    def read_states(own, lane, place, sizes, memory, t):
+    def read_states(own, lane, turned, place, sizes, memory, t):
         for r in unroll(rows):
-            read_h(own, r, row_at(lane, r, 0, place, sizes), lane, place, sizes, memory, t)
+            read_h(own, r, row_at(lane, r, 0, place, sizes), turned, place, sizes, memory, t)
 
     return read_states
 
@@ -482,7 +482,7 @@ def block_carriers(cut, row_at):
     def begin_block(own, block, lane, place, sizes, memory, t):
         for r in unroll(rows):
             row = row_at(lane, r, block, place, sizes)
-            read_h(own, r, row, lane, place, sizes, memory, t)
+            read_h(own, r, row, lane.turned, place, sizes, memory, t)
             read_own_rates(own, r, row, lane, memory)
             read_constants(own, r, row, lane, memory)
             restore(own, r, row, place, sizes, memory)
@@ -721,22 +721,19 @@ def channel_sums(cut):
         return kept + shuffle_xor(sent, distance)
 
     @device
-    def halve_states(into, first, x, second):
+    def half_of(x, k, second):
         """States are turned, so that the first half is what the other lane sends; a single one is halved by steps."""
-        for k in range(size):
-            at = k // half * states + k % half
-            if states > 1:
-                into[first + k] = x[at] + shuffle_xor(x[at + half], 16)
-            else:
-                into[first + k] = halved(second, x[k], x[k + 2], 16)
+        at = k // half * states + k % half
+        return x[at] + shuffle_xor(x[at + half], 16) if states > 1 else halved(second, x[k], x[k + 2], 16)
 
     @device
     def sum_channels(into, of_B, of_C, thread):
-        x = of_both()
-        if varying_B:
-            halve_states(x, 0, of_B, (thread & 16) != 0)
-        if varying_C:
-            halve_states(x, size if both else 0, of_C, (thread & 16) != 0)
+        x, second = of_both(), (thread & 16) != 0
+        for k in range(size):
+            if varying_B:
+                x[k] = half_of(of_B, k, second)
+            if varying_C:
+                x[size + k if both else k] = half_of(of_C, k, second)
         if both:
             for k in range(size):
                 x[k] = halved((thread & 2) != 0, x[k], x[size + k], 2)

@@ -326,11 +326,11 @@ def sequence_markers(v, tile):
     @device
     def mark_sequences(keep, seq_idx, place, length, t, thread):
         if resets:
-            i, at = thread & (tile - 1), place.row * length + place.begin + t
-            known = select(i < place.steps - t, 1, 0 * thread)
-            here = read_integer(seq_idx, at + i, known)
-            before = read_integer(seq_idx, at + i - 1, select(t + i > 0, known, 0 * thread))
-            shared_set(keep, i, select((here == before) | (t + i == 0), one, zero))
+            i = thread & (tile - 1)
+            step, row, known = place.begin + t + i, place.row * length, select(i < place.steps - t, 1, 0 * thread)
+            here = read_integer(seq_idx, row + step, known)
+            before = read_integer(seq_idx, row + step - 1, select(step > 0, known, 0 * thread))
+            shared_set(keep, i, select((here == before) | (step == 0), one, zero))
 
     return mark_sequences
 

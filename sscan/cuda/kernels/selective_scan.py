@@ -123,7 +123,7 @@ class Addresses(NamedTuple):
     C: Any
     initial_state: Any
     last_state: Any
-    checkpoints: Any
+    checkpoints: Any  # of the lane's channel in this part
     carried: Any  # states that go from tile to tile, if there are many blocks of them
     part_ends: Any
     part_sums: Any
@@ -337,9 +337,8 @@ def state_carriers(cut, row_at):
         read_constants(own, row, memory)
 
     @device
-    def write_checkpoint(own, row, place, sizes, memory, t):
-        at = ((place.checkpoint + (t >> 4)) * sizes.dim + row.channel) * sizes.padded + row.n
-        write_together(memory.checkpoints, at, own.h, row.alive)
+    def write_checkpoint(own, row, sizes, memory, t):
+        write_together(memory.checkpoints, (t >> 4) * sizes.dim * sizes.padded + row.n, own.h, row.alive)
 
     @device
     def end_part(own, lane, place, sizes, memory, total):
@@ -455,7 +454,8 @@ def scan(cut):
     once for each block of channels.
     """
     v, states, outputs, many, spread = cut.v, cut.v.states, cut.outputs, cut.v.many, cut.v.spread
-    states_apart, zero, mark_sequences = LANES * states, v.real.type(0), sequence_markers(v, TILE)
+    states_apart, number_size, zero = LANES * states, v.dtype.itemsize, v.real.type(0)
+    mark_sequences = sequence_markers(v, TILE)
     numbers, make_shared = local_array(states, v.dtype), shared_arrays(cut)
     waves = wave_tile(v, dtype_of(v.storage), v.real, cut.threads, cut.channels, TILE, ROW, keep=True)
     stored, address, first_of = waves.stored, waves.address, waves.start
@@ -488,7 +488,9 @@ def scan(cut):
             cu_seqlens,
         )  # fmt: skip
         sizes = Sizes(dim, state, state_blocks, states_apart * state_blocks if many else states_apart)
-        memory = Addresses(A, B, C, initial_state, last_state, checkpoints, carried, part_ends, part_sums)
+        lane = lane_at(thread_index(), place)
+        first = checkpoints + number_size * (place.checkpoint * dim + lane.channel) * sizes.padded
+        memory = Addresses(A, B, C, initial_state, last_state, first, carried, part_ends, part_sums)
         strides, matrix_strides = Waves(u_stride, delta_stride, z_stride, y_stride), Matrices(B_stride, C_stride)
         arrays = Waves(
             address(u, u_batch, u_stride, place), address(delta, delta_batch, delta_stride, place),
@@ -497,8 +499,7 @@ def scan(cut):
         matrices = matrix_address(B, C, Matrices(B_batch, C_batch), Matrices(B_group, C_group), matrix_strides, place)
 
         thread = thread_index()
-        lane, quads = lane_at(thread, place), quads_at(thread, place)
-        matrices = start_matrices(matrices, matrix_strides, thread)
+        quads, matrices = quads_at(thread, place), start_matrices(matrices, matrix_strides, thread)
         tile, staged = make_shared()
         own = States(numbers(), numbers(), numbers(), numbers(), numbers())
         held, held_matrices = Waves(stored(), stored(), stored(), stored()), make_matrices()
@@ -531,7 +532,7 @@ def scan(cut):
                 for reached in range(0, TILE, CHECKPOINT):
                     if outputs:
                         if t + reached < kept_steps:
-                            write_checkpoint(own, row, place, sizes, memory, t + reached)
+                            write_checkpoint(own, row, sizes, memory, t + reached)
                     of_tile = walk(own, tile, staged, lane, reached, at, at_matrix, block, of_tile)
                     at, at_matrix = at + CHECKPOINT, at_matrix + CHECKPOINT // QUAD * QUAD_SIZE
                 if many:

@@ -75,6 +75,7 @@ from sscan.cuda.kernels._matrices import Matrices, matrix_tile, matrix_tiles
 from sscan.cuda.kernels._scan import (
     BLOCK,
     LANES,
+    Quads,
     Sizes,
     Variant,
     places,
@@ -120,6 +121,11 @@ def backward(rows, warps, blocks, *key):
             first_of(quads.channel, quads.step, strides.delta), first_of(quads.channel, quads.step, strides.z),
         )  # fmt: skip
 
+    @device
+    def quads_again(thread, place, left):
+        quads = quads_at(thread, place)
+        return Quads(quads.channel, quads.step, quads.slot, left)
+
     def kernel(
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz,
         matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carried, part_starts, part_sums,
@@ -133,6 +139,7 @@ def backward(rows, warps, blocks, *key):
             channel_blocks, blocks_of_group, channels_of_group, parts, parts, part_length, length, sequences, cu_seqlens
         )
         sizes = Sizes(dim, state, state_blocks, states_apart * state_blocks if many else states_apart)
+        checkpoints += number_size * (place.checkpoint * dim + place.channel) * sizes.padded
         memory = Addresses(
             A, B, C, checkpoints, dlast_state, part_starts, part_sums, carried, A_sums, B_sums, C_sums, D_sums,
             bias_sums, dinitial_state,
@@ -157,17 +164,17 @@ def backward(rows, warps, blocks, *key):
         begin_totals(tile, totals, lane, place, sizes, D)
         begin_part(own, lane, place, sizes, memory)
 
-        tiles = (place.steps + TILE - 1) >> 4
+        left, tiles = quads_at(thread, place).steps, (place.steps + TILE - 1) >> 4
         for back in range(tiles):
             t = (tiles - 1 - back) * TILE
             now = anew(thread)  # made of this, what a tile needs once does not take registers in between
-            quads, matrices_here = quads_at(now, place), start_matrices(matrices, matrix_strides, now)
+            quads, matrices_here = quads_again(now, place, left), start_matrices(matrices, matrix_strides, now)
             firsts = firsts_of(quads, strides)
             read_tile(held, arrays, firsts, strides, quads, place, t)
             bias = parameters_of(delta_bias, quads, place)
             if not many:
                 read_matrices(held_matrices, matrices_here, matrix_strides, 0, state, t, place.steps - t, thread)
-                read_states(own, lane_at(now, place), place, sizes, memory, t)
+                read_states(own, lane_at(now, place), lane.turned, place, sizes, memory, t)
             prepare_tile(tile, held, arrays, firsts, strides, quads, t, bias, delta_softplus)
             mark_sequences(tile.keep, seq_idx, place, length, t, thread)
             begin_tile(of_tile)
@@ -193,7 +200,14 @@ def backward(rows, warps, blocks, *key):
             now = anew(thread)
             add_totals(totals, of_tile, now)
             write_tile(
-                tile, du + results, ddelta + results, dz + results, results_stride, quads_at(now, place), place, t
+                tile,
+                du + results,
+                ddelta + results,
+                dz + results,
+                results_stride,
+                quads_again(now, place, left),
+                place,
+                t,
             )
 
         end_part(own, totals, lane_at(anew(thread), place), place, sizes, memory)
