@@ -123,6 +123,18 @@ def test_few_channels_are_split_along_time(name: str, launches: list[tuple[str, 
     assert {"ends", "forward", "starts", "backward"} <= {factory for factory, _ in launches}
 
 
+def test_a_sequence_that_starts_where_a_part_does(launches: list[tuple[str, int]]) -> None:
+    """Whether it does is seen in the step before, which is another part's."""
+
+    def problem(rng: Generator) -> Arguments:
+        return {**scan_problem(rng, **FEW), "seq_idx": np.arange(FEW["length"], dtype=np.int32)[None] // 32}
+
+    case = Case("a sequence a tile", "selective_scan", problem)
+    check_forward(emulated, case)
+    check_backward(emulated, case)
+    assert {"ends", "starts"} <= {factory for factory, _ in launches}
+
+
 def test_parts_are_tiles_and_not_too_many(launches: list[tuple[str, int]]) -> None:
     """The first part of a row is computed as the whole row would be; the parts after it agree to rounding."""
     arguments = scan_problem(np.random.default_rng(0), **{**FEW, "length": 1000})

@@ -123,6 +123,7 @@ def backward(rows, warps, blocks, *key):
 
     @device
     def quads_again(thread, place, left):
+        """As ``quads_at``, but for the steps of the part, which stay in a register."""
         quads = quads_at(thread, place)
         return Quads(quads.channel, quads.step, quads.slot, left)
 
@@ -168,7 +169,8 @@ def backward(rows, warps, blocks, *key):
         for back in range(tiles):
             t = (tiles - 1 - back) * TILE
             now = anew(thread)  # made of this, what a tile needs once does not take registers in between
-            quads, matrices_here = quads_again(now, place, left), start_matrices(matrices, matrix_strides, now)
+            quads = quads_again(now, place, left)
+            matrices_here = start_matrices(matrices, matrix_strides, now)
             firsts = firsts_of(quads, strides)
             read_tile(held, arrays, firsts, strides, quads, place, t)
             bias = parameters_of(delta_bias, quads, place)
@@ -199,16 +201,8 @@ def backward(rows, warps, blocks, *key):
 
             now = anew(thread)
             add_totals(totals, of_tile, now)
-            write_tile(
-                tile,
-                du + results,
-                ddelta + results,
-                dz + results,
-                results_stride,
-                quads_again(now, place, left),
-                place,
-                t,
-            )
+            quads = quads_again(now, place, left)
+            write_tile(tile, du + results, ddelta + results, dz + results, results_stride, quads, place, t)
 
         end_part(own, totals, lane_at(anew(thread), place), place, sizes, memory)
 
