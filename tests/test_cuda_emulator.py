@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dis
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +44,17 @@ ZERO, ONE = F32.type(0), F32.type(1)
 def run() -> Run:
     """Run a body as a kernel of one block."""
     return lambda body, *arguments: testing.run(body, THREADS, 1, *arguments)
+
+
+def test_says_what_it_needs() -> None:
+    code = (
+        "import sys; sys.modules['numba_cuda'] = None\n"
+        "try: import sscan.testing\n"
+        "except ImportError as error: print(error, error.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    line = 'sscan.testing needs numba-cuda, which is installed by: pip install "sscan[cuda13]" numba_cuda\n'
+    assert done.stdout == line
 
 
 def aligned(size: int) -> Any:

@@ -184,6 +184,14 @@ def test_every_public_module_is_on_a_page() -> None:
     assert rooms == {module.split(".")[1] for module in shown if "." in module} | INTERNAL | set(sscan.__all__) & rooms
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_neither_function_nor_class_is_on_a_page(package: str) -> None:
+    """It has no docstring that would bring it there."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES.glob("*.md"))
+    for name in importlib.import_module(package).__all__:
+        assert f"{package}.{name}" in PUBLIC or f"\n.. py:data:: {name}\n" in pages, name
+
+
 def test_what_a_page_leaves_out_of_a_module_is_on_another() -> None:
     for module, left_out in shown_modules().items():
         for name in left_out:

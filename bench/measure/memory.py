@@ -72,9 +72,9 @@ def in_arrays() -> Iterator[str]:
 def over_lengths() -> Iterator[str]:
     yield from (
         f"{datetime.now(timezone.utc):%Y-%m-%d}, {platform.machine()}, Python {platform.python_version()}, float32:",
-        "`python bench/measure/memory.py --lengths`. Peak of the process beyond the inputs; 0.0 is memory that the process",
-        "had freed before. The last column is the array that a scan keeps which does not make its states again: (batch,",
-        "dim, length, state).",
+        "`python bench/measure/memory.py --lengths`. Peak of the process beyond the inputs; 0.0 is memory that the",
+        "process had freed before. The last column is the array that a scan keeps which does not make states again:",
+        "(batch, dim, length, state).",
         "",
         "| (batch, dim, length) | forward, MB | forward and backward, MB | all states of the scan, MB |",
         "| --- | --- | --- | --- |",
