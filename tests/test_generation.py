@@ -129,6 +129,7 @@ def test_sampler_options_in_their_order() -> None:
         ({"vocab_size": 10**6}, r"generate: vocab_size must be at most the model's \d+, padding included, got 1"),
         ({"seed": -1}, "generate: seed must be at least 0"),
         ({"eos": -1}, "generate: eos must be at least 0"),
+        ({"eos": [0, 500]}, "generate: eos must be tokens below [0-9]+, padding included, got 500"),
         ({"stop": ("a",)}, "stop is looked for in text, so it needs a tokenizer"),
         ({"stop": ("",), "tokenizer": bytes}, "stop must not be an empty text"),
     ],

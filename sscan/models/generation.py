@@ -119,6 +119,8 @@ class GenerationMixin:
         if drawn > (most := self.config.padded_vocab_size):
             raise ValueError(f"generate: vocab_size must be at most the model's {most}, padding included, got {drawn}")
         ending = _Ending(max_new_tokens, eos, stop, tokenizer)
+        if (beyond := max(ending.tokens, default=0)) >= most:
+            raise ValueError(f"generate: eos must be tokens below {most}, padding included, got {beyond}")
         rows = [
             _Row(i, prompt, Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed + i), seed + i, ending)
             for i, prompt in enumerate(listed)
@@ -187,15 +189,16 @@ class _Ending:
             raise ValueError("generate: stop is looked for in text, so it needs a tokenizer")
         if not all(self.stop):
             raise ValueError("generate: stop must not be an empty text")
-        for token in self._eos:
+        for token in self.tokens:
             check_integer("generate", "eos", token, 0)
 
     @property
-    def _eos(self) -> Sequence[int]:
+    def tokens(self) -> Sequence[int]:
+        """Those that end a sequence."""
         return () if self.eos is None else self.eos if hasattr(self.eos, "__len__") else (self.eos,)  # type: ignore[return-value]
 
     def is_reached(self, new: list[int]) -> bool:
-        if len(new) >= self.max_new_tokens or new[-1] in self._eos:
+        if len(new) >= self.max_new_tokens or new[-1] in self.tokens:
             return True
         if not self.stop:
             return False
