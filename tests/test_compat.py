@@ -6,10 +6,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import os
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -351,27 +353,31 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("installed_by", ["command", "call"])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_workers_have_the_names(method: str, installed_by: str, tmp_path: Path) -> None:
+LAUNCHER = """
+if __name__ == "__main__":
+    import runpy, sys, sscan.compat
+    sscan.compat.install()
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_workers_have_the_names(tmp_path: Path) -> None:
     """Of every start method, before the main module is imported in them; and those that they start."""
-    script = tmp_path / "workers.py"
+    script, launcher = tmp_path / "workers.py", tmp_path / "launcher.py"
     script.write_text(WORKERS)
-    arguments = ["-m", "sscan.compat", str(script), method]
-    if installed_by == "call":
-        launcher = tmp_path / "launcher.py"
-        launcher.write_text(
-            "if __name__ == '__main__':\n"
-            "    import runpy, sys, sscan.compat\n"
-            "    sscan.compat.install()\n"
-            "    del sys.argv[0]\n"
-            "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        )
-        arguments = [str(launcher), str(script), method]
-    out, error, code = python(*arguments, timeout=300)
+    launcher.write_text(LAUNCHER)
+    installed_by = {"command": ["-m", "sscan.compat"], "call": [str(launcher)]}
     expected = ["[['sscan.compat.causal_conv1d']]", "0", "['sscan.torch.mamba']"]
-    expected += ["sscan.torch.mamba"] if method == "spawn" else []
-    assert (out.splitlines(), code) == (expected, 0), error
+
+    def check(case: tuple[str, str]) -> None:
+        how, method = case
+        out, error, code = python(*installed_by[how], str(script), method, timeout=300)
+        after = ["sscan.torch.mamba"] if method == "spawn" else []
+        assert (out.splitlines(), code) == (expected + after, 0), f"{how}, {method}: {error}"
+
+    with ThreadPoolExecutor(2) as two_at_a_time:
+        list(two_at_a_time.map(check, itertools.product(installed_by, ("fork", "spawn", "forkserver"))))
 
 
 def test_processes_that_a_script_starts_have_the_names() -> None:
