@@ -215,11 +215,11 @@ def tile_readers(cut, waves):
     @device
     def read_next(held, arrays, first, strides, quads, place, t):
         for p in unroll(count):
-            valid = known(p, quads.channel, place.channel_end, quads.steps - t)
+            valid = known(p, quads.channel, place.channel_end, place.steps - t - quads.step)
             if gated:
                 before = past(t + quads.step, quads.channel, place.begin)
                 read(held.z, p, arrays.z, at(first.z, p, t, strides.z), valid, before)
-            valid = known_next(valid, p, quads.channel, place.channel_end, quads.steps - t)
+            valid = known_next(valid, p, quads.channel, place.channel_end, place.steps - t - quads.step)
             before = t + quads.step + TILE
             read(held.delta, p, arrays.delta, at(first.delta, p, t + TILE, strides.delta), valid, before)
             read(held.u, p, arrays.u, at(first.u, p, t + TILE, strides.u), valid, before)
@@ -234,7 +234,7 @@ def tile_preparer(cut, waves):
     count, widen, put, parameter_of = waves.count, waves.widen, waves.put, waves.parameter_of
 
     @device
-    def prepare_tile(tile, held, arrays, first, strides, quads, t, bias, skip, delta_softplus):
+    def prepare_tile(tile, held, arrays, first, strides, quads, place, t, bias, skip, delta_softplus):
         d, x, past_states = of_quad(), of_quad(), of_quad()
         for p in unroll(count):
             widen(d, held.delta, p, arrays.delta, first.delta, strides.delta)
@@ -243,7 +243,7 @@ def tile_preparer(cut, waves):
                 for i in unroll(QUAD, heavy):
                     past_states[i] = skip[parameter_of(p, i)] * x[i]
                 put(tile.skips if beside else tile.y, quads.slot, p, past_states)
-            sized(d, bias, p, quads.steps - t, delta_softplus)
+            sized(d, bias, p, place.steps - t - quads.step, delta_softplus)
             if not zoh:
                 for i in unroll(QUAD, heavy):
                     x[i] = d[i] * x[i]
@@ -272,7 +272,7 @@ def tile_writer(cut, waves):
                 widen(z, held.z, p, arrays.z, first.z, strides.z)
                 for i in unroll(QUAD, heavy):
                     ys[i] = ys[i] * (z[i] * sigmoid(z[i]))
-            valid = known(p, quads.channel, place.channel_end, quads.steps - t)
+            valid = known(p, quads.channel, place.channel_end, place.steps - t - quads.step)
             write(arrays.y, at(first.y, p, t, strides.y), ys, valid)
 
     return write_tile
@@ -514,7 +514,7 @@ def scan(cut):
             of_tile = zero  # of the step sizes: a sum of sums rounds less than one of all steps
             now = anew(thread)  # made of this, what a tile needs once does not take registers in between
             firsts = firsts_of(quads_at(now, place), strides)
-            prepare_tile(tile, held, arrays, firsts, strides, quads, t, bias, skip, delta_softplus)
+            prepare_tile(tile, held, arrays, firsts, strides, quads, place, t, bias, skip, delta_softplus)
             mark_sequences(tile.keep, seq_idx, place, length, t, thread)
             read_next(held, arrays, firsts, strides, quads, place, t)
 
