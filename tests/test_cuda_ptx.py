@@ -54,10 +54,6 @@ KNOWN_SPILLS = (
     )),
     # Tuned on sm_90, which needs 80 registers.
     Known("", "sm_80", (Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, True, "")),)),
-    # Tuned on sm_90, which has room for three blocks; sm_80 lacks 24 bytes a thread, and gets two.
-    Known("", "sm_80", (
-        BACKWARD((2, 4, 3, "bfloat16", "float32", "bfloat16", "bfloat16", False, True, *TOGETHER, 4, False, False)),
-    )),
     # The forward's zoh, and rows that are spread, have room if a multiprocessor has four blocks, not five.
     Known("", "sm_80 sm_90 sm_100", (
         FORWARD((4, *4 * ("float32",), True, True, *TOGETHER, 4, False, False)),

@@ -253,7 +253,7 @@ def tile_reader(v, waves):
     @device
     def read_tile(held, arrays, first, strides, quads, place, t):
         for p in unroll(count):
-            valid = known(p, quads.channel, place.channel_end, quads.steps - t)
+            valid = known(p, quads.channel, place.channel_end, place.steps - t - quads.step)
             before = past(t + quads.step, quads.channel, place.begin)
             read(held.delta, p, arrays.delta, at(first.delta, p, t, strides.delta), valid, before)
             read(held.u, p, arrays.u, at(first.u, p, t, strides.u), valid, before)
@@ -271,7 +271,7 @@ def tile_preparer(v, waves):
     count, widen, put, inside, parameter_of = waves.count, waves.widen, waves.put, waves.inside, waves.parameter_of
 
     @device
-    def prepare_tile(tile, held, arrays, first, strides, quads, t, bias, delta_softplus):
+    def prepare_tile(tile, held, arrays, first, strides, quads, place, t, bias, delta_softplus):
         d, x, e, z = of_steps(), of_steps(), of_steps(), of_steps()
         for p in unroll(count):
             widen(d, held.delta, p, arrays.delta, first.delta, strides.delta)
@@ -286,7 +286,7 @@ def tile_preparer(v, waves):
                 if delta_softplus != 0:
                     slope = sigmoid(size)
                     size = softplus(size)
-                there = inside(p, i, quads.steps - t)  # past the end nothing moves
+                there = inside(p, i, place.steps - t - quads.step)  # past the end nothing moves
                 d[i], x[i] = select(there, size, zero), select(there, slope, zero)
             put(tile.steps, quads.slot, p, d)
             put(tile.slopes, quads.slot, p, x)
@@ -828,7 +828,8 @@ def tile_writer(v, waves):
             get(x, tile.slopes, quads.slot, p)
             if gated:
                 get(e, tile.gates, quads.slot, p)
-            valid, at = known(p, quads.channel, place.channel_end, quads.steps - t), at_wave(first, p, t, stride)
+            valid = known(p, quads.channel, place.channel_end, place.steps - t - quads.step)
+            at = at_wave(first, p, t, stride)
             write(du, at, d, valid)
             write(ddelta, at, x, valid)
             if gated:

@@ -230,7 +230,6 @@ class Quads(NamedTuple):
     channel: Any  # of the first
     step: Any
     slot: Any  # where that is in shared memory
-    steps: Any  # of the part, from that on
 
 
 def quads_of_tile(v, waves):
@@ -241,7 +240,7 @@ def quads_of_tile(v, waves):
     @device
     def quads_at(thread, place):
         channel, step = own(thread)
-        return Quads(place.channel + channel, step, slot(channel, step), place.steps - step)
+        return Quads(place.channel + channel, step, slot(channel, step))
 
     @device
     def parameters_of(address, quads, place):

@@ -207,7 +207,7 @@ def tile_readers(cut, waves):
     @device
     def read_first(held, arrays, first, strides, quads, place):
         for p in unroll(count):
-            valid = known(p, quads.channel, place.channel_end, quads.steps)
+            valid = known(p, quads.channel, place.channel_end, place.steps - quads.step)
             before = past(quads.step, quads.channel, place.begin)
             read(held.delta, p, arrays.delta, at(first.delta, p, 0, strides.delta), valid, before)
             read(held.u, p, arrays.u, at(first.u, p, 0, strides.u), valid, before)

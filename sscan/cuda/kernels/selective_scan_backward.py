@@ -75,7 +75,6 @@ from sscan.cuda.kernels._matrices import Matrices, matrix_tile, matrix_tiles
 from sscan.cuda.kernels._scan import (
     BLOCK,
     LANES,
-    Quads,
     Sizes,
     Variant,
     places,
@@ -121,12 +120,6 @@ def backward(rows, warps, blocks, *key):
             first_of(quads.channel, quads.step, strides.delta), first_of(quads.channel, quads.step, strides.z),
         )  # fmt: skip
 
-    @device
-    def quads_again(thread, place, left):
-        """As ``quads_at``, but for the steps of the part, which stay in a register."""
-        quads = quads_at(thread, place)
-        return Quads(quads.channel, quads.step, quads.slot, left)
-
     def kernel(
         dy, u, delta, A, B, C, D, z, delta_bias, delta_softplus, checkpoints, dlast_state, du, ddelta, dz,
         matrix_sums, A_sums, B_sums, C_sums, D_sums, bias_sums, dinitial_state, carried, part_starts, part_sums,
@@ -165,11 +158,11 @@ def backward(rows, warps, blocks, *key):
         begin_totals(tile, totals, lane, place, sizes, D)
         begin_part(own, lane, place, sizes, memory)
 
-        left, tiles = quads_at(thread, place).steps, (place.steps + TILE - 1) >> 4
+        tiles = (place.steps + TILE - 1) >> 4
         for back in range(tiles):
             t = (tiles - 1 - back) * TILE
             now = anew(thread)  # made of this, what a tile needs once does not take registers in between
-            quads = quads_again(now, place, left)
+            quads = quads_at(now, place)
             matrices_here = start_matrices(matrices, matrix_strides, now)
             firsts = firsts_of(quads, strides)
             read_tile(held, arrays, firsts, strides, quads, place, t)
@@ -177,7 +170,7 @@ def backward(rows, warps, blocks, *key):
             if not many:
                 read_matrices(held_matrices, matrices_here, matrix_strides, 0, state, t, place.steps - t, thread)
                 read_states(own, lane_at(now, place), lane.turned, place, sizes, memory, t)
-            prepare_tile(tile, held, arrays, firsts, strides, quads, t, bias, delta_softplus)
+            prepare_tile(tile, held, arrays, firsts, strides, quads, place, t, bias, delta_softplus)
             mark_sequences(tile.keep, seq_idx, place, length, t, thread)
             begin_tile(of_tile)
 
@@ -201,7 +194,7 @@ def backward(rows, warps, blocks, *key):
 
             now = anew(thread)
             add_totals(totals, of_tile, now)
-            quads = quads_again(now, place, left)
+            quads = quads_at(now, place)
             write_tile(tile, du + results, ddelta + results, dz + results, results_stride, quads, place, t)
 
         end_part(own, totals, lane_at(anew(thread), place), place, sizes, memory)
@@ -301,7 +294,7 @@ def dy_preparer(v, waves):
 
     @device
     def prepare(steps_tile, dy_tile, held, arrays, first, strides, quads, place, t, bias, delta_softplus):
-        d, e, z, ahead, before = of_steps(), of_steps(), of_steps(), quads.steps - t, t + quads.step
+        d, e, z, ahead, before = of_steps(), of_steps(), of_steps(), place.steps - t - quads.step, t + quads.step
         valid = known(0, quads.channel, place.channel_end, ahead)
         read(held.delta, 0, arrays.delta, at(first.delta, 0, t, strides.delta), valid, before)
         read(held.dy, 0, arrays.dy, at(first.dy, 0, t, strides.dy), valid, before)
