@@ -54,12 +54,9 @@ KNOWN_SPILLS = (
     )),
     # Tuned on sm_90, which needs 80 registers.
     Known("", "sm_80", (Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, True, "")),)),
-    # The forward's zoh, and rows that are spread, have room if a multiprocessor has four blocks, not five.
+    # The forward's zoh has room if a multiprocessor has four blocks, not five.
     Known("", "sm_80 sm_90 sm_100", (
         FORWARD((4, *4 * ("float32",), True, True, *TOGETHER, 4, False, False)),
-    )),
-    Known("", "sm_80 sm_100", (
-        FORWARD((4, *4 * ("float32",), False, True, "spread", *TOGETHER[1:], 4, False, False)),
     )),
     # zoh in float32 has room if a multiprocessor has two blocks, not three.
     Known("", "sm_80 sm_90 sm_100", (
