@@ -36,7 +36,6 @@ class Known(NamedTuple):
 
 
 TOGETHER = ("rows", True, "rows", True)  # orders, and whether elements are read by fours
-FORWARD = partial(Kernel, "selective_scan", "forward")
 BACKWARD = partial(Kernel, "selective_scan_backward", "backward")
 # Exact: a kernel that is not here keeps everything in registers and gets its blocks, and one that no longer spills has
 # to be taken out.
@@ -54,10 +53,6 @@ KNOWN_SPILLS = (
     )),
     # Tuned on sm_90, which needs 80 registers.
     Known("", "sm_80", (Kernel("causal_conv1d", "backward", ("bfloat16", 4, 8, True, True, "")),)),
-    # The forward's zoh has room if a multiprocessor has four blocks, not five.
-    Known("", "sm_80 sm_90 sm_100", (
-        FORWARD((4, *4 * ("float32",), True, True, *TOGETHER, 4, False, False)),
-    )),
     # zoh in float32 has room if a multiprocessor has two blocks, not three.
     Known("", "sm_80 sm_90 sm_100", (
         BACKWARD((1, 4, 3, *4 * ("float32",), True, True, *TOGETHER, 4, False, False)),
