@@ -51,11 +51,12 @@ def main() -> int:
     if unknown := set(given.only or ()) - programs.keys():
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}, only {', '.join(programs)}")
     given.out.mkdir(parents=True, exist_ok=True)
+    files = {name: given.out / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.md" for name in given.only or programs}
+    if there := [str(file) for file in files.values() if file.exists()]:
+        parser.error(f"these are there already: {', '.join(there)}; give another --out")
     summary, failed = [], False
-    for name in given.only or programs:
+    for name, file in files.items():
         program, *options = programs[name].split()
-        file = given.out / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.md"
-        file.unlink(missing_ok=True)  # so that an older one is not taken for this one's
         print(f"== {name}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         code = subprocess.run(

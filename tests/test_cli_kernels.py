@@ -89,6 +89,11 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert message in err
 
 
+def test_a_gpu_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", SMALL, "--capability", "99.9"]) == 2
+    assert "--capability: the assembler knows no GPU of 99.9" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("capability", ["7.5", "9", "sm_90"])
 def test_capabilities_that_are_none(capability: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

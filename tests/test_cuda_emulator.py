@@ -303,3 +303,19 @@ def test_written_out_loops_do_the_same(function: Any, loops: int) -> None:
 
 def test_functions_without_unroll_are_left_alone() -> None:
     assert written_out(loops_of) is loops_of
+
+
+def test_launches_that_cannot_be() -> None:
+    x = np.zeros(32, F32)
+    locked = x.copy()
+    locked.flags.writeable = False
+    for threads, blocks, argument, error, message in (
+        (33, 1, x, ValueError, "run: threads must be a multiple of 32 up to 1024, got 33"),
+        (2048, 1, x, ValueError, "run: threads must be a multiple of 32 up to 1024, got 2048"),
+        (32, 0, x, ValueError, "run: blocks must be at least 1, got 0"),
+        (32, 1, locked, ValueError, "run: argument 0 must be contiguous and writeable"),
+        (32, 1, x[::2], ValueError, "run: argument 0 must be contiguous and writeable"),
+        (32, 1, 2.5, TypeError, "run: argument 0 must be an array, an integer or None, got float"),
+    ):
+        with pytest.raises(error, match=message):
+            testing.run(lambda x: None, threads, blocks, argument)

@@ -236,6 +236,12 @@ def test_round_trips(change: dict[str, Any], format: Any, pickled: bool, dtype: 
     assert model.backbone.layers[0].mixer.dt_proj.bias._no_reinit
 
 
+def test_a_folder_has_the_weights_of_one_model(tmp_path: Path) -> None:
+    for pickled, name in ((True, "pytorch_model.bin"), (False, "model.safetensors"), (True, "pytorch_model.bin")):
+        perturbed().save_pretrained(tmp_path, pickled=pickled)
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", name}
+
+
 def exact_logits(model: Any, tokens: Any) -> Any:
     """Of the same weights in float64, through sscan.nn, whose formulas have tests of their own."""
     wide = sscan.nn.MambaLM(model.config, np.float64, seed=None)

@@ -471,7 +471,7 @@ def test_layers_name_what_is_wrong_with_their_input(name: str) -> None:
             layer(np.zeros(shape, np.float32))
     right = np.zeros((2, 8, 8))
     for x, got in ((right.astype(np.int64), "int64"), (right.astype(np.complex64), "complex64"), (right > 1, "bool"),
-                   (right.tolist(), "list"), (None, "NoneType")):  # fmt: skip
+                   (right.tolist(), "list"), (None, "NoneType"), (torch.zeros(2, 8, 8), "torch.Tensor")):  # fmt: skip
         expected = f"{name}: {argument} must be an array of floating-point numbers, got {got}"
         with pytest.raises(TypeError, match=f"^{expected}$"):
             layer(x)
@@ -503,3 +503,28 @@ def test_models_name_the_axes_of_ids() -> None:
 def test_arguments_that_would_make_no_difference(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_plain_layers_have_their_initial_values() -> None:
+    """Each by itself, as every other module; with seed=None they wait for whom they are part of."""
+    linear, table = nn.Linear(64, 32, scale=2.0, seed=1), nn.Embedding(500, 20, seed=1)
+    assert np.abs(linear.weight.data).max() <= 2 / 8
+    np.testing.assert_allclose(linear.weight.data.std(), 2 / 8 / np.sqrt(3), rtol=0.05)
+    assert (linear.bias.data == 0).all()
+    np.testing.assert_allclose(table.weight.data.std(), 0.02, rtol=0.05)
+    assert (nn.Linear(64, 32, seed=2).weight.data != nn.Linear(64, 32, seed=3).weight.data).any()
+    for norm in (nn.RMSNorm(5), nn.LayerNorm(5)):
+        np.testing.assert_array_equal(norm.weight.data, np.ones(5))
+    assert np.isnan(nn.Linear(3, 2, seed=None).weight.data).all()
+    for make in (nn.RMSNorm, nn.LayerNorm, lambda size: nn.Linear(1, size), lambda size: nn.Embedding(size, 1)):
+        with pytest.raises(ValueError, match="must be at least [01], got -1"):
+            make(-1)
+    with pytest.raises(TypeError, match="dtype must be a floating or complex one, got int32"):
+        nn.Linear(2, 2, dtype=np.int32)
+
+
+@pytest.mark.parametrize("layer", [nn.Attention, nn.Gated, nn.Ungated, nn.H3, nn.Hyena, nn.MLP, nn.GLU, nn.Mamba])
+def test_layers_check_how_many_there_are(layer: Any) -> None:
+    more = {"length": 8} if layer is nn.Hyena else {}
+    with pytest.raises(ValueError, match=f"{layer.__name__}: n_layer must be at least 1, got 0"):
+        layer(16, n_layer=0, **more)

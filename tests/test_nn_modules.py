@@ -174,7 +174,7 @@ def test_defaults_are_those_of_the_original() -> None:
         "fused_add_norm": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True, "norm_epsilon": 1e-5,
     }  # fmt: skip
     assert defaults(nn.RMSNorm)["eps"] == defaults(nn.rms_norm)["eps"] == 1e-5
-    assert defaults(nn.Linear) == {"bias": True, "dtype": np.float32, "scale": 1.0}
+    assert defaults(nn.Linear) == {"bias": True, "dtype": np.float32, "scale": 1.0, "seed": 0}
     assert defaults(nn.AdamW) == {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
     assert defaults(nn.decay_groups) == {"weight_decay": 0.1}
     assert defaults(nn.clip_gradients) == {"max_norm": 1.0}

@@ -9,10 +9,10 @@ out, is like the rest.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -62,7 +62,9 @@ def sources(folder: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
-    target = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the texts shall lie")
+    target: Path = parser.parse_args().folder
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in sources(Path(folder)).items():

@@ -9,12 +9,12 @@ it. The cell with the tag "parameters" holds its sizes; tests/test_notebooks.py 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import io
 import itertools
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,8 @@ def write(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for path in [FOLDER / f"{name}.py" for name in sys.argv[1:]] or NOTEBOOKS:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *(path.stem for path in NOTEBOOKS)])
+    for path in [FOLDER / f"{name}.py" for name in parser.parse_args().names] or NOTEBOOKS:
         write(path)
         print(path.with_suffix(".md"))

@@ -19,7 +19,9 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(command=_convert)
     add_model(parser)
     parser.add_argument("folder", type=path, metavar="FOLDER", help="where to write it")
-    parser.add_argument("--format", choices=["original", "transformers"], default="transformers")
+    parser.add_argument(
+        "--format", choices=["original", "transformers"], default="transformers", help="(default transformers)"
+    )
     parser.add_argument(
         "--pickle", action="store_true", help="write pytorch_model.bin, which mamba_ssm reads; takes PyTorch"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sscan.cli._failures import Mistake, line_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sscan.cuda._launch import Kernel
 
 
@@ -84,10 +87,21 @@ def _code(kernel: Kernel, machine: bool, capability: tuple[int, int]) -> str:
     from sscan.tasks.progress import Phase
 
     try:
-        with Phase("compiling", sys.stderr):
+        with Phase("compiling", sys.stderr), _known(capability):
             return _inspect.sass(kernel, capability) if machine else _inspect.ptx(kernel)
     except FileNotFoundError as error:
         raise Mistake(line_of(error)) from error
+
+
+@contextlib.contextmanager
+def _known(capability: tuple[int, int]) -> Iterator[None]:
+    """A GPU that the assembler does not know is the user's mistake."""
+    try:
+        yield
+    except Exception as error:
+        if "UNRECOGNIZED_ARCH" not in str(error):
+            raise
+        raise Mistake(f"--capability: the assembler knows no GPU of {capability[0]}.{capability[1]}") from error
 
 
 def _table(name: str, kernels: dict[int, Kernel], capability: tuple[int, int]) -> int:
@@ -100,7 +114,7 @@ def _table(name: str, kernels: dict[int, Kernel], capability: tuple[int, int]) -
     )
     print("   N  threads  registers  shared  local  specialisation")
     for n, kernel in kernels.items():
-        with Phase("compiling", sys.stderr):
+        with Phase("compiling", sys.stderr), _known(capability):
             threads, (usage,) = _inspect.usages(kernel, capability)
         sizes = f"{n:>4}{threads:>9}{usage.registers:>11}{usage.shared:>8}{usage.stack:>7}"
         print(f"{sizes}  {', '.join(str(part) or '-' for part in kernel.key)}", flush=True)

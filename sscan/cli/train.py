@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
     """Add the command to those that there are, and below it one for each task."""
     from sscan.tasks.task import RunOptions
 
-    parser = commands.add_parser("train", help="train a language model on texts, by bytes or tokens, or on DNA")
+    parser = commands.add_parser("train", help="train a model on texts, by bytes or tokens, on DNA or on audio")
     parser.set_defaults(command=_train)
     parser.add_argument(
         "--text", type=path, nargs="+", metavar="FILE",

@@ -44,9 +44,10 @@ def check_floats(owner: str, name: str, array: Any, *axes: str | int) -> None:
 
     Axes are sizes, or names of what may have any size; "..." in front stands for any number of others.
     """
-    dtype = getattr(array, "dtype", None)
-    if dtype is None or dtype.kind not in "fV":  # V is bfloat16
-        given = dtype or type(array).__name__
+    dtype: Any = getattr(array, "dtype", None)
+    if not (kind := getattr(dtype, "kind", "")) or kind not in "fV":  # V is bfloat16
+        of = f"{type(array).__module__}.{type(array).__name__}".removeprefix("builtins.")
+        given = dtype if kind else of  # a tensor of PyTorch is no array of NumPy or CuPy
         raise TypeError(f"{owner}: {name} must be an array of floating-point numbers, got {given}")
     shape, last = tuple(array.shape), axes[1:] if axes[:1] == ("...",) else axes
     sizes = shape[len(shape) - len(last) :]

@@ -301,6 +301,8 @@ def save_model(
 ) -> None:  # fmt: skip
     """Write a model to a folder, which is created if need be; no file takes its name before all are on the disk.
 
+    Weights in the other kind of file, of a model that the folder had before, are removed at the end.
+
     Parameters
     ----------
     folder : str or Path
@@ -333,8 +335,7 @@ def save_model(
         path = folder / WEIGHTS
         weights = path, arrays_writer(path, arrays, {"format": "pt"})  # which transformers asks for
     write_together(dict([(folder / CONFIG, lambda new: new.write_text(text, encoding="utf-8")), weights]))
-    if pickled:
-        (folder / WEIGHTS).unlink(missing_ok=True)  # which would be read first
+    (folder / (WEIGHTS if pickled else PICKLE)).unlink(missing_ok=True)  # of a model that was there before
 
 
 def convert(

@@ -55,13 +55,14 @@ class Attention(Stateless):
     ) -> None:
         check_integer("Attention", "d_model", d_model)
         check_integer("Attention", "heads", heads)
+        check_integer("Attention", "n_layer", n_layer)
         if d_model % (2 * heads):
             raise ValueError(f"Attention: d_model must be a multiple of 2 heads, got {d_model} for {heads} heads")
         if positions not in ("none", "rotary", "xpos"):
             raise ValueError(f"Attention: positions must be one of none, rotary, xpos, got {positions!r}")
         self.heads, self.width, self.positions = heads, d_model // heads, positions
-        self.in_proj = Linear(d_model, 3 * d_model, True, dtype)
-        self.out_proj = Linear(d_model, d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        self.in_proj = Linear(d_model, 3 * d_model, True, dtype, seed=None)
+        self.out_proj = Linear(d_model, d_model, True, dtype, scale=1 / math.sqrt(n_layer), seed=None)
         if seed is not None:
             self.initialise(seed)
 
@@ -98,9 +99,10 @@ class Attention(Stateless):
         unseen = queries[:, None] < keys
         if runs is not None:
             unseen = unseen | (runs[:, rows, None] != runs[:, None, : rows.stop])[:, None]
-        scores = ops.matmul(self._turned(q, queries, 1), self._turned(k, keys, -1).swapaxes(2, 3))
+        turned = self._turned(q, queries, 1) * self.width**-0.5
+        scores = ops.matmul(turned, self._turned(k, keys, -1).swapaxes(2, 3))
         mask = xp.where(unseen, -np.inf, 0).astype(np.float32)
-        return ops.matmul(ops.softmax(scores * self.width**-0.5 + mask).astype(v.dtype), v)
+        return ops.matmul(ops.softmax(scores + mask).astype(v.dtype), v)
 
     def _turned(self, x: Tensor, positions: Array, sign: int) -> Tensor:
         """Queries (sign 1) or keys (-1), with their positions in them."""

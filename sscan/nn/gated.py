@@ -50,16 +50,17 @@ class Gated(Recurrent):
         **options: Any,
     ) -> None:
         check_integer("Gated", "d_model", d_model)
+        check_integer("Gated", "n_layer", n_layer)
         check_integer("Gated", "d_conv", d_conv)
         check_number("Gated", "expand", expand, positive=True)
         of_input = "delta" in options.get("selective", SELECTIVE)  # the step size
         if inner == "s6" and of_input and options.get("dt_rank", "auto") == "auto":
             options["dt_rank"] = math.ceil(d_model / 16)
         self.d_inner = int(expand * d_model)
-        self.in_proj = Linear(d_model, 2 * self.d_inner, bias, dtype)
-        self.conv1d = DepthwiseConvolution(self.d_inner, d_conv, conv_bias, dtype)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias, dtype, seed=None)
+        self.conv1d = DepthwiseConvolution(self.d_inner, d_conv, conv_bias, dtype, seed=None)
         self.inner = inner_layer("Gated", inner, self.d_inner, dtype, options)
-        self.out_proj = Linear(self.d_inner, d_model, bias, dtype, scale=1 / math.sqrt(n_layer))
+        self.out_proj = Linear(self.d_inner, d_model, bias, dtype, scale=1 / math.sqrt(n_layer), seed=None)
         if seed is not None:
             self.initialise(seed)
 
@@ -115,8 +116,9 @@ class Ungated(Recurrent):
         **options: Any,
     ) -> None:
         check_integer("Ungated", "d_model", d_model)
+        check_integer("Ungated", "n_layer", n_layer)
         self.inner = inner_layer("Ungated", inner, d_model, dtype, options)
-        self.out_proj = Linear(d_model, 2 * d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        self.out_proj = Linear(d_model, 2 * d_model, True, dtype, scale=1 / math.sqrt(n_layer), seed=None)
         if seed is not None:
             self.initialise(seed)
 

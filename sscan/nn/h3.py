@@ -49,12 +49,13 @@ class H3(Recurrent):
         **options: Any,
     ) -> None:
         check_integer("H3", "d_model", d_model)
+        check_integer("H3", "n_layer", n_layer)
         check_integer("H3", "taps", taps)
         self.d_model = d_model
-        self.in_proj = Linear(d_model, 3 * d_model, True, dtype)
-        self.conv1d = DepthwiseConvolution(d_model, taps, True, dtype)
+        self.in_proj = Linear(d_model, 3 * d_model, True, dtype, seed=None)
+        self.conv1d = DepthwiseConvolution(d_model, taps, True, dtype, seed=None)
         self.inner = inner_layer("H3", inner, d_model, dtype, options)
-        self.out_proj = Linear(d_model, d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        self.out_proj = Linear(d_model, d_model, True, dtype, scale=1 / math.sqrt(n_layer), seed=None)
         if seed is not None:
             self.initialise(seed)
 

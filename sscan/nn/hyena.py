@@ -70,7 +70,7 @@ class HyenaFilter(Stateless):
         self.dim, self.length, self.shift = dim, length, shift
         wide = np.result_type(dtype, np.float32)
         self.hidden = [_Sine(n, width, frequency, wide) for n in (FEATURES, *(width,) * depth)]
-        self.last = Linear(width, dim, False, wide)
+        self.last = Linear(width, dim, False, wide, seed=None)
         self.D = Parameter((dim,), normal(1.0), wide, decay=False)
         if seed is not None:
             self.initialise(seed)
@@ -100,7 +100,7 @@ class _Sine(Module):
     """sin(frequency (W x + b)), with a frequency for every unit."""
 
     def __init__(self, in_features: int, out_features: int, frequency: float, dtype: Any) -> None:
-        self.linear = Linear(in_features, out_features, True, dtype)
+        self.linear = Linear(in_features, out_features, True, dtype, seed=None)
         self.frequency = Parameter((out_features,), constant(frequency), dtype, decay=False)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -135,10 +135,11 @@ class Hyena(Stateless):
         **filter: Any,
     ) -> None:
         check_integer("Hyena", "d_model", d_model)
-        self.in_proj = Linear(d_model, 3 * d_model, True, dtype)
-        self.conv1d = DepthwiseConvolution(3 * d_model, 3, True, dtype)
+        check_integer("Hyena", "n_layer", n_layer)
+        self.in_proj = Linear(d_model, 3 * d_model, True, dtype, seed=None)
+        self.conv1d = DepthwiseConvolution(3 * d_model, 3, True, dtype, seed=None)
         self.filter = HyenaFilter(d_model, length, **filter, dtype=dtype, seed=None)
-        self.out_proj = Linear(d_model, d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        self.out_proj = Linear(d_model, d_model, True, dtype, scale=1 / math.sqrt(n_layer), seed=None)
         if seed is not None:
             self.initialise(seed)
 

@@ -42,11 +42,11 @@ class Backbone(Module):
         activation_dtype: Any,
     ) -> None:
         def new_norm() -> RMSNorm | LayerNorm:
-            return norm(config.d_model, config.norm_epsilon, dtype)
+            return norm(config.d_model, config.norm_epsilon, dtype, seed=None)
 
         self.config = config
         self.activation_dtype = np.dtype(activation_dtype)
-        self.embedding = Embedding(config.padded_vocab_size, config.d_model, dtype)
+        self.embedding = Embedding(config.padded_vocab_size, config.d_model, dtype, seed=None)
         self.layers = [ResidualBlock(new_norm(), mixer) for mixer in mixers]
         self.norm_f = new_norm()
 
@@ -122,7 +122,7 @@ class LanguageModel(Module):
     def __init__(self, backbone: Backbone, dtype: Any, seed: int | np.random.Generator | None) -> None:
         config = backbone.config
         self.backbone = backbone
-        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, dtype=dtype)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, dtype=dtype, seed=None)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
         if seed is not None:

@@ -24,10 +24,20 @@ if TYPE_CHECKING:
 class DepthwiseConvolution(Module):
     """A causal convolution of each channel with `width` taps of its own; parameters are named as PyTorch names them."""
 
-    def __init__(self, channels: int, width: int, bias: bool = True, dtype: Any = np.float32) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        bias: bool = True,
+        dtype: Any = np.float32,
+        *,
+        seed: int | np.random.Generator | None = 0,
+    ) -> None:
         draw = uniform(1 / math.sqrt(width))
         self.weight = Parameter((channels, 1, width), draw, dtype)
         self.bias = Parameter((channels,), draw, dtype, decay=False) if bias else None
+        if seed is not None:
+            self.initialise(seed)
 
     def __call__(
         self, x: Operand, activation: str | None = None, state: Tensor | None = None, seq_idx: Array | None = None
@@ -109,17 +119,17 @@ class Mamba(Module):
         self.d_state, self.d_conv, self.discretization = d_state, d_conv, discretization
         wide = np.result_type(dtype, np.float32)
 
-        self.in_proj = Linear(d_model, 2 * self.d_inner, bias, dtype)
-        self.conv1d = DepthwiseConvolution(self.d_inner, d_conv, conv_bias, dtype)
-        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, False, dtype)
-        self.dt_proj = Linear(self.dt_rank, self.d_inner, True, dtype)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias, dtype, seed=None)
+        self.conv1d = DepthwiseConvolution(self.d_inner, d_conv, conv_bias, dtype, seed=None)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, False, dtype, seed=None)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner, True, dtype, seed=None)
         dt_bound = dt_scale / math.sqrt(max(self.dt_rank, 1))
         self.dt_proj.weight.draw = uniform(dt_bound) if dt_init == "random" else constant(dt_bound)
         dt_bias = inverse_softplus_of_log_uniform(dt_min, dt_max, dt_init_floor)
         self.dt_proj.bias = Parameter((self.d_inner,), dt_bias, dtype, decay=False)
         self.A_log = Parameter((self.d_inner, d_state), log_of_one_to_n, wide, decay=False)
         self.D = Parameter((self.d_inner,), ones, wide, decay=False)
-        self.out_proj = Linear(self.d_inner, d_model, bias, dtype, scale=1 / math.sqrt(n_layer))
+        self.out_proj = Linear(self.d_inner, d_model, bias, dtype, scale=1 / math.sqrt(n_layer), seed=None)
         if seed is not None:
             self.initialise(seed)
 

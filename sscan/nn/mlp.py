@@ -36,9 +36,10 @@ class MLP(Pointwise):
         dtype: Any = np.float32,
         seed: int | np.random.Generator | None = 0,
     ) -> None:
+        check_integer("MLP", "n_layer", n_layer)
         self.width = _width("MLP", d_model, expand)
-        self.in_proj = Linear(d_model, self.width, True, dtype)
-        self.out_proj = Linear(self.width, d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        self.in_proj = Linear(d_model, self.width, True, dtype, seed=None)
+        self.out_proj = Linear(self.width, d_model, True, dtype, scale=1 / math.sqrt(n_layer), seed=None)
         if seed is not None:
             self.initialise(seed)
 
@@ -70,9 +71,10 @@ class GLU(Pointwise):
         dtype: Any = np.float32,
         seed: int | np.random.Generator | None = 0,
     ) -> None:
+        check_integer("GLU", "n_layer", n_layer)
         self.width = _width("GLU", d_model, expand)
-        self.in_proj = Linear(d_model, 2 * self.width, True, dtype)
-        self.out_proj = Linear(self.width, d_model, True, dtype, scale=1 / math.sqrt(n_layer))
+        self.in_proj = Linear(d_model, 2 * self.width, True, dtype, seed=None)
+        self.out_proj = Linear(self.width, d_model, True, dtype, scale=1 / math.sqrt(n_layer), seed=None)
         if seed is not None:
             self.initialise(seed)
 

@@ -47,6 +47,8 @@ class Parameter(Tensor):
         decay: bool = True,
         max_lr: float = math.inf,
     ) -> None:
+        if np.dtype(dtype).kind not in "fcV":  # V is bfloat16
+            raise TypeError(f"Parameter: dtype must be a floating or complex one, got {np.dtype(dtype)}")
         super().__init__(np.broadcast_to(np.array(np.nan, dtype), shape), requires_grad=True)
         self.draw = draw
         self.decay, self.max_lr = decay, max_lr
@@ -59,7 +61,8 @@ class Parameter(Tensor):
 class Module:
     """A tree of parameters: attributes that are parameters, modules or lists of modules, named by their paths.
 
-    The layers of this file have no values, only NaN, before :meth:`initialise` of them or of what they are part of.
+    A module with ``seed=None`` has no values, only NaN, before :meth:`initialise` or :meth:`load_state_dict` of it or
+    of what it is part of.
     """
 
     def named_parameters(self, prefix: str = "", *, shared: bool = False) -> Iterator[tuple[str, Parameter]]:
@@ -250,16 +253,29 @@ class Linear(Module):
     dtype : dtype, default float32
         Of the parameters.
     scale : float, default 1
+    seed : int, Generator or None, default 0
+        Of the initial values; with None they stay undrawn, as of :class:`sscan.nn.Mamba`.
     """
 
     bias: Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, dtype: Any = np.float32, *, scale: float = 1.0
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: Any = np.float32,
+        *,
+        scale: float = 1.0,
+        seed: int | np.random.Generator | None = 0,
     ) -> None:
+        check_integer("Linear", "in_features", in_features, 0)
+        check_integer("Linear", "out_features", out_features, 0)
         bound = scale / math.sqrt(max(in_features, 1))
         self.weight = Parameter((out_features, in_features), uniform(bound), dtype)
         self.bias = Parameter((out_features,), zeros, dtype, decay=False) if bias else None
+        if seed is not None:
+            self.initialise(seed)
 
     def __call__(self, x: Operand) -> Tensor:
         """(..., rows, in_features) to (..., rows, out_features)."""
@@ -285,10 +301,18 @@ class Embedding(Module):
     ----------
     rows, width : int
     dtype : dtype, default float32
+    seed : int, Generator or None, default 0
+        As of :class:`Linear`.
     """
 
-    def __init__(self, rows: int, width: int, dtype: Any = np.float32) -> None:
+    def __init__(
+        self, rows: int, width: int, dtype: Any = np.float32, *, seed: int | np.random.Generator | None = 0
+    ) -> None:
+        check_integer("Embedding", "rows", rows)
+        check_integer("Embedding", "width", width)
         self.weight = Parameter((rows, width), normal(0.02), dtype)
+        if seed is not None:
+            self.initialise(seed)
 
     def __call__(self, indices: Array) -> Tensor:
         """Integers of any shape to (*shape, width)."""
@@ -304,11 +328,23 @@ class RMSNorm(Module):
     eps : float, default 1e-5
     dtype : dtype, default float32
         Of the weight, which starts as ones.
+    seed : int, Generator or None, default 0
+        None leaves it undrawn, as of :class:`Linear`.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5, dtype: Any = np.float32) -> None:
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-5,
+        dtype: Any = np.float32,
+        *,
+        seed: int | np.random.Generator | None = 0,
+    ) -> None:
+        check_integer("RMSNorm", "width", width)
         self.weight = Parameter((width,), ones, dtype, decay=False)
         self.eps = eps
+        if seed is not None:
+            self.initialise(seed)
 
     @overload
     def __call__(self, x: Operand, residual: None = None) -> Tensor: ...
@@ -331,12 +367,24 @@ class LayerNorm(Module):
     eps : float, default 1e-5
     dtype : dtype, default float32
         Of the weight, which starts as ones, and of the bias, which starts as zeros.
+    seed : int, Generator or None, default 0
+        None leaves them undrawn, as of :class:`Linear`.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5, dtype: Any = np.float32) -> None:
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-5,
+        dtype: Any = np.float32,
+        *,
+        seed: int | np.random.Generator | None = 0,
+    ) -> None:
+        check_integer("LayerNorm", "width", width)
         self.weight = Parameter((width,), ones, dtype, decay=False)
         self.bias = Parameter((width,), zeros, dtype, decay=False)
         self.eps = eps
+        if seed is not None:
+            self.initialise(seed)
 
     @overload
     def __call__(self, x: Operand, residual: None = None) -> Tensor: ...

@@ -85,8 +85,8 @@ class S6(Recurrent):
         rank = 0 if "delta" not in selective else math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
         self.sizes = rank, d_state * ("B" in selective), d_state * ("C" in selective)
 
-        self.x_proj = Linear(dim, sum(self.sizes), False, dtype)
-        self.dt_proj = Linear(rank, dim, True, dtype)
+        self.x_proj = Linear(dim, sum(self.sizes), False, dtype, seed=None)
+        self.dt_proj = Linear(rank, dim, True, dtype, seed=None)
         bias = inverse_softplus_of_log_uniform(dt_min, dt_max, 0.0)
         self.dt_proj.bias = Parameter((dim,), bias, dtype, decay=False)
         self.A = StateMatrix(dim, d_state, A, imaginary, wide)

@@ -26,7 +26,7 @@ class Stage(Recurrent):
 
     def __init__(self, width: int, layers: Sequence[dict[str, Any]], n_layer: int, dtype: Any) -> None:
         made = new_layers("UNet", layers, BLOCKS, width, n_layer, dtype)
-        self.layers = [ResidualBlock(RMSNorm(width, dtype=dtype), layer) for layer in made]
+        self.layers = [ResidualBlock(RMSNorm(width, dtype=dtype, seed=None), layer) for layer in made]
 
     def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:
         """Apply the stage to sequences from their beginnings."""
@@ -92,13 +92,13 @@ class Level(Recurrent):
     ) -> None:  # fmt: skip
         self.factor, self.multiple = pool[0], math.prod(pool)
         self.before = Stage(width, outer, n_layer, dtype)
-        self.pool = Linear(self.factor * width, 2 * width, True, dtype)
+        self.pool = Linear(self.factor * width, 2 * width, True, dtype, seed=None)
         self.inner: Level | Stage = (
             Level(2 * width, outer, centre, pool[1:], n_layer, dtype)
             if pool[1:]
             else Stage(2 * width, centre, n_layer, dtype)
         )
-        self.unpool = Linear(2 * width, self.factor * width, True, dtype)
+        self.unpool = Linear(2 * width, self.factor * width, True, dtype, seed=None)
         self.after = Stage(width, outer, n_layer, dtype)
 
     def __call__(self, hidden: Operand, seq_idx: Array | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 import sscan
 from sscan import _backends
 from sscan.cuda import _launch, _primitives, _products, _workspace
+from sscan.models.arguments import check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -459,15 +461,37 @@ def run(function: Callable[..., None], threads: int, blocks: int, *arguments: An
     ------
     AssertionError
         If the kernel does what the emulator is there to find.
+    TypeError, ValueError
+        If it could not be launched so.
+
+    Notes
+    -----
+    Primitives are found by their names in the module of the kernel, so import them by name.
     """
+    if threads not in range(32, 1025, 32):
+        raise ValueError(f"run: threads must be a multiple of 32 up to 1024, got {threads}")
+    check_integer("run", "blocks", blocks)
     arrays = [a for a in arguments if isinstance(a, np.ndarray)]
-    values = [0 if a is None else a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
+    values = [_value(place, a) for place, a in enumerate(arguments)]
     emulator = Emulator(threads, arrays, function.__module__)
     body = emulator.rebound(function, {})
     with np.errstate(all="ignore"):
         for emulator.block in range(blocks):
             emulator.synchronize()
             body(*values)
+
+
+def _value(place: int, argument: Any) -> int:
+    """What a kernel gets of an argument."""
+    if argument is None:
+        return 0
+    if isinstance(argument, np.ndarray):
+        if not (argument.flags.c_contiguous and argument.flags.writeable):
+            raise ValueError(f"run: argument {place} must be contiguous and writeable: a kernel has its address only")
+        return int(argument.ctypes.data)
+    if not isinstance(argument, Integral):
+        raise TypeError(f"run: argument {place} must be an array, an integer or None, got {type(argument).__name__}")
+    return int(argument)
 
 
 def empty(shape: Any, dtype: Any) -> Any:
