@@ -441,7 +441,7 @@ def launch(kernel: Any, blocks: int, *arguments: Any) -> None:
     """``_launch.launch`` on NumPy arrays."""
     if blocks:
         function, shape = _launch.build(kernel)
-        run(function, shape.threads, blocks, *arguments)
+        _run(function, shape.threads, blocks, *arguments)
 
 
 def run(function: Callable[..., None], threads: int, blocks: int, *arguments: Any) -> None:
@@ -471,27 +471,30 @@ def run(function: Callable[..., None], threads: int, blocks: int, *arguments: An
     if threads not in range(32, 1025, 32):
         raise ValueError(f"run: threads must be a multiple of 32 up to 1024, got {threads}")
     check_integer("run", "blocks", blocks)
+    for place, argument in enumerate(arguments):
+        _check(place, argument)
+    _run(function, threads, blocks, *arguments)
+
+
+def _check(place: int, argument: Any) -> None:
+    """Raise unless a kernel, which gets an address or a number, can do nothing unseen with it."""
+    if isinstance(argument, np.ndarray):
+        if not (argument.flags.c_contiguous and argument.flags.writeable):
+            raise ValueError(f"run: argument {place} must be contiguous and writeable: a kernel has its address only")
+    elif not (argument is None or isinstance(argument, Integral)):
+        raise TypeError(f"run: argument {place} must be an array, an integer or None, got {type(argument).__name__}")
+
+
+def _run(function: Callable[..., None], threads: int, blocks: int, *arguments: Any) -> None:
+    """Run a kernel, one block after the other."""
     arrays = [a for a in arguments if isinstance(a, np.ndarray)]
-    values = [_value(place, a) for place, a in enumerate(arguments)]
+    values = [0 if a is None else a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
     emulator = Emulator(threads, arrays, function.__module__)
     body = emulator.rebound(function, {})
     with np.errstate(all="ignore"):
         for emulator.block in range(blocks):
             emulator.synchronize()
             body(*values)
-
-
-def _value(place: int, argument: Any) -> int:
-    """What a kernel gets of an argument."""
-    if argument is None:
-        return 0
-    if isinstance(argument, np.ndarray):
-        if not (argument.flags.c_contiguous and argument.flags.writeable):
-            raise ValueError(f"run: argument {place} must be contiguous and writeable: a kernel has its address only")
-        return int(argument.ctypes.data)
-    if not isinstance(argument, Integral):
-        raise TypeError(f"run: argument {place} must be an array, an integer or None, got {type(argument).__name__}")
-    return int(argument)
 
 
 def empty(shape: Any, dtype: Any) -> Any:
