@@ -99,10 +99,9 @@ class Attention(Stateless):
         unseen = queries[:, None] < keys
         if runs is not None:
             unseen = unseen | (runs[:, rows, None] != runs[:, None, : rows.stop])[:, None]
-        turned = self._turned(q, queries, 1) * self.width**-0.5
-        scores = ops.matmul(turned, self._turned(k, keys, -1).swapaxes(2, 3))
+        scores = ops.matmul(self._turned(q, queries, 1), self._turned(k, keys, -1).swapaxes(2, 3))
         mask = xp.where(unseen, -np.inf, 0).astype(np.float32)
-        return ops.matmul(ops.softmax(scores + mask).astype(v.dtype), v)
+        return ops.matmul(ops.softmax(scores * self.width**-0.5 + mask).astype(v.dtype), v)
 
     def _turned(self, x: Tensor, positions: Array, sign: int) -> Tensor:
         """Queries (sign 1) or keys (-1), with their positions in them."""
