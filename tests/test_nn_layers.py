@@ -517,7 +517,7 @@ def test_plain_layers_have_their_initial_values() -> None:
         np.testing.assert_array_equal(norm.weight.data, np.ones(5))
     assert np.isnan(nn.Linear(3, 2, seed=None).weight.data).all()
     for make in (nn.RMSNorm, nn.LayerNorm, lambda size: nn.Linear(1, size), lambda size: nn.Embedding(size, 1)):
-        with pytest.raises(ValueError, match="must be at least [01], got -1"):
+        with pytest.raises(ValueError, match=r"must be at least [01], got -1"):
             make(-1)
     with pytest.raises(TypeError, match="dtype must be a floating or complex one, got int32"):
         nn.Linear(2, 2, dtype=np.int32)
