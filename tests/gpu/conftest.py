@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sscan import _plans
@@ -26,10 +28,25 @@ def plans_repeat_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
             pairs = zip(_results(returned), _results(again), strict=True)
             for number, (first, second) in enumerate(pairs):
                 assert (type(first), first.dtype, first.shape) == (type(second), second.dtype, second.shape)
+                if ("selective_scan", "forward") in factories and len(returned) == 3 and first is returned[2]:
+                    kept = _kept(arrays)
+                    first, second = first[kept], second[kept]
                 assert _bytes(first) == _bytes(second), f"result {number} of {factories}"
         return plan
 
     monkeypatch.setattr(_plans, "_plan", checked)
+
+
+def _kept(arrays: list[Any]) -> Any:
+    """Which checkpoints there are: of packed sequences (``cu_seqlens``) each has room for one more than it may need."""
+    integers = [(x, str(x.dtype).removeprefix("torch.")) for x in arrays if x.ndim == 1 and "int" in str(x.dtype)]
+    if not integers:
+        return slice(None)
+    ((cu_seqlens, dtype),) = integers
+    places = []
+    for number, (begin, end) in enumerate(itertools.pairwise(np.frombuffer(_bytes(cu_seqlens), dtype).tolist())):
+        places += [(begin >> 4) + number + k for k in range(-(-(end - begin) // 16))]
+    return places
 
 
 def _captured() -> bool:
