@@ -28,6 +28,8 @@ PROGRAMS = {
         "decode-cuda-1.4b": "bench_decode_gpu.py --size 1.4b",
         "generation-130m": "compare_generation.py --size 130m",
         "generation-1.4b": "compare_generation.py --size 1.4b",
+        "figure8": "figure8.py",
+        "memory-125m": "memory_125m.py",
         "first-call-cuda": "first_call.py --gpu",
     },
     "cpu": {

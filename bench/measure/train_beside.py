@@ -73,11 +73,11 @@ def _rotated(x: Any, cos: Any, sin: Any) -> Any:
 
 
 class Transformer(nn.Module):
-    """Bytes to logits for the next; the head is the embedding."""
+    """Bytes, or other tokens, to logits for the next; the head is the embedding."""
 
-    def __init__(self, width: int, layers: int, inner: int, longest: int) -> None:
+    def __init__(self, width: int, layers: int, inner: int, longest: int, vocabulary: int = 256) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(256, width)
+        self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(width, inner, layers) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-5)
