@@ -1,11 +1,13 @@
 """Draw the pictures of the documentation that show what lies in bench/results: ``python bench/pages/pictures.py``.
 
-speed.svg, memory.svg and block.svg in docs/pictures; those of the experiments and of the trained model are drawn by
-report_experiments.py and report_training.py, and those of notebooks by notebooks.py.
+speed.svg, memory.svg, block.svg, figure8.svg and memory-125m.svg in docs/pictures, the last two of the newest files of
+figure8.py and memory_125m.py; those of the experiments and of the trained model are drawn by report_experiments.py and
+report_training.py, and those of notebooks by notebooks.py.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,12 @@ PICTURES = ROOT / "docs" / "pictures"
 SPEED = ROOT / "bench" / "results" / "cuda-2026-11-29.md"
 MEMORY = ROOT / "bench" / "results" / "memory-2026-11-30.md"
 OURS, THEIRS = "#0e7c86", "#b7b7b7"
+# Ours are dark; the first name that a line begins with counts.
+LINES = {
+    "scan, N 16": (OURS, "-"), "scan, N 4": (OURS, "--"), "two Mamba": (OURS, "-"), "unfused": ("#e0a458", "-"),
+    "FFT": ("#a68fc4", "-"), "attention, flash": ("#555555", "-"), "attention, cuDNN": ("#555555", "--"),
+    "attention + MLP, flash": ("#555555", "-"), "attention + MLP, cuDNN": ("#555555", "--"),
+}  # fmt: skip
 
 
 def rows(page: Path, columns: int) -> list[list[str]]:
@@ -92,6 +100,57 @@ def draw_memory() -> Figure:
     return figure
 
 
+def newest(name: str, results: Path = ROOT / "bench" / "results") -> dict[str, Any]:
+    """What the last NAME-DATE.json holds."""
+    found = sorted(results.glob(f"{name}-[0-9]*.json"))
+    if not found:
+        raise FileNotFoundError(f"{results} has no {name}-DATE.json; python bench/run.py gpu --only {name} writes it")
+    record: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
+    return record
+
+
+def draw_figure8(record: dict[str, Any]) -> Figure:
+    """Milliseconds by length: kernels above, blocks below."""
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    ways = ("forward", "forward and backward")
+    for row, kind in zip(figure.subplots(2, 2, sharex=True, sharey="row"), ("kernel", "block"), strict=True):
+        for axes, way in zip(row, ways, strict=True):
+            lines: dict[str, list[tuple[int, float]]] = {}
+            for found in record["measurements"]:
+                if (found["kind"], found["way"]) == (kind, way) and "ms" in found:
+                    lines.setdefault(found["name"], []).append((found["length"], found["ms"]))
+            for name, points in lines.items():
+                color, style = next(look for start, look in LINES.items() if name.startswith(start))
+                axes.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3, label=name)
+            axes.set_xscale("log", base=2)
+            axes.set(yscale="log", title=f"{kind}, {way}")
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"milliseconds, {record['device']}")
+        row[0].legend(frameon=False, fontsize=8)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("length")
+    return figure
+
+
+def draw_memory_125m(record: dict[str, Any]) -> Figure:
+    """GB at most in a step of training, by batch and by length; solid: all kept, dashed: layers and loss made again."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    of_batch = f"length {record['length']:,}"
+    for axes, by, title in zip(figure.subplots(1, 2), ("batch", "length"), (of_batch, "batch 1"), strict=True):
+        for name, color in (("Transformer", THEIRS), ("Mamba", OURS)):
+            for way, style in (("all kept", "o-"), ("layers and loss again", "o--")):
+                points = [
+                    (row[by], row["peak"] / 1e9) for row in record["measurements"]
+                    if (row["by"], row["name"], row["way"]) == (by, name, way) and "peak" in row
+                ]  # fmt: skip
+                axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=f"{name}, {way}")
+        axes.set_xscale("log", base=2)
+        axes.set(yscale="log", xlabel=by, title=f"training, {title}", ylabel="GB at most")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def draw_block() -> Figure:
     figure = Figure(figsize=(7.5, 3.3), layout="constrained")
     axes = figure.subplots()
@@ -131,6 +190,8 @@ def main() -> None:
     mpl.rcParams.update({"svg.hashsalt": "sscan", "font.size": 9})
     for name, draw in {"speed": draw_speed, "memory": draw_memory, "block": draw_block}.items():
         draw().savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
+    for name, draw_record in {"figure8": draw_figure8, "memory-125m": draw_memory_125m}.items():
+        draw_record(newest(name)).savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
