@@ -143,6 +143,7 @@ def draw_memory_125m(record: dict[str, Any]) -> Figure:
                     (row[by], row["peak"] / 1e9) for row in record["measurements"]
                     if (row["by"], row["name"], row["way"]) == (by, name, way) and "peak" in row
                 ]  # fmt: skip
+                assert points, f"the record has no peak of {name}, {way}, by {by}"
                 axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=f"{name}, {way}")
         axes.set_xscale("log", base=2)
         axes.set(yscale="log", xlabel=by, title=f"training, {title}", ylabel="GB at most")
