@@ -535,10 +535,10 @@ def main() -> int:
         if args.out:
             write(args.out, record, page)
     print(page(record))
-    broken = (
-        row.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for row in record["measurements"] if is_ours(row["name"])
-    )
-    return int(not right or any(broken))
+    of_ours = [row for row in record["measurements"] if is_ours(row["name"])]
+    broken = any(row.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for row in of_ours)
+    unmeasured = {row["name"] for row in of_ours} - {row["name"] for row in of_ours if "ms" in row}
+    return int(not right or broken or bool(unmeasured))
 
 
 if __name__ == "__main__":
