@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 50277
 LENGTH, BATCHES, LENGTHS = 2048, [1, 2, 4, 8, 16, 32], [2**k for k in range(11, 19)]
+CHECKED_LENGTH = 256
 PIECE = 8192  # tokens whose logits are there at once, when the loss is made in pieces
 MAMBA, TRANSFORMER = "Mamba", "Transformer"
 # Gigabytes by batch; length 2048, A100, the Transformer with FlashAttention-2 and torch.compile.
@@ -229,7 +230,7 @@ def measure_all(subject: Subject, args: argparse.Namespace, record: Record, end:
             write(args.out, record, page)
 
 
-def check(subject: Subject, length: int = 256) -> float:
+def check(subject: Subject, length: int = CHECKED_LENGTH) -> float:
     """The largest relative change of a gradient by making layers and loss again."""
     found = []
     for way in ("all kept", "layers and loss again"):
@@ -247,7 +248,7 @@ def compiled(subject: Subject) -> str:
         for layer in subject.layers if subject.name == TRANSFORMER else []:
             layer.compile()
         for way in WAYS:
-            subject.step(1, 256, way, update=False)
+            subject.step(1, CHECKED_LENGTH, way, update=False)
     except Exception as error:  # of which there are many in a compiler
         subject.summed_loss = summed_loss
         for layer, run in zip(subject.layers, runs, strict=True):
@@ -409,7 +410,7 @@ def main() -> int:
     }  # fmt: skip
     right = True
     for name in (MAMBA, TRANSFORMER):
-        subject = made(name, args.d_model, args.layers, max(args.length, *args.lengths), args.device)
+        subject = made(name, args.d_model, args.layers, max(CHECKED_LENGTH, args.length, *args.lengths), args.device)
         record["compiled"][name] = "nothing compiled" if args.eager else compiled(subject)
         record["parameters"][name] = sum(p.numel() for p in subject.model.parameters())
         record["plain_loss"] = plain_loss(subject, args.length)
