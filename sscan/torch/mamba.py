@@ -248,7 +248,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         dtype = None if hidden.dtype is torch.float64 else autocast_dtype(hidden)
         if dtype is not None:
             hidden = hidden.to(dtype)  # here, so that what is kept for the backward is as small
-        out, conv_state, ssm_state, _ = mamba(
+        out, conv_state, ssm_state, *_ = mamba(
             hidden, *in_proj, *conv, x_proj_weight, dt_proj_weight, *out_proj, self.A_log, self.D, delta_bias, *rest,
             dtype, return_final_states,
         )  # fmt: skip
