@@ -94,7 +94,8 @@ def masked(u: Any, mask: Any) -> Any:
 
 def projections(u: Any, x_proj_weight: Any, dt_proj_weight: Any, A: Any, bmm: Any) -> Any:
     """dt (batch, dt_rank, length), and B and C (batch, state, length), as views of one product."""
-    return applied(x_proj_weight, u, bmm=bmm).split([dt_proj_weight.shape[1], A.shape[1], A.shape[1]], 1)
+    (_, dt_rank), (_, state) = dt_proj_weight.shape, A.shape
+    return torch.split_with_sizes(applied(x_proj_weight, u, bmm=bmm), [dt_rank, state, state], 1)
 
 
 # Products with the weights keep (batch, channels, length): a batched product reads an expanded or transposed operand
@@ -171,7 +172,8 @@ def _inner_gradients(
     )
     return [
         conv.dx, scan.dz, conv.dweight, conv.dbias, _weight_gradient(dx_dbl, u, dtypes[0]),
-        _weight_gradient(scan.ddelta, dt, dtypes[1]), dout_proj_weight, None if out_proj_bias is None else dout.sum((0, 1)), scan.dA, scan.dD, scan.ddelta_bias,
+        _weight_gradient(scan.ddelta, dt, dtypes[1]), dout_proj_weight,
+        None if out_proj_bias is None else dout.sum((0, 1)), scan.dA, scan.dD, scan.ddelta_bias,
         conv.dinitial_state, scan.dinitial_state,
     ]  # fmt: skip
 
@@ -224,17 +226,16 @@ cast_under_autocast(
 
 
 def _lowered(tensors: Any, dtype: Any) -> list[Any]:
-    """A block's tensors, those of the projections in a dtype, if one is given: all that need it are cast in one call."""
+    """A block's tensors, those of the projections in a dtype, if one is given: one call casts all that need it."""
     lowered = list(tensors)
-    places = (
-        [] if dtype is None else [i for i in _PROJECTIONS if tensors[i] is not None and tensors[i].dtype is not dtype]
-    )
+    if dtype is None:
+        return lowered
+    places = [i for i in _PROJECTIONS if tensors[i] is not None and tensors[i].dtype is not dtype]
+    made = [torch.empty_like(tensors[i], dtype=dtype) for i in places]
     if places:
-        given = [tensors[i] for i in places]
-        made = [torch.empty_like(x, dtype=dtype) for x in given]
-        torch._foreach_copy_(made, given)
-        for i, x in zip(places, made, strict=True):
-            lowered[i] = x
+        torch._foreach_copy_(made, [tensors[i] for i in places])
+    for i, x in zip(places, made, strict=True):
+        lowered[i] = x
     return lowered
 
 
