@@ -508,9 +508,9 @@ def test_products_on_the_cpu_are_made_on_the_threads_of_the_kernels(monkeypatch:
     assert len(products) == 4 + 12  # forward, and backward with two of them again
 
 
-@pytest.mark.parametrize(("batch", "casts"), [(1, 7), (BATCH, 2)])
-def test_casts_and_products_are_as_few_as_they_can_be(batch: int, casts: int) -> None:
-    """Each is a launch. Weights are cast together, once for each way; and on the CPU, in a batch of one, gradients."""
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_casts_and_products_are_few(batch: int) -> None:
+    """Each is a launch. Weights are cast together, once for each way; their gradients one by one, on the CPU only."""
     made, x = block(dtype=torch.float32), hidden(torch.float32, batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         with torch.autocast("cpu", torch.bfloat16):
@@ -518,6 +518,6 @@ def test_casts_and_products_are_as_few_as_they_can_be(batch: int, casts: int) ->
         y.sum().backward()
     counts = Counter(event.name.removeprefix("aten::") for event in profiled.events())
     assert counts["_foreach_copy_"] == 2
-    assert counts["_to_copy"] == casts, "of the input and its gradient, and of five gradients of weights"
+    assert counts["_to_copy"] == 2 + 5, "of the input and its gradient, and of five gradients of weights"
     assert counts["neg"] == 1, "A is made once"
     assert counts["bmm"] + counts["baddbmm_"] == 16
