@@ -1,7 +1,7 @@
 """The Mamba block as one op, ``sscan::mamba``; without its input projection, ``sscan::mamba_inner``.
 
-For its backward a block keeps its input and what the input projection makes of it, x and z, and nothing else: the rest
-is made again there, the checkpoints of the scan included, which in float32 are as large as x and z in half precision.
+For its backward a block keeps its input, what the input projection makes of it, x and z, and A, which is small: the
+rest is made again there, the checkpoints of the scan included, which in float32 are as large as x and z in half precision.
 PyTorch's compiler sees one op, so it cannot decide to keep more.
 """
 
@@ -147,10 +147,10 @@ def _fake(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _inner_gradients(
-    dout: Any, dconv_state: Any, dssm_state: Any,
+    dtypes: Any, dout: Any, dconv_state: Any, dssm_state: Any,
     x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
     out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
-    cu_seqlens: Any, mask: Any, delta_softplus: bool, return_states: bool, dtypes: Any,
+    cu_seqlens: Any, mask: Any, delta_softplus: bool, return_states: bool,
 ) -> list[Any]:  # fmt: skip
     """Gradients of what a block is made of, those of the weights of x_proj, dt_proj and out_proj in these dtypes."""
     u = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, False, seq_idx, cu_seqlens)
@@ -180,7 +180,7 @@ def _inner_gradients(
 
 def _backward_kernel(*arguments: Any) -> list[Any]:
     dtypes = [weight.dtype for weight in arguments[7:10]]
-    return [gradient for gradient in _inner_gradients(*arguments, dtypes) if gradient is not None]
+    return [gradient for gradient in _inner_gradients(dtypes, *arguments) if gradient is not None]
 
 
 def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any) -> list[Any]:
@@ -286,8 +286,8 @@ def _mamba_backward_kernel(*arguments: Any) -> list[Any]:
     lowered = _lowered(tensors, dtype)
     hidden, weight, bias = lowered[:3]
     dtypes = [x.dtype for x in tensors[5:8]]
-    inner = _of_inner(lowered, xz, A)
-    dx, dz, dconv_weight, *rest = _inner_gradients(*cotangents, *inner, True, return_states, dtypes)
+    inner = (*cotangents, *_of_inner(lowered, xz, A), True, return_states)
+    dx, dz, dconv_weight, *rest = _inner_gradients(dtypes, *inner)
     half, hidden_ = weight.shape[0] // 2, hidden.mT
     dhidden = applied_back(weight[:half].t(), None, dx, _bmm)
     _add_bmm(dhidden, dz.mT, weight[half:].expand(dz.shape[0], -1, -1))
