@@ -1,8 +1,8 @@
 """The Mamba block as one op, ``sscan::mamba``; without its input projection, ``sscan::mamba_inner``.
 
 For its backward a block keeps its input, what the input projection makes of it, x and z, and A, which is small: the
-rest is made again there, the checkpoints of the scan included, which in float32 are as large as x and z in half precision.
-PyTorch's compiler sees one op, so it cannot decide to keep more.
+rest is made again there, the checkpoints of the scan included, which in float32 are as large as x and z in half
+precision. PyTorch's compiler sees one op, so it cannot decide to keep more.
 """
 
 from __future__ import annotations
