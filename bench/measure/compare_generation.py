@@ -31,6 +31,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import transformers
+from records import OUT_OF_MEMORY, free, write
 
 from sscan import torch as sscan_torch
 from sscan.models import MambaConfig, Sampler
@@ -45,7 +46,6 @@ AT_ONCE = 1 << 15  # tokens of prompts that are read at once
 REPEATS = 3
 SMALL = 4, 16  # rows and tokens of the checks
 TOLERANCE = 0.05  # of logits, relative, in bfloat16
-OUT_OF_MEMORY = "out of memory"
 PEAK = 790e12  # dense bfloat16 products of an H200, as measured; operations a second
 MAMBA = {"130m": MambaConfig(768, 24, VOCABULARY), "1.4b": MambaConfig(2048, 48, VOCABULARY)}
 # Pythia's sizes of the same name: width, layers, heads.
@@ -328,19 +328,6 @@ def times(entry: Any, batch: int) -> dict[str, float]:
     return {"seconds": statistics.median(whole), "decoding": statistics.median(decoding)}
 
 
-def free() -> None:
-    """Give unused memory back, for whoever comes next."""
-    import gc
-
-    gc.collect()
-    if torch.cuda.is_available():
-        import cupy
-
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        cupy.get_default_memory_pool().free_all_blocks()
-
-
 def launches(model: MambaLM, batch: int) -> dict[str, float]:
     """Launches of a step of ours, and the microseconds that a graph of as many empty ones takes."""
     import bench_decode_gpu as decoding
@@ -365,9 +352,7 @@ class Report:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         if self.out:
-            record = {**self.about, "measurements": self.rows}
-            self.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            self.out.with_suffix(".md").write_text(self.text(), encoding="utf-8")
+            write(self.out, {**self.about, "measurements": self.rows}, lambda _: self.text())
 
     def text(self) -> str:
         """As a table."""

@@ -371,6 +371,11 @@ def series(record: Record, name: str, way: str) -> dict[int, Record]:
     return {row["length"]: row for row in record["measurements"] if (row["name"], row["way"]) == (name, way)}
 
 
+def milliseconds_by_length(record: Record, name: str, way: str, time_of: str = "ms") -> dict[int, float]:
+    """Of a line, where there are any."""
+    return {length: row[time_of] for length, row in series(record, name, way).items() if "ms" in row}
+
+
 def crossover(ours: dict[int, float], theirs: dict[int, float]) -> float:
     """The length from which on ours takes less time, by a straight line between logarithms of length and time.
 
@@ -392,10 +397,7 @@ def crossover(ours: dict[int, float], theirs: dict[int, float]) -> float:
 
 def crossover_cell(record: Record, ours: str, theirs: str, way: str, time_of: str) -> str:
     """The crossover of two lines, in words."""
-    known = [
-        {length: row[time_of] for length, row in series(record, name, way).items() if "ms" in row}
-        for name in (ours, theirs)
-    ]
+    known = [milliseconds_by_length(record, name, way, time_of) for name in (ours, theirs)]
     lengths = sorted(known[0].keys() & known[1].keys())
     if not lengths:
         return "not measured"
@@ -454,10 +456,7 @@ def ratios(record: Record, theirs: str, ours: str = "scan, N 16", at: int = 2**1
     """By how much a line takes longer than the scan: at 32K, and at most. Cells."""
     cells = []
     for way in WAYS:
-        of_ours, of_theirs = (
-            {length: row["ms"] for length, row in series(record, name, way).items() if "ms" in row}
-            for name in (ours, theirs)
-        )
+        of_ours, of_theirs = (milliseconds_by_length(record, name, way) for name in (ours, theirs))
         found = {length: of_theirs[length] / of_ours[length] for length in of_theirs.keys() & of_ours.keys()}
         most = max(found, key=lambda length: found[length], default=0)
         cells.append(f"{found[at]:.1f}" if at in found else "not measured")

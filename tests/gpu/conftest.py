@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sscan import _plans
+from sscan.cuda.kernels._scan import CHECKPOINT
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -45,7 +46,7 @@ def _kept(arrays: list[Any]) -> Any:
     ((cu_seqlens, dtype),) = integers
     places = []
     for number, (begin, end) in enumerate(itertools.pairwise(np.frombuffer(_bytes(cu_seqlens), dtype).tolist())):
-        places += [(begin >> 4) + number + k for k in range(-(-(end - begin) // 16))]
+        places += [begin // CHECKPOINT + number + k for k in range(-(-(end - begin) // CHECKPOINT))]
     return places
 
 
