@@ -56,13 +56,16 @@ class Caller:
     leave: Callable[[Any], Any]
 
 
+Seen = tuple[list[Any], list[Any], list[int], int]
+
+
 @dataclass(frozen=True, slots=True)
 class Planning:
     """What is asked of a library whose calls on a GPU are planned, see ``_plans``."""
 
-    # Of all arguments: what the call depends on, which of them are arrays, and their device; None if there is anything
-    # about them that is to be looked at each time.
-    seen: Callable[[tuple[Any, ...]], tuple[list[Any], list[Any], int] | None]
+    # Of all arguments: what the call depends on, which of them are arrays, their addresses and their device; None if
+    # there is anything about them that is to be looked at each time.
+    seen: Callable[[tuple[Any, ...]], "Seen | None"]
     stream: Callable[[int], int | None]  # the current one of a device; None if that is not the current device
     address: Callable[[Any], int]
     # Of a result and the arrays: what makes memory for another one, of nothing or of the array at that place.
@@ -293,10 +296,11 @@ def _empty_on_gpu(shape: tuple[int, ...], dtype: Any) -> Any:
     return array
 
 
-def _cupy_seen(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any], int] | None:
+def _cupy_seen(arguments: tuple[Any, ...]) -> Seen | None:
     kind, device = sys.modules["cupy"].ndarray, arguments[0].data.device_id
     key: list[Any] = [device]
     arrays: list[Any] = []
+    addresses: list[int] = []
     for x in arguments:
         if type(x) is kind:
             memory = x.data
@@ -304,12 +308,13 @@ def _cupy_seen(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any], int] |
             if not address or memory.device_id != device:
                 return None
             arrays.append(x)
+            addresses.append(address)
             key += x.dtype, x.shape, x.strides, address % 16
         elif type(x) in _PLAIN:
             key += type(x), x
         else:
             return None
-    return key, arrays, device
+    return key, arrays, addresses, device
 
 
 def _cupy_stream(device: int) -> int | None:
@@ -481,7 +486,7 @@ def _empty_tensor(device: Any, shape: tuple[int, ...], dtype: Any) -> TensorView
     return view
 
 
-def _torch_seen(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any], int] | None:
+def _torch_seen(arguments: tuple[Any, ...]) -> Seen | None:
     torch: Any = sys.modules["torch"]
     first = arguments[0]
     if not first.is_cuda or torch.autograd.forward_ad._current_level >= 0:
@@ -490,22 +495,24 @@ def _torch_seen(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any], int] 
     device = first.get_device()
     key: list[Any] = [device]
     arrays: list[Any] = []
+    addresses: list[int] = []
     for x in arguments:
         kind = type(x)
         if kind is tensor or kind is parameter:
             address = x.data_ptr()
             if (
                 not address or x.get_device() != device or x.is_neg() or (lost and x.requires_grad)
-                or (x.is_complex() and x.is_conj())
+                or ((dtype := x.dtype).is_complex and x.is_conj())
             ):  # fmt: skip
                 return None
             arrays.append(x)
-            key += x.dtype, x.shape, x.is_contiguous() or x.stride(), address % 16
+            addresses.append(address)
+            key += dtype, x.shape, x.is_contiguous() or x.stride(), address % 16
         elif kind in _PLAIN:
             key += kind, x
         else:
             return None
-    return key, arrays, device
+    return key, arrays, addresses, device
 
 
 def _torch_stream(device: int) -> int | None:

@@ -35,10 +35,10 @@ class Plan(NamedTuple):
     launches: tuple[Any, ...]  # as ``sscan.cuda._launch.repeat`` takes them
     returned: Callable[[list[Any]], Any]  # what the op returns, of its results
 
-    def repeat(self, address: Callable[[Any], int], arrays: list[Any], stream: int) -> Any:
-        """What the op returns for these arrays."""
+    def repeat(self, address: Callable[[Any], int], arrays: list[Any], addresses: list[int], stream: int) -> Any:
+        """What the op returns for these arrays, which lie there."""
         results = [make() if place is None else make(arrays[place]) for make, place in self.results]
-        pool = [*map(address, arrays), *map(address, results)]
+        pool = [*addresses, *map(address, results)]
         if self.workspace is not None:
             memory = self.workspace()  # held until the last launch
             start = address(memory)
@@ -60,7 +60,7 @@ def planned(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         seen = None if planning is None else planning.seen(arguments)
         if planning is None or seen is None or _recording.current.recording is not None:
             return following(*args, **kwargs)
-        kind, arrays, device = seen
+        kind, arrays, addresses, device = seen
         stream = planning.stream(device)
         if stream is None:
             return following(*args, **kwargs)
@@ -68,12 +68,14 @@ def planned(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         plan = known.get(key)
         if plan is None:
             recording, returned = _recorded(following, args, kwargs)
-            if len(set(map(planning.address, arrays))) == len(arrays):  # else one address stood for two arguments
+            if len(set(addresses)) == len(arrays):  # else one address stood for two arguments
                 if len(known) >= REMEMBERED:
                     known.clear()
                 known[key] = _plan(recording, planning, arrays, device, returned)
             return returned
-        return following(*args, **kwargs) if plan is _NEVER else plan.repeat(planning.address, arrays, stream)
+        if plan is _NEVER:
+            return following(*args, **kwargs)
+        return plan.repeat(planning.address, arrays, addresses, stream)
 
     return call
 

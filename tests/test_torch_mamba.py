@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -505,3 +506,18 @@ def test_products_on_the_cpu_are_made_on_the_threads_of_the_kernels(monkeypatch:
     for found, other, right in zip(outputs(torch.float32), by_pytorch, exact, strict=True):
         assert_within(found, other, right, eps_of("float32"))
     assert len(products) == 4 + 12  # forward, and backward with two of them again
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_casts_and_products_are_few(batch: int) -> None:
+    """Each is a launch. Weights are cast together, once for each way; their gradients one by one, on the CPU only."""
+    made, x = block(dtype=torch.float32), hidden(torch.float32, batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = made(x)
+        y.sum().backward()
+    counts = Counter(event.name.removeprefix("aten::") for event in profiled.events())
+    assert counts["_foreach_copy_"] == 2
+    assert counts["_to_copy"] == 2 + 5, "of the input and its gradient, and of five gradients of weights"
+    assert counts["neg"] == 1, "A is made once"
+    assert counts["bmm"] + counts["baddbmm_"] == 16

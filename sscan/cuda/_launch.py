@@ -244,13 +244,12 @@ def launch(kernel, blocks, *arguments):
         _recording.current.recording.launches.append((kernel, blocks, arguments))
     values = [x if isinstance(x, int) else 0 if x is None else x.data.ptr for x in arguments]
     _packers[len(values)](_parameters.memory, 0, 8 * len(values), *values)
-    _start(loaded, blocks, cuda.get_current_stream().ptr)
+    _start(cuda, loaded, blocks, cuda.get_current_stream().ptr, _parameters.description)
 
 
-def _start(loaded, blocks, stream):
-    """Start a function with the parameters of this thread."""
-    cuda = sys.modules["cupy"].cuda
-    call = (loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, stream, 0, _parameters.description)
+def _start(cuda, loaded, blocks, stream, parameters):
+    """Start a function of CuPy's current device with the parameters that are described there."""
+    call = (loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, stream, 0, parameters)
     try:
         cuda.driver.launchKernel(*call)  # a tenth of what it costs through ctypes
     except cuda.driver.CUDADriverError as error:
@@ -278,10 +277,10 @@ def repeatable(kernel, blocks, places):
 
 def repeat(launches, pool, stream):
     """Launch, with arguments from the pool, on a stream of the current device."""
-    memory = _parameters.memory
+    cuda, memory, description = sys.modules["cupy"].cuda, _parameters.memory, _parameters.description
     for loaded, blocks, pick, pack, size in launches:
         pack(memory, 0, size, *pick(pool))
-        _start(loaded, blocks, stream)
+        _start(cuda, loaded, blocks, stream, description)
 
 
 def processors():

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sscan._arrays import on_gpu
 from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Tensor, array_module
@@ -29,9 +28,9 @@ class S4D(Recurrent):
     """h_t = A_bar h_{t-1} + B_bar u_t, y_t = C h_t + D u_t in every channel: (batch, dim, length) to the same.
 
     A_bar = exp(delta A) and B_bar = (A_bar - 1) / A: zero-order hold of B = 1. Of a complex state y is 2 Re(C h) + D u.
-    Nothing depends on the input, so y is the convolution of u with K_k = C A_bar^k B_bar, plus D u. On the CPU it is
-    formed so, through the FFT. On a GPU, where a state enters, and in packed rows it is a scan with a constant step
-    size, the same up to rounding.
+    Nothing depends on the input, so y is the convolution of u with K_k = C A_bar^k B_bar, plus D u, and is formed so,
+    through the FFT. Where a state enters, and in packed rows, it is a scan with a constant step size, the same up to
+    rounding.
 
     Step size, A and D are exempt from weight decay, and the learning rate of step size and A is at most 1e-3.
 
@@ -75,7 +74,7 @@ class S4D(Recurrent):
     def __call__(self, u: Operand, seq_idx: Array | None = None) -> Tensor:
         """Apply the system to sequences from their beginnings; `seq_idx` as of every layer that is recurrent."""
         check_floats("S4D", "u", u, "batch", self.A.shape[0], "length")
-        if seq_idx is not None or on_gpu(u.data if isinstance(u, Tensor) else u):
+        if seq_idx is not None:
             return self._scan(u, None, seq_idx)[0]
         kernel = ssm_kernel(ops.exp(self.log_delta), self.A(), self.A.ones(), self.C(), u.shape[2])  # type: ignore[union-attr]
         return (ssm_convolution(u, kernel) + u * self.D.reshape(-1, 1)).astype(u.dtype)  # type: ignore[union-attr]

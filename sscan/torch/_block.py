@@ -1,8 +1,8 @@
 """The Mamba block as one op, ``sscan::mamba``; without its input projection, ``sscan::mamba_inner``.
 
-For its backward a block keeps its input and what the input projection makes of it, x and z, and nothing else: the rest
-is made again there, the checkpoints of the scan included, which in float32 are as large as x and z in half precision.
-PyTorch's compiler sees one op, so it cannot decide to keep more.
+For its backward a block keeps its input, what the input projection makes of it, x and z, and A, which is small: the
+rest is made again there, the checkpoints of the scan included, which in float32 are as large as x and z in half
+precision. PyTorch's compiler sees one op, so it cannot decide to keep more.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _OF_BLOCK = """
 """
 _DIFFERENTIABLE_OF_BLOCK = 14
 _PROJECTIONS = (0, 1, 2, 5, 6, 7, 8)  # of a block's arguments, what is multiplied or added in the input's dtype
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _bmm(a: Any, b: Any) -> Any:
@@ -93,7 +94,8 @@ def masked(u: Any, mask: Any) -> Any:
 
 def projections(u: Any, x_proj_weight: Any, dt_proj_weight: Any, A: Any, bmm: Any) -> Any:
     """dt (batch, dt_rank, length), and B and C (batch, state, length), as views of one product."""
-    return applied(x_proj_weight, u, bmm=bmm).split([dt_proj_weight.shape[1], A.shape[1], A.shape[1]], 1)
+    (_, dt_rank), (_, state) = dt_proj_weight.shape, A.shape
+    return torch.split_with_sizes(applied(x_proj_weight, u, bmm=bmm), [dt_rank, state, state], 1)
 
 
 # Products with the weights keep (batch, channels, length): a batched product reads an expanded or transposed operand
@@ -112,8 +114,21 @@ def applied_back(weight: Any, bias: Any, y: Any, bmm: Any = torch.bmm) -> Any:
     return bmm(y.mT, weight) if bias is None else torch.baddbmm(bias, y.mT, weight)
 
 
-def _weight_gradient(dout: Any, x: Any) -> Any:
-    return _bmm(dout, x.mT)[0] if len(x) == 1 else _bmm(dout, x.mT).sum(0)
+def _weight_gradient(dout: Any, x: Any, dtype: Any) -> Any:
+    """Of a projection of x to what has the gradient dout, (batch, channels, length) both, in the dtype of the weight.
+
+    Sums in float32 stay so where the product or the sum over the batch can leave them so, which takes no cast.
+    """
+    if x.shape[0] > 1:
+        return _bmm(dout, x.mT).sum(0, dtype=dtype)
+    if dtype is torch.float32 and dout.is_cuda and dout.dtype in _HALVES:
+        return torch.bmm(dout, x.mT, out_dtype=dtype)[0]
+    return _in(dtype, _bmm(dout, x.mT)[0])
+
+
+def _in(dtype: Any, x: Any) -> Any:
+    """x in a dtype: itself, if it is, without asking PyTorch."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _fake(*arguments: Any) -> tuple[Any, ...]:
@@ -132,19 +147,21 @@ def _fake(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _inner_gradients(
-    dout: Any, dconv_state: Any, dssm_state: Any,
+    dtypes: Any, dout: Any, dconv_state: Any, dssm_state: Any,
     x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
     out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
     cu_seqlens: Any, mask: Any, delta_softplus: bool, return_states: bool,
 ) -> list[Any]:  # fmt: skip
+    """Gradients of what a block is made of, those of the weights of x_proj, dt_proj and out_proj in these dtypes."""
     u = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, False, seq_idx, cu_seqlens)
     u = masked(u, mask)
     dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A, _bmm)
     scanned = (u, applied(dt_proj_weight, dt, bmm=_bmm), A, B, C, D, z, delta_bias, delta_softplus)
     packing = {"initial_state": ssm_state, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     y, _, checkpoints = sscan.selective_scan_forward(*scanned, **packing)
-    dy = applied(out_proj_weight.t(), dout.mT, bmm=_bmm)
-    dout_proj_weight = _weight_gradient(dout.mT, y)
+    dout_ = dout.mT
+    dy = applied(out_proj_weight.t(), dout_, bmm=_bmm)
+    dout_proj_weight = _weight_gradient(dout_, y, dtypes[2])
     del y
     scan = sscan.selective_scan_backward(dy, *scanned, dlast_state=dssm_state, checkpoints=checkpoints, **packing)
     del dy, checkpoints
@@ -154,14 +171,16 @@ def _inner_gradients(
         masked(du, mask), x, conv_weight, conv_bias, "silu", conv_state, seq_idx, cu_seqlens, dconv_state
     )
     return [
-        conv.dx, scan.dz, conv.dweight, conv.dbias, _weight_gradient(dx_dbl, u), _weight_gradient(scan.ddelta, dt),
-        dout_proj_weight, None if out_proj_bias is None else dout.sum((0, 1)), scan.dA, scan.dD, scan.ddelta_bias,
+        conv.dx, scan.dz, conv.dweight, conv.dbias, _weight_gradient(dx_dbl, u, dtypes[0]),
+        _weight_gradient(scan.ddelta, dt, dtypes[1]), dout_proj_weight,
+        None if out_proj_bias is None else dout.sum((0, 1)), scan.dA, scan.dD, scan.ddelta_bias,
         conv.dinitial_state, scan.dinitial_state,
     ]  # fmt: skip
 
 
 def _backward_kernel(*arguments: Any) -> list[Any]:
-    return [gradient for gradient in _inner_gradients(*arguments) if gradient is not None]
+    dtypes = [weight.dtype for weight in arguments[7:10]]
+    return [gradient for gradient in _inner_gradients(dtypes, *arguments) if gradient is not None]
 
 
 def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any) -> list[Any]:
@@ -207,12 +226,16 @@ cast_under_autocast(
 
 
 def _lowered(tensors: Any, dtype: Any) -> list[Any]:
-    """A block's tensors, those of the projections in a dtype, if one is given."""
+    """A block's tensors, those of the projections in a dtype, if one is given: one call casts all that need it."""
     lowered = list(tensors)
-    if dtype is not None:
-        for i in _PROJECTIONS:
-            if lowered[i] is not None:
-                lowered[i] = lowered[i].to(dtype)
+    if dtype is None:
+        return lowered
+    places = [i for i in _PROJECTIONS if tensors[i] is not None and tensors[i].dtype is not dtype]
+    made = [torch.empty_like(tensors[i], dtype=dtype) for i in places]
+    if places:
+        torch._foreach_copy_(made, [tensors[i] for i in places])
+    for i, x in zip(places, made, strict=True):
+        lowered[i] = x
     return lowered
 
 
@@ -221,27 +244,27 @@ def _diagonal(A_log: Any, exp: Any = torch.exp) -> Any:
     return -exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
-def _of_inner(lowered: Any, xz: Any, exp: Any) -> tuple[Any, ...]:
+def _of_inner(lowered: Any, xz: Any, A: Any) -> tuple[Any, ...]:
     """Tensors of ``mamba_inner`` from those of the block and the product of its input projection."""
     x, z = xz.chunk(2, 1)
-    conv_weight, *rest = lowered[3:9]
-    return x, z, conv_weight.squeeze(1), *rest, _diagonal(lowered[9], exp), *lowered[10:]
+    return x, z, lowered[3].squeeze(1), *lowered[4:9], A, *lowered[10:]
 
 
 def _mamba(*arguments: Any) -> tuple[Any, ...]:
     *tensors, dtype, return_states = arguments
     lowered = _lowered(tensors, dtype)
     hidden, weight, bias = lowered[:3]
-    xz = applied(weight, hidden.mT, bias, _bmm)
-    return *_inner(*_of_inner(lowered, xz, _exp), True, return_states), xz
+    xz, A = applied(weight, hidden.mT, bias, _bmm), _diagonal(tensors[9], _exp)
+    return *_inner(*_of_inner(lowered, xz, A), True, return_states), xz, A
 
 
 def _composed_mamba(*arguments: Any) -> tuple[Any, ...]:
     *tensors, dtype, return_states = arguments
-    lowered = _lowered(tensors, dtype)
-    hidden, weight, bias = lowered[:3]
-    xz = applied(weight, hidden.mT, bias)
-    made: tuple[Any, ...] = _composed_block(*_of_inner(lowered, xz, torch.exp), True, return_states)
+    for i in () if dtype is None else _PROJECTIONS:
+        tensors[i] = None if tensors[i] is None else tensors[i].to(dtype)
+    hidden, weight, bias = tensors[:3]
+    xz, A = applied(weight, hidden.mT, bias), _diagonal(tensors[9])
+    made: tuple[Any, ...] = _composed_block(*_of_inner(tensors, xz, A), True, return_states)
     return made
 
 
@@ -254,37 +277,39 @@ def _mamba_fake(*arguments: Any) -> tuple[Any, ...]:
     A = A_log.new_empty(A_log.shape, dtype=torch.promote_types(A_log.dtype, torch.float32))
     inner = (x, z, tensors[3].new_empty((x.shape[1], tensors[3].shape[2])), *tensors[4:9], A, *tensors[10:])
     out, *states = _fake(*inner, True, return_states)
-    return out, *(states if return_states else [hidden.new_empty(0), hidden.new_empty(0)]), xz
+    return out, *(states if return_states else [hidden.new_empty(0), hidden.new_empty(0)]), xz, A
 
 
 def _mamba_backward_kernel(*arguments: Any) -> list[Any]:
-    *cotangents, xz = arguments[:4]
-    *tensors, dtype, return_states = arguments[4:]
+    *cotangents, xz, A = arguments[:5]
+    *tensors, dtype, return_states = arguments[5:]
     lowered = _lowered(tensors, dtype)
     hidden, weight, bias = lowered[:3]
-    inner = (*cotangents, *_of_inner(lowered, xz, _exp), True, return_states)
-    dx, dz, dconv_weight, *rest = _inner_gradients(*inner)
-    dA, A = rest[5], inner[len(cotangents) + 8]
-    half = weight.shape[0] // 2
-    dhidden = _bmm(dx.mT, weight[:half].expand(len(dx), -1, -1))
-    _add_bmm(dhidden, dz.mT, weight[half:].expand(len(dx), -1, -1))
+    dtypes = [x.dtype for x in tensors[5:8]]
+    inner = (*cotangents, *_of_inner(lowered, xz, A), True, return_states)
+    dx, dz, dconv_weight, *rest = _inner_gradients(dtypes, *inner)
+    half, hidden_ = weight.shape[0] // 2, hidden.mT
+    dhidden = applied_back(weight[:half].t(), None, dx, _bmm)
+    _add_bmm(dhidden, dz.mT, weight[half:].expand(dz.shape[0], -1, -1))
     gradients = [
-        dhidden, torch.cat([_weight_gradient(d, hidden.mT) for d in (dx, dz)]),
+        dhidden, torch.cat([_weight_gradient(d, hidden_, tensors[1].dtype) for d in (dx, dz)]),
         None if bias is None else torch.cat([d.sum((0, 2)) for d in (dx, dz)]), dconv_weight.unsqueeze(1),
-        *rest[:5], dA * A, *rest[6:],
+        *rest[:5], rest[5].mul_(A), *rest[6:],
     ]  # fmt: skip
     given = zip(gradients, tensors[:_DIFFERENTIABLE_OF_BLOCK], strict=True)
-    return [gradient.to(x.dtype) for gradient, x in given if gradient is not None]
+    return [_in(x.dtype, gradient) for gradient, x in given if gradient is not None]
 
 
 mamba = define(
-    f"mamba({_OF_BLOCK} ScalarType? dtype, bool return_states) -> (Tensor, Tensor, Tensor, Tensor)", _mamba, _mamba_fake
+    f"mamba({_OF_BLOCK} ScalarType? dtype, bool return_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _mamba,
+    _mamba_fake,
 )
 mamba_backward = define(
-    f"""mamba_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, Tensor xz, {_OF_BLOCK} ScalarType? dtype,
-    bool return_states) -> Tensor[]""",
+    f"""mamba_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, Tensor xz, Tensor A, {_OF_BLOCK}
+    ScalarType? dtype, bool return_states) -> Tensor[]""",
     _mamba_backward_kernel,
-    lambda dout, dconv_state, dssm_state, xz, *arguments: [
+    lambda dout, dconv_state, dssm_state, xz, A, *arguments: [
         like.new_empty(like.shape) for like in arguments[:_DIFFERENTIABLE_OF_BLOCK] if like is not None
     ],
 )
@@ -292,19 +317,19 @@ mamba_backward = define(
 
 def _mamba_saved(inputs: Any, outputs: Any) -> Saved:
     *tensors, dtype, return_states = inputs
-    xz = outputs[3]
-    return Saved((xz, *tensors), (dtype, return_states), (xz,) if return_states else outputs[1:])
+    *states, xz, A = outputs[1:]
+    return Saved((xz, A, *tensors), (dtype, return_states), (xz, A, *(() if return_states else states)))
 
 
 def _mamba_gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
-    xz, *tensors = tensors
+    xz, A, *tensors = tensors
     inputs, packing = tensors[:_DIFFERENTIABLE_OF_BLOCK], tensors[_DIFFERENTIABLE_OF_BLOCK:]
-    dout, dconv_state, dssm_state, _ = cotangents
+    dout, dconv_state, dssm_state = cotangents[:3]
     if torch.is_grad_enabled():  # there will be second derivatives
         return pulled_back(_composed_mamba, inputs, (*packing, *options), (dout, dconv_state, dssm_state))
     if dout is None:
         dout = xz.new_zeros((xz.shape[0], xz.shape[2], inputs[7].shape[0]))
-    return for_each(mamba_backward(dout, dconv_state, dssm_state, xz, *tensors, *options), inputs)
+    return for_each(mamba_backward(dout, dconv_state, dssm_state, xz, A, *tensors, *options), inputs)
 
 
 differentiate(mamba, _mamba_saved, _mamba_gradients)

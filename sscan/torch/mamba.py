@@ -248,7 +248,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         dtype = None if hidden.dtype is torch.float64 else autocast_dtype(hidden)
         if dtype is not None:
             hidden = hidden.to(dtype)  # here, so that what is kept for the backward is as small
-        out, conv_state, ssm_state, _ = mamba(
+        out, conv_state, ssm_state, *_ = mamba(
             hidden, *in_proj, *conv, x_proj_weight, dt_proj_weight, *out_proj, self.A_log, self.D, delta_bias, *rest,
             dtype, return_final_states,
         )  # fmt: skip
@@ -348,7 +348,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
 
     def _split(self, x_dbl: Any) -> Any:
         """dt, B and C, which the projection of the channels puts one behind the other."""
-        return x_dbl.split([self.dt_rank, self.d_state, self.d_state], 1)
+        return torch.split_with_sizes(x_dbl, [self.dt_rank, self.d_state, self.d_state], 1)
 
     def _refuse_gradients(self, what: str, *tensors: Any) -> None:
         """TypeError if gradients are recorded: states that are updated in place carry none."""
@@ -395,16 +395,21 @@ class Mamba(nn.Module):  # type: ignore[misc]
         self._refuse_gradients("step", hidden_states, conv_state, ssm_state)
         self._check_taps()
         plain = self._plain_parts(hidden_states)
-        x, z = self.in_proj(hidden_states[:, 0]).chunk(2, 1)
+        x, z = self._project_next("in_proj", plain, hidden_states[:, 0]).chunk(2, 1)
         x = self._convolve_next(plain["conv1d"], x, conv_state)
-        dt, B, C = self._split(self.x_proj(x))
+        dt, B, C = self._split(self._project_next("x_proj", plain, x))
         if plain["dt_proj"] is None:
             dt, dt_bias = self.dt_proj(dt), None
         else:
             weight, dt_bias = plain["dt_proj"]
             dt = functional.linear(dt, weight)
         y = selective_state_update(ssm_state, x, dt, self.A_log, B, C, self.D, z, dt_bias, True, A_log=True)
-        return self.out_proj(y)[:, None], conv_state, ssm_state
+        return self._project_next("out_proj", plain, y)[:, None], conv_state, ssm_state
+
+    def _project_next(self, name: str, plain: dict[str, Any], x: Any) -> Any:
+        """What a projection makes of one token, without the call of a module where nothing stands in its way."""
+        weights = plain[name]
+        return getattr(self, name)(x) if weights is None else functional.linear(x, *weights)
 
     def _convolve_next(self, weights: Weights | None, x: Any, conv_state: Any) -> Any:
         if weights is not None:

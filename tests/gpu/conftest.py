@@ -25,7 +25,7 @@ def plans_repeat_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         factories = {(kernel.module, kernel.factory) for kernel, _, _ in recording.launches}
         in_place = factories & {("selective_state_update", "update"), ("causal_conv1d", "update")}
         if plan is not _plans._NEVER and not in_place and not _captured():
-            again = plan.repeat(planning.address, arrays, planning.stream(device))
+            again = plan.repeat(planning.address, arrays, [*map(planning.address, arrays)], planning.stream(device))
             pairs = zip(_results(returned), _results(again), strict=True)
             for number, (first, second) in enumerate(pairs):
                 assert (type(first), first.dtype, first.shape) == (type(second), second.dtype, second.shape)
