@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from sscan.torch import _registered
-from sscan.torch._block import _diagonal, applied, applied_back, mamba, masked
+from sscan.torch._arithmetic import diagonal
+from sscan.torch._block import applied, applied_back, mamba, masked
 from sscan.torch._library import autocast_dtype, check_tensors
 from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
 
@@ -324,7 +325,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         delta = self._product("dt_proj", dt_proj, dt)
         # Without checkpoints, which can be larger than all else that is kept: the backward makes them again.
         y, ssm_state, _ = _registered.selective_scan(
-            u, delta, _diagonal(self.A_log), B, C, self.D, z, delta_bias, ssm_state, seq_idx, cu_seqlens, True, "mamba",
+            u, delta, diagonal(self.A_log), B, C, self.D, z, delta_bias, ssm_state, seq_idx, cu_seqlens, True, "mamba",
             True, False,
         )  # fmt: skip
         if plain["out_proj"] is None:
