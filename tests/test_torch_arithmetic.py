@@ -17,7 +17,7 @@ from sscan.testing import patched
 from sscan.testing._emulator import Emulator
 from sscan.torch import Mamba
 from sscan.torch._arithmetic import LAUNCHES, OPS, is_planned
-from sscan.torch._block import _backward, _forward, _planned_backward, _planned_forward
+from sscan.torch._block import _backward, _forward, _planned_backward, _planned_forward, planned_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -206,6 +206,34 @@ def test_a_repeated_block_is_the_block(name: str, states: bool, monkeypatch: pyt
     plan = recorder.plan(_planned_backward.__wrapped__, *given)
     given = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in given)
     same(recorder.repeated(plan, *given), _backward(LAUNCHES, dout, *dstates, xz, A, *second))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_repeated_step_is_the_step(batch: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    plan = recorder.plan(planned_step.__wrapped__, *step_of(batch, dtype, seed=0)[1])
+    made, given = step_of(batch, dtype, seed=1)
+    (hidden, states), ours = (given[0].clone(), [x.clone() for x in given[-2:]]), given[-2:]
+    out = recorder.repeated(plan, *given)
+    with torch.no_grad():
+        expected, *_ = made.step(hidden[:, None], *states)
+    close([out, *ours], [expected[:, 0], *states], dtype is HALF)
+    assert not any(torch.equal(x, y) for x, y in zip(states, step_of(batch, dtype, seed=1)[1][-2:], strict=True))
+
+
+def step_of(batch: int, dtype: Any, seed: int) -> tuple[Mamba, list[Any]]:
+    """A block, and what its step as a plan takes."""
+    torch.manual_seed(seed)
+    made = Mamba(D_MODEL, d_state=4, dtype=dtype)
+    for parameter in made.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    states = [torch.randn_like(x) for x in made.allocate_inference_cache(batch, 1)]
+    weights = (
+        made.in_proj.weight, made.conv1d.weight, made.conv1d.bias, made.x_proj.weight, made.dt_proj.weight,
+        made.out_proj.weight, made.A_log, made.D, made.dt_proj.bias,
+    )  # fmt: skip
+    return made, [torch.randn(batch, D_MODEL, dtype=dtype), *(x.detach() for x in weights), *states]
 
 
 def same(ours: Any, theirs: Any) -> None:

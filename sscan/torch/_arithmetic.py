@@ -7,13 +7,15 @@ which a block's forward and backward have a hundred, and a plan 4 for a launch.
 
 from __future__ import annotations
 
-from functools import partial
+import importlib
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sscan._arrays import TORCH, numpy_dtype
+from sscan.torch._library import is_plain_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 class Arithmetic(NamedTuple):
     """What a block is made with beside convolution and scan: ops of PyTorch, or kernels, of which a plan is made."""
 
-    bmm: Callable[[Any, Any], Any]  # a @ b of stacks of matrices
+    bmm: Callable[[Any, Any], Any]  # a @ b of stacks of matrices; by LAUNCHES of matrices too
     add_bmm: Callable[[Any, Any, Any], Any]  # out + a @ b, in place
     weight_gradient: Callable[[list[Any], Any, Any], Any]  # see ``_weight_gradient``
     joined: Callable[[Any, Any, Any, Any], Any]  # the product of the first two, and the others, along the channels
@@ -99,18 +101,31 @@ def is_planned(tensors: Any, dtype: Any, return_states: bool) -> bool:
     hidden, in_proj_weight, in_proj_bias, *_ = tensors
     stored = hidden.dtype
     return bool(
-        hidden.is_cuda and stored in _DTYPES and (dtype is None or dtype is stored)
+        hidden.is_cuda and (dtype is None or dtype is stored)
         and in_proj_bias is None and tensors[8] is None and tensors[16] is None
         and not (return_states and stored is not torch.float32)
         and all(tensors[i].dtype is stored or (dtype and tensors[i].dtype is torch.float32) for i in (1, 5, 6, 7))
         and 0 < hidden.shape[0] * hidden.shape[1] * in_proj_weight.shape[0] <= 2 * MOST
-        and not torch.cuda.is_current_stream_capturing()  # the graph would share cuBLAS' workspace with other work
-        and _has_usual_precision(stored)
+        and are_cublas(stored)
     )  # fmt: skip
 
 
-def _has_usual_precision(dtype: Any) -> bool:
-    """Whether products are to be made as cuBLAS makes them when it is not told otherwise."""
+def is_planned_step(tensors: Any) -> bool:
+    """Whether a step is, of the input and the weights of four projections."""
+    hidden, *weights = tensors
+    return bool(
+        hidden.is_cuda and hidden.numel() and all(x.dtype is hidden.dtype for x in weights)
+        and is_plain_call() and not torch.is_autocast_enabled("cuda") and are_cublas(hidden.dtype)
+    )  # fmt: skip
+
+
+def are_cublas(dtype: Any) -> bool:
+    """Whether products in a dtype may be made as cuBLAS makes them when it is not told otherwise.
+
+    Not in a graph, which would share cuBLAS' workspace with other work.
+    """
+    if dtype not in _DTYPES or torch.cuda.is_current_stream_capturing():
+        return False
     of = torch.backends.cuda.matmul
     if dtype is torch.float32:
         return of.fp32_precision not in ("tf32", "bf16")
@@ -120,6 +135,12 @@ def _has_usual_precision(dtype: Any) -> bool:
 
 
 _view: Any = TORCH.known_view
+
+
+@cache
+def _cuda(name: str) -> Any:
+    """A module of kernels: imported once one is to be launched."""
+    return importlib.import_module(f"sscan.cuda.{name}")
 
 
 def _empty(like: Any, shape: Any, dtype: Any) -> Any:
@@ -132,18 +153,14 @@ def _launched_bmm(a: Any, b: Any) -> Any:
 
 
 def _product(out: Any, a: Any, b: Any, added: bool = False) -> Any:
-    from sscan.cuda import _products
-
-    if (*a.shape[:2], b.shape[2]) != tuple(out.shape) or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
+    if (*a.shape[:-1], b.shape[-1]) != tuple(out.shape) or (*a.shape[:-2], a.shape[-1]) != tuple(b.shape[:-1]):
         raise RuntimeError(f"Mamba: matrices {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
-    _products.into(_view(out), _view(a), _view(b), added)
+    _cuda("_products").into(_view(out), _view(a), _view(b), added)
     return out
 
 
 def _launched_weight_gradient(douts: list[Any], x: Any, dtype: Any) -> Any:
     """In float32 from the products on, of which a batch has one for each row."""
-    from sscan.cuda import _sums
-
     batch, rows = x.shape[0], sum(dout.shape[1] for dout in douts)
     parts = _empty(x, (batch, rows, x.shape[1]), dtype if batch == 1 else torch.float32)
     start = 0
@@ -153,25 +170,21 @@ def _launched_weight_gradient(douts: list[Any], x: Any, dtype: Any) -> Any:
     if batch == 1:
         return parts[0]
     gradient = _empty(x, parts.shape[1:], dtype)
-    _sums.over_parts((_view(parts), _view(gradient)))
+    _cuda("_sums").over_parts((_view(parts), _view(gradient)))
     return gradient
 
 
 def _launched_joined(weight: Any, x: Any, *others: Any) -> Any:
-    from sscan.cuda import block
-
     batch, _, length = x.shape
     rows = [weight.shape[0], *(other.shape[1] for other in others)]
     joined = _empty(x, (batch, sum(rows), length), x.dtype)
     first, *rest = joined.split(rows, 1)
     _product(first, weight.expand(batch, -1, -1), x)
-    block.copy(*[(_view(other), _view(place)) for other, place in zip(others, rest, strict=True)])
+    _cuda("block").copy(*[(_view(other), _view(place)) for other, place in zip(others, rest, strict=True)])
     return joined
 
 
 def _launched_cast(tensors: list[Any], dtypes: list[Any]) -> list[Any]:
-    from sscan.cuda import block
-
     made = list(tensors)
     pairs: dict[Any, list[Any]] = {}
     for i, (x, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
@@ -179,25 +192,21 @@ def _launched_cast(tensors: list[Any], dtypes: list[Any]) -> list[Any]:
             made[i] = _empty(x, x.shape, dtype)
             pairs.setdefault((x.dtype, dtype), []).append((_view(x.contiguous()), _view(made[i])))
     for those in pairs.values():
-        for start in range(0, len(those), block.MOST):
-            block.copy(*those[start : start + block.MOST])
+        for start in range(0, len(those), _cuda("block").MOST):
+            _cuda("block").copy(*those[start : start + _cuda("block").MOST])
     return made
 
 
 def _launched_diagonal(A_log: Any) -> Any:
-    from sscan.cuda import block
-
     (A_log,) = _launched_cast([A_log], [torch.promote_types(A_log.dtype, torch.float32)])
     A = _empty(A_log, A_log.shape, A_log.dtype)
-    block.diagonal(_view(A_log.contiguous()), _view(A))
+    _cuda("block").diagonal(_view(A_log.contiguous()), _view(A))
     return A
 
 
 def _launched_diagonal_backward(dA: Any, A: Any) -> Any:
-    from sscan.cuda import block
-
     dA_log = _empty(A, A.shape, A.dtype)
-    block.diagonal_backward(_view(dA), _view(A), _view(dA_log))
+    _cuda("block").diagonal_backward(_view(dA), _view(A), _view(dA_log))
     return dA_log
 
 

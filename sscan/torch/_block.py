@@ -315,3 +315,21 @@ def _mamba_gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
 
 
 differentiate(mamba, _mamba_saved, _mamba_gradients)
+
+
+# --- One token --------------------------------------------------------------------------------------------------------
+
+
+@_plans.planned
+def planned_step(
+    x: Any, in_proj_weight: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any,
+    out_proj_weight: Any, A_log: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any,
+) -> Any:  # fmt: skip
+    """A block's output (batch, d_model) for one token x of each row, by launches alone; states are updated in place."""
+    x, z = LAUNCHES.bmm(x, in_proj_weight.t()).chunk(2, 1)
+    x = sscan.causal_conv1d_update(x, conv_state, conv_weight.squeeze(1), conv_bias, "silu")
+    (_, dt_rank), (_, state) = dt_proj_weight.shape, A_log.shape
+    dt, B, C = LAUNCHES.bmm(x, x_proj_weight.t()).split([dt_rank, state, state], 1)
+    dt = LAUNCHES.bmm(dt, dt_proj_weight.t())
+    y = sscan.selective_state_update(ssm_state, x, dt, A_log, B, C, D, z, delta_bias, True, A_log=True)
+    return LAUNCHES.bmm(y, out_proj_weight.t())
