@@ -24,13 +24,13 @@ _ALIGNMENT = 256  # bytes, as of what allocators give
 class Plan(NamedTuple):
     """How a kind of call is repeated.
 
-    A kernel's arguments are picked from a pool: addresses of the call's arrays, of its results and of parts of its
-    workspace, and numbers.
+    What a launch takes is picked from a pool: addresses of the call's arrays, of its results and of its workspace,
+    addresses inside of these, and numbers.
     """
 
     results: tuple[tuple[Callable[..., Any], int | None], ...]  # see ``Planning.like``
     workspace: Callable[[], Any] | None
-    parts: tuple[int, ...]  # where they start in the workspace
+    inside: tuple[tuple[int, int], ...]  # place of an address in the pool, and bytes behind it
     numbers: tuple[int, ...]
     launches: tuple[Any, ...]  # as ``sscan.cuda._launch.repeat`` takes them
     returned: Callable[[list[Any]], Any]  # what the op returns, of its results
@@ -41,8 +41,8 @@ class Plan(NamedTuple):
         pool = [*addresses, *map(address, results)]
         if self.workspace is not None:
             memory = self.workspace()  # held until the last launch
-            start = address(memory)
-            pool += [start + part for part in self.parts]
+            pool.append(address(memory))
+        pool += [pool[place] + offset for place, offset in self.inside]
         pool += self.numbers
         _launches().repeat(self.launches, pool, stream)
         return self.returned(results)
@@ -97,59 +97,131 @@ def _recorded(op: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Recording
         _recording.current.recording = None
 
 
+class _Memory(NamedTuple):
+    """A piece of memory that a recorded call knows: where it begins, its bytes, and what it is.
+
+    An array or a result has its place in the pool, an allocation for work none.
+    """
+
+    address: int
+    size: int
+    place: int | None
+
+
 def _plan(recording: Recording, planning: _arrays.Planning, arrays: list[Any], device: int, returned: Any) -> Any:
     """The plan of a recorded call on these arrays, or ``_NEVER``."""
     results = [x for x in (returned if isinstance(returned, tuple) else (returned,)) if x is not None]
-    places = [planning.address(x) for x in results]
-    workspaces, total = _laid_out(recording, places)
-    # The pool, as the place of each thing in it.
-    known = {address: place for place, address in enumerate((*map(planning.address, arrays), *places))}
-    parts: dict[int, int] = {}
+    given = [
+        _Memory(planning.address(x), _extent(_arrays.view(x)), place) for place, x in enumerate((*arrays, *results))
+    ]
+    at = {memory.address: memory for memory in given}
+    got = {address for address, _, _ in recording.allocations}
+    if not (recording.repeatable and recording.launches and len(at) == len(given)):
+        return _NEVER
+    if not got.issuperset(memory.address for memory in given[len(arrays) :]):
+        return _NEVER
+    work = [_Memory(address, size, None) for address, size, _ in recording.allocations if address not in at and size]
+    launches = []
+    for launched, blocks, arguments in recording.launches:
+        sources = [_source(x, at, [*given, *work]) for x in arguments]
+        if None in sources:
+            return _NEVER
+        launches.append((launched, blocks, sources))
+    starts, total = _laid_out(work, [sources for _, _, sources in launches])
+    return _written(planning, arrays, results, device, returned, launches, starts, total)
+
+
+def _source(x: Any, at: dict[int, _Memory], memories: list[_Memory]) -> Any:
+    """An argument of a launch, as a number or as (memory, bytes behind its beginning); None if nobody knows what it is.
+
+    Memory of two arrays may overlap. An address inside of both is nobody's.
+    """
+    value = 0 if x is None else x if isinstance(x, int) else x.data.ptr
+    around = [memory for memory in memories if memory.address <= value < memory.address + memory.size]
+    if x is None or type(x) is int:
+        return None if around or value in at else value  # it may be an address
+    if value in at:
+        return at[value], 0
+    return (around[0], value - around[0].address) if len(around) == 1 else None
+
+
+def _written(
+    planning: _arrays.Planning, arrays: list[Any], results: list[Any], device: int, returned: Any,
+    launches: list[Any], starts: dict[_Memory, int], total: int,
+) -> Plan:  # fmt: skip
+    """The plan, in which every source has a place in the pool: the given memory, the workspace, inside, numbers."""
+    workspace = len(arrays) + len(results)
+    inside: dict[tuple[int, int], int] = {}
     numbers: dict[int, int] = {}
 
-    def source(x: Any) -> Any:
-        """The table of a kernel's argument and what it is there; None if nobody knows what it is."""
-        value = 0 if x is None else x if isinstance(x, int) else x.data.ptr
-        part = next((at + value - start for start, size, at in workspaces if start <= value < start + size), None)
-        if x is None or type(x) is int:
-            numbers[value] = 0
-            return None if value in known or part is not None else (numbers, value)  # it may be an address
-        if value in known:
-            return known, value
-        if part is None:
-            return None
-        parts[part] = 0
-        return parts, part
+    def placed(source: Any) -> Any:
+        """Where a source stands, as a table and what to look up there."""
+        if isinstance(source, int):
+            numbers[source] = 0
+            return numbers, source
+        memory, offset = source
+        if memory.place is None:
+            key = workspace, starts[memory] + offset
+        elif not offset:
+            return range(workspace), memory.place
+        else:
+            key = memory.place, offset
+        inside[key] = 0
+        return inside, key
 
-    launches = [(kernel, blocks, [source(x) for x in arguments]) for kernel, blocks, arguments in recording.launches]
-    got = {address for address, _, _ in recording.allocations}
-    if not (recording.repeatable and launches and got.issuperset(places) and len(known) == len(arrays) + len(places)):
-        return _NEVER
-    if any(None in sources for _, _, sources in launches):
-        return _NEVER
-    for place, number in enumerate(numbers, len(known) + len(parts)):
-        numbers[number] = place
-    for place, part in enumerate(parts, len(known)):
-        parts[part] = place
+    tables = [(launched, blocks, [placed(x) for x in sources]) for launched, blocks, sources in launches]
+    for table, first in ((inside, workspace + bool(total)), (numbers, workspace + bool(total) + len(inside))):
+        for place, key in enumerate(table, first):
+            table[key] = place  # type: ignore[index]
     repeatable = _launches().repeatable
     return Plan(
         tuple(planning.like(x, arrays) for x in results),
         planning.workspace(total, device) if total else None,
-        tuple(parts),
+        tuple(inside),
         tuple(numbers),
-        tuple(repeatable(kernel, blocks, [of[x] for of, x in sources]) for kernel, blocks, sources in launches),
+        tuple(repeatable(launched, blocks, [of[x] for of, x in places]) for launched, blocks, places in tables),
         _returning(returned),
     )
 
 
-def _laid_out(recording: Recording, results: list[int]) -> tuple[list[tuple[int, int, int]], int]:
-    """Address, size and place in one workspace of each allocation that is no result; the size of that workspace."""
-    places, total = [], 0
-    for address, size, _ in recording.allocations:
-        if address not in results and size:
-            places.append((address, size, total))
-            total += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return places, total
+def _extent(view: Any) -> int:
+    """Bytes from an array's first element to its last."""
+    if 0 in view.shape:
+        return 0
+    steps = zip(view.shape, view.strides, strict=True)
+    return int(view.dtype.itemsize + sum((size - 1) * step for size, step in steps if step > 0))
+
+
+def _laid_out(work: list[_Memory], launches: list[list[Any]]) -> tuple[dict[_Memory, int], int]:
+    """Where each piece of memory lies in one workspace, and the size of that.
+
+    Launches come one after the other, so two pieces may lie in the same place if one is needed for the last time before
+    the other is for the first.
+    """
+    used: dict[_Memory, list[int]] = {}
+    for number, sources in enumerate(launches):
+        for source in sources:
+            if not isinstance(source, int) and source[0].place is None:
+                used.setdefault(source[0], []).append(number)
+    starts: dict[_Memory, int] = {}
+    total = 0
+    for memory in sorted(work, key=lambda memory: -memory.size):
+        if memory not in used:
+            continue
+        first, last = used[memory][0], used[memory][-1]
+        beside = sorted(
+            (start, start + other.size)
+            for other, start in starts.items()
+            if used[other][0] <= last and first <= used[other][-1]
+        )
+        place = 0
+        for start, end in beside:
+            if place + memory.size <= start:
+                break
+            place = max(place, -(-end // _ALIGNMENT) * _ALIGNMENT)
+        starts[memory] = place
+        total = max(total, place + memory.size)
+    return starts, total
 
 
 def _returning(returned: Any) -> Callable[[list[Any]], Any]:

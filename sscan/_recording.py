@@ -15,7 +15,7 @@ class Recording:
 
     def __init__(self) -> None:
         self.allocations: list[tuple[int, int, Any]] = []  # address, size in bytes, and what holds it
-        self.launches: list[tuple[Any, int, tuple[Any, ...]]] = []  # kernel, blocks, arguments
+        self.launches: list[tuple[Any, int, tuple[Any, ...]]] = []  # kernel or product, blocks, arguments
         self.repeatable = True
 
 
@@ -32,6 +32,12 @@ def allocated(array: Any, address: int, size: int) -> None:
     """Note memory that a call got for its results or for work."""
     if current.recording is not None:
         current.recording.allocations.append((address, size, array))
+
+
+def launched(product: Any, arrays: tuple[Any, ...]) -> None:
+    """Note a matrix product, which is of arrays, and the last is its result."""
+    if current.recording is not None:
+        current.recording.launches.append((product, 0, arrays))
 
 
 def not_repeatable() -> None:

@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from cublas_double import Cublas, installed
 
-from sscan.cuda import _launch, _products
+from sscan.cuda import _products
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}
-
-
-class Cublas:
-    """Products of matrices in columns, in NumPy, on memory that is named by its address."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-        self.status = 0
-
-    def cublasSetStream_v2(self, handle: Any, stream: Any) -> int:
-        self.calls.append(("stream", handle.value, stream.value))
-        return 0
-
-    def cublasSetWorkspace_v2(self, handle: Any, pointer: Any, size: Any) -> int:
-        self.calls.append(("workspace", pointer.value, size.value))
-        return 0
-
-    def cublasGemmStridedBatchedEx(
-        self, handle: Any, across_a: int, across_b: int, m: int, n: int, k: int, alpha: Any,
-        a: Any, a_type: int, lda: int, stride_a: Any, b: Any, b_type: int, ldb: int, stride_b: Any, beta: Any,
-        c: Any, c_type: int, ldc: int, stride_c: Any, count: int, compute: int, algorithm: int,
-    ) -> int:  # fmt: skip
-        assert (alpha._obj.value, beta._obj.value, algorithm) == (1, 0, -1)
-        assert compute == (70 if c_type == 1 else 68)
-        self.calls.append(("product", m, n, k, count))
-        wide = np.float64 if c_type == 1 else np.float32
-        for i in range(count):
-            first = columns(a, a_type, lda, stride_a.value * i, (k, m) if across_a else (m, k))
-            second = columns(b, b_type, ldb, stride_b.value * i, (n, k) if across_b else (k, n))
-            first, second = first.T if across_a else first, second.T if across_b else second
-            columns(c, c_type, ldc, stride_c.value * i, (m, n))[...] = first.astype(wide) @ second.astype(wide)
-        return self.status
-
-
-def columns(pointer: Any, kind: int, leading: int, start: int, shape: tuple[int, int]) -> Any:
-    assert leading >= max(1, shape[0]), "as cuBLAS demands"
-    dtype = np.dtype(DTYPES[kind])
-    size = leading * (shape[1] - 1) + shape[0]
-    memory = (ctypes.c_uint8 * (size * dtype.itemsize)).from_address(pointer.value + start * dtype.itemsize)
-    flat = np.frombuffer(memory, dtype)
-    return np.lib.stride_tricks.as_strided(flat, shape, (dtype.itemsize, leading * dtype.itemsize))
-
 
 @pytest.fixture
 def cublas(monkeypatch: pytest.MonkeyPatch) -> Cublas:
-    double = Cublas()
-    cuda = SimpleNamespace(
-        device=SimpleNamespace(get_cublas_handle=lambda: 5), get_current_stream=lambda: SimpleNamespace(ptr=77)
-    )
-    cupy = SimpleNamespace(empty=np.empty, zeros=np.zeros, broadcast_to=np.broadcast_to, cuda=cuda)
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(_products, "_library", lambda: double)
-    monkeypatch.setattr(_launch, "address", lambda x: x.ctypes.data)
-    monkeypatch.setattr(_launch, "empty", np.empty)
-    return double
+    return installed(monkeypatch)
 
 
 def normal(*shape: int, dtype: Any = np.float32) -> Any:
@@ -126,7 +73,7 @@ def test_a_recorded_product_has_a_workspace_of_its_own(cublas: Cublas) -> None:
     """It is set behind the stream, which would make cuBLAS take the common one again."""
     with _products.recorded():
         _products.matmul(normal(3, 4), normal(4, 5))
-        workspace = _products._recording.workspace.ctypes.data
+        workspace = _products._graph.workspace.ctypes.data
     _products.matmul(normal(3, 4), normal(4, 5))
     names = [call[0] for call in cublas.calls]
     assert names == ["stream", "workspace", "product", "stream", "product"]

@@ -254,3 +254,61 @@ def test_arrays_of_the_host_are_none_of_its_business(launches: list[Any]) -> Non
         assert op(np.arange(3)).tolist() == [1, 2, 3]
     assert len(runs) == 2
     assert not launches
+
+
+def works_in_turns(x: Any) -> Any:
+    """Three pieces of memory, of which the first is done with when the last is begun."""
+    first, second, third = (_launch.empty(size, np.float32) for size in (100, 200, 100))
+    y = _arrays._empty_on_gpu(x.shape, x.dtype)
+    _launch.launch(KERNEL, 1, x, first)
+    _launch.launch(KERNEL, 1, first, second)
+    _launch.launch(KERNEL, 1, second, third)
+    _launch.launch(KERNEL, 1, third, y)
+    return y
+
+
+def test_memory_is_used_again_when_nobody_needs_it(launches: list[Any]) -> None:
+    op, _ = counted(works_in_turns)
+    for _ in range(2):
+        op(Array())
+    (_, first), (also_first, second), (also_second, third), (also_third, _) = (call[2] for call in launches[-4:])
+    assert (first, second, third) == (also_first, also_second, also_third)
+    assert first == third
+    assert abs(first - second) >= (400 if first < second else 800)
+
+
+class Part(NamedTuple):
+    """A part of an array, as a kernel is given it."""
+
+    data: Memory
+
+
+def works_on_halves(x: Any) -> Any:
+    y = _arrays._empty_on_gpu(x.shape, x.dtype)
+    _launch.launch(KERNEL, 1, x, Part(Memory(x.data.ptr + 8)), y, Part(Memory(y.data.ptr + 8)))
+    return y
+
+
+def test_parts_of_arrays_and_results_move_with_them(launches: list[Any]) -> None:
+    op, runs = counted(works_on_halves)
+    for _ in range(2):
+        x = Array()
+        y = op(x)
+        assert launches[-1][2] == [x.data.ptr, x.data.ptr + 8, y.data.ptr, y.data.ptr + 8]
+    assert len(runs) == 1
+
+
+def overlapping(x: Any, other: Any) -> Any:
+    y = _arrays._empty_on_gpu((4,), x.dtype)
+    _launch.launch(KERNEL, 1, x, other, Part(Memory(x.data.ptr + 12)), y)
+    return y
+
+
+def test_parts_of_two_arrays_are_nobodys(launches: list[Any]) -> None:
+    """Two rows of one array overlap here: whose part this is, nobody knows."""
+    op, runs = counted(overlapping)
+    for _ in range(2):
+        x, other = Array(), Array()
+        other.data = Memory(x.data.ptr + 8)
+        op(x, other)
+    assert len(runs) == 2

@@ -16,8 +16,9 @@ from cases import assert_within, eps_of
 import sscan.nn
 import sscan.nn.products
 from sscan.compat.mamba_ssm import mamba_inner_ref
-from sscan.torch import Mamba, _block, causal_conv1d
-from sscan.torch._block import _diagonal, mamba, mamba_inner
+from sscan.torch import Mamba, _arithmetic, causal_conv1d
+from sscan.torch._arithmetic import diagonal
+from sscan.torch._block import mamba, mamba_inner
 
 BATCH, LENGTH, D_MODEL = 2, 19, 10
 
@@ -119,7 +120,7 @@ def tensors_of(made: Any, op: Any, hidden: Any) -> list[Any]:
     else:
         x, z = made.in_proj(hidden).mT.chunk(2, 1)
         weight = made.conv1d.weight.squeeze(1)
-        taken = (x, z, weight, made.conv1d.bias, *projections, _diagonal(made.A_log), made.D, made.dt_proj.bias)
+        taken = (x, z, weight, made.conv1d.bias, *projections, diagonal(made.A_log), made.D, made.dt_proj.bias)
     return [t if t is None else t.detach().clone().requires_grad_() for t in taken]
 
 
@@ -490,7 +491,7 @@ def test_products_on_the_cpu_are_made_on_the_threads_of_the_kernels(monkeypatch:
         return [numbers(y) for y in with_gradients(made.to(dtype)(here), [here, *made.parameters()])]
 
     with monkeypatch.context() as patched:
-        patched.setattr(_block, "_is_wide_on_cpu", lambda x: False)
+        patched.setattr(_arithmetic, "_is_wide_on_cpu", lambda x: False)
         exact, by_pytorch = outputs(torch.float64), outputs(torch.float32)
 
     def counting(a: Any, b: Any) -> Any:
@@ -510,14 +511,13 @@ def test_products_on_the_cpu_are_made_on_the_threads_of_the_kernels(monkeypatch:
 
 @pytest.mark.parametrize("batch", [1, BATCH])
 def test_casts_and_products_are_few(batch: int) -> None:
-    """Each is a launch. Weights are cast together, once for each way; their gradients one by one, on the CPU only."""
+    """Each is a launch, where nothing is planned. Weights are cast once for each way."""
     made, x = block(dtype=torch.float32), hidden(torch.float32, batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         with torch.autocast("cpu", torch.bfloat16):
             y = made(x)
         y.sum().backward()
     counts = Counter(event.name.removeprefix("aten::") for event in profiled.events())
-    assert counts["_foreach_copy_"] == 2
-    assert counts["_to_copy"] == 2 + 5, "of the input and its gradient, and of five gradients of weights"
+    assert counts["_to_copy"] == 2 + 2 * 4 + 5, "of input and its gradient, of weights, and five gradients of weights"
     assert counts["neg"] == 1, "A is made once"
     assert counts["bmm"] + counts["baddbmm_"] == 16

@@ -269,18 +269,26 @@ class Repeatable(NamedTuple):
     size: int  # of the arguments, in bytes
 
 
-def repeatable(kernel, blocks, places):
-    """The launch of a kernel, on the current device, with the arguments that stand at these places of a pool."""
-    loaded = function(kernel, sys.modules["cupy"].cuda.runtime.getDevice())
-    return Repeatable(loaded, blocks, operator.itemgetter(*places), _packers[len(places)], 8 * len(places))
+def repeatable(launched, blocks, places):
+    """The launch of a kernel, or a product, on the current device, of what stands at these places of a pool."""
+    pick = operator.itemgetter(*places)
+    if not isinstance(launched, Kernel):
+        return launched, pick
+    loaded = function(launched, sys.modules["cupy"].cuda.runtime.getDevice())
+    return Repeatable(loaded, blocks, pick, _packers[len(places)], 8 * len(places))
 
 
 def repeat(launches, pool, stream):
     """Launch, with arguments from the pool, on a stream of the current device."""
     cuda, memory, description = sys.modules["cupy"].cuda, _parameters.memory, _parameters.description
-    for loaded, blocks, pick, pack, size in launches:
-        pack(memory, 0, size, *pick(pool))
-        _start(cuda, loaded, blocks, stream, description)
+    for launch in launches:
+        if type(launch) is Repeatable:
+            loaded, blocks, pick, pack, size = launch
+            pack(memory, 0, size, *pick(pool))
+            _start(cuda, loaded, blocks, stream, description)
+        else:
+            product, pick = launch
+            product.start(stream, *pick(pool))
 
 
 def processors():

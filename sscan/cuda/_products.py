@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sscan import _recording
 from sscan.cuda import _launch
 
 # As cuBLAS numbers them: storage; arithmetic, of halves in float32.
@@ -30,7 +31,7 @@ class Operand(NamedTuple):
     stride: int
 
 
-class _Recording(threading.local):
+class _Graph(threading.local):
     """The graph that this thread records: its workspace, which shared with others would be written by two at once.
 
     And what it has to keep beside that.
@@ -39,7 +40,7 @@ class _Recording(threading.local):
     workspace, kept = None, None
 
 
-_recording = _Recording()
+_graph = _Graph()
 
 
 @contextlib.contextmanager
@@ -48,11 +49,11 @@ def recorded():
 
     Gives the list of what must live as long as the graph.
     """
-    _recording.workspace, _recording.kept = _launch.empty(WORKSPACE, _BYTE), []
+    _graph.workspace, _graph.kept = _launch.empty(WORKSPACE, _BYTE), []
     try:
-        yield _recording.kept
+        yield _graph.kept
     finally:
-        _recording.workspace = _recording.kept = None
+        _graph.workspace = _graph.kept = None
 
 
 def keep_plans(fft):
@@ -60,8 +61,8 @@ def keep_plans(fft):
 
     CuPy itself keeps the last 16 plans of a thread.
     """
-    if _recording.kept is not None:
-        _recording.kept += [node.plan for _, node in fft.config.get_plan_cache()]
+    if _graph.kept is not None:
+        _graph.kept += [node.plan for _, node in fft.config.get_plan_cache()]
 
 
 def matmul(a, b):
@@ -94,41 +95,62 @@ def multiply(x, weight, out, added):
     _gemm(*operands, columns, rows, inner, 1, added)
 
 
+def into(out, a, b, added=False):
+    """out = a b, or that added to it, of matrices or of as many of them as out has; a single one is there for all.
+
+    The last axis of out is contiguous. Dtypes as of ``multiply``.
+    """
+    (rows, columns), inner = out.shape[-2:], a.shape[-1]
+    _gemm(_operand(b), _operand(a), _operand(out), columns, rows, inner, out.shape[0] if out.ndim > 2 else 1, added)
+
+
 def _operand(x):
     """The matrices of an array (rows, columns) or (matrices, rows, columns); copied if neither axis is contiguous."""
-    rows, columns = x.shape[-2:]
+    (rows, columns), strides = x.shape[-2:], x.strides
     size = x.itemsize
-    down, across = (step // size for step in x.strides[-2:])
-    stride = x.strides[0] // size if x.ndim > 2 else 0
+    down, across = (step // size for step in strides[-2:])
+    stride = strides[0] // size if x.ndim > 2 else 0
     if (across == 1 or columns == 1) and (down >= columns or rows == 1):
         return Operand(x, 0, down if rows > 1 else columns, stride)
     if (down == 1 or rows == 1) and (across >= rows or columns == 1):
         return Operand(x, 1, across if columns > 1 else rows, stride)
+    _recording.not_repeatable()
     return _operand(x.copy())
 
 
 def _gemm(a, b, c, m, n, k, count, added=False):
     """c = a b in columns, or added: c (m, n), a (m, k) or transposed, b (k, n) or transposed, ``count`` of each."""
-    dtype = a.array.dtype.name
-    number = ctypes.c_double if dtype == "float64" else ctypes.c_float
-    one, zero = number(1), number(int(added))
-    cublas, handle = _library(), ctypes.c_void_p(_handle())
-    stream = sys.modules["cupy"].cuda.get_current_stream().ptr
-    _check(cublas.cublasSetStream_v2(handle, ctypes.c_void_p(stream)))  # which makes it take its own workspace
-    if _recording.workspace is not None:
-        pointer = ctypes.c_void_p(_launch.address(_recording.workspace))
-        _check(cublas.cublasSetWorkspace_v2(handle, pointer, ctypes.c_size_t(WORKSPACE)))
-    matrices = [
-        (ctypes.c_void_p(_launch.address(x.array)), STORAGE[x.array.dtype.name], x.leading, ctypes.c_longlong(x.stride))
-        for x in (a, b, c)
-    ]
-    _check(
-        cublas.cublasGemmStridedBatchedEx(
-            handle, a.transposed, b.transposed, m, n, k, ctypes.byref(one), *matrices[0], *matrices[1],
-            ctypes.byref(zero), *matrices[2], count, COMPUTE_64F if dtype == "float64" else COMPUTE_32F,
-            DEFAULT_ALGORITHM,
-        )
+    arrays, stored = (a.array, b.array, c.array), [STORAGE[x.array.dtype.name] for x in (a, b, c)]
+    wide = stored[0] == STORAGE["float64"]
+    product = Product(
+        (a.transposed, b.transposed, m, n, k, _numbers[wide, True]), (stored[0], a.leading, a.stride),
+        (stored[1], b.leading, b.stride, _numbers[wide, bool(added)]),
+        (stored[2], c.leading, c.stride, count, COMPUTE_64F if wide else COMPUTE_32F, DEFAULT_ALGORITHM),
     )  # fmt: skip
+    _recording.launched(product, arrays)
+    product.start(sys.modules["cupy"].cuda.get_current_stream().ptr, *map(_launch.address, arrays))
+
+
+class Product(NamedTuple):
+    """A call of cuBLAS: what it takes in front of the addresses of a, b and c, between them and behind."""
+
+    before: tuple[int, ...]
+    of_a: tuple[int, ...]
+    of_b: tuple[int, ...]
+    of_c: tuple[int, ...]
+
+    def start(self, stream, a, b, c):
+        """Start it on a stream of the current device."""
+        cublas, handle = _library(), _handle()
+        _check(cublas.cublasSetStream_v2(handle, stream))  # which makes it take its own workspace
+        if _graph.workspace is not None:
+            _check(cublas.cublasSetWorkspace_v2(handle, _launch.address(_graph.workspace), WORKSPACE))
+        _check(cublas.cublasGemmStridedBatchedEx(handle, *self.before, a, *self.of_a, b, *self.of_b, c, *self.of_c))
+
+
+# 1 and 0 where cuBLAS reads them, by whether they are in double precision.
+_constants = {(wide, one): (ctypes.c_double if wide else ctypes.c_float)(one) for wide in (0, 1) for one in (0, 1)}
+_numbers = {key: ctypes.addressof(number) for key, number in _constants.items()}
 
 
 def _check(status):
@@ -146,4 +168,12 @@ def _library():
     """The cuBLAS that CuPy has loaded."""
     _handle()
     major = sys.modules["cupy"].cuda.runtime.runtimeGetVersion() // 1000
-    return ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else f"libcublas.so.{major}")
+    cublas = ctypes.CDLL(f"cublas64_{major}.dll" if sys.platform == "win32" else f"libcublas.so.{major}")
+    pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
+    cublas.cublasSetStream_v2.argtypes = pointer, pointer
+    cublas.cublasSetWorkspace_v2.argtypes = pointer, pointer, ctypes.c_size_t
+    cublas.cublasGemmStridedBatchedEx.argtypes = (
+        pointer, *5 * (number,), pointer, *2 * (pointer, number, number, stride), pointer, pointer, number, number,
+        stride, *3 * (number,),
+    )  # fmt: skip
+    return cublas

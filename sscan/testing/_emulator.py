@@ -296,7 +296,7 @@ class Emulator:
         return read
 
     def shifted_reader(self, storage: Any, count: int) -> Any:
-        """Halves by twos in words, as on a GPU."""
+        """Halves by twos in words, as on a GPU; what shares the word of the last one, and may be another's, is 0."""
 
         def read(into: Local, start: int, address: int, index: Any, valid: Any, before: Any) -> None:
             valid, before, index = (np.broadcast_to(np.asarray(x), (self.threads,)) for x in (valid, before, index))
@@ -304,9 +304,10 @@ class Emulator:
             for word in range(count // 2 + 1):
                 halves = []
                 for k in (2 * word, 2 * word + 1):
-                    one = (k >= odd) & (k - odd < valid) & (k - odd < count)
-                    data, offset = self._elements(address, index - odd + k, storage, whole | one, 2)
-                    known = np.where(whole | one, self._gather(data, offset, np.dtype(np.uint16)), 0)
+                    one = (k >= odd) & (k - odd < count)
+                    there = (whole | one) & (k - odd < valid)
+                    data, offset = self._elements(address, index - odd + k, storage, there, 2)
+                    known = np.where(there, self._gather(data, offset, np.dtype(np.uint16)), 0)
                     halves.append(known.astype(np.uint32))
                 into[start + word] = (halves[0] | halves[1] << 16).view(np.int32)
 

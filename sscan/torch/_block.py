@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 import sscan
-from sscan._arrays import TORCH
+from sscan import _plans
 from sscan.torch import ops
+from sscan.torch._arithmetic import LAUNCHES, OPS, Arithmetic, diagonal, is_planned
 from sscan.torch._composed import pulled_back
 from sscan.torch._library import Saved, cast_under_autocast, define, differentiate, for_each
 
@@ -31,34 +31,7 @@ _OF_BLOCK = """
 """
 _DIFFERENTIABLE_OF_BLOCK = 14
 _PROJECTIONS = (0, 1, 2, 5, 6, 7, 8)  # of a block's arguments, what is multiplied or added in the input's dtype
-_HALVES = (torch.float16, torch.bfloat16)
-
-
-def _bmm(a: Any, b: Any) -> Any:
-    """a @ b of stacks of matrices, of plain tensors that nobody differentiates.
-
-    On the CPU it is made on the threads of the kernels. PyTorch's spin while they wait for each other and for more to
-    do, so that where cores are few or busy the kernels wait for those and those for the kernels.
-    """
-    if not _is_wide_on_cpu(a):
-        return torch.bmm(a, b)
-    from sscan.nn.products import matmul
-
-    return torch.from_numpy(matmul(TORCH.view(a), TORCH.view(b)))
-
-
-def _add_bmm(out: Any, a: Any, b: Any) -> Any:
-    """out + a @ b, in place, likewise."""
-    return out.add_(_bmm(a, b)) if _is_wide_on_cpu(a) else out.baddbmm_(a, b)
-
-
-def _exp(x: Any) -> Any:
-    """exp of a few numbers, likewise: on the thread that asks."""
-    return torch.from_numpy(np.exp(TORCH.view(x))) if _is_wide_on_cpu(x) else torch.exp(x)
-
-
-def _is_wide_on_cpu(x: Any) -> bool:
-    return bool(x.is_cpu) and x.dtype in (torch.float32, torch.float64)
+_PARAMETERS = (3, 4, 10, 11, 12, 13)  # what convolution and scan take in float32 at least, states among it
 
 
 def _block(causal_conv1d: Any, selective_scan: Any, bmm: Any) -> Any:
@@ -114,23 +87,6 @@ def applied_back(weight: Any, bias: Any, y: Any, bmm: Any = torch.bmm) -> Any:
     return bmm(y.mT, weight) if bias is None else torch.baddbmm(bias, y.mT, weight)
 
 
-def _weight_gradient(dout: Any, x: Any, dtype: Any) -> Any:
-    """Of a projection of x to what has the gradient dout, (batch, channels, length) both, in the dtype of the weight.
-
-    Sums in float32 stay so where the product or the sum over the batch can leave them so, which takes no cast.
-    """
-    if x.shape[0] > 1:
-        return _bmm(dout, x.mT).sum(0, dtype=dtype)
-    if dtype is torch.float32 and dout.is_cuda and dout.dtype in _HALVES:
-        return torch.bmm(dout, x.mT, out_dtype=dtype)[0]
-    return _in(dtype, _bmm(dout, x.mT)[0])
-
-
-def _in(dtype: Any, x: Any) -> Any:
-    """x in a dtype: itself, if it is, without asking PyTorch."""
-    return x if x.dtype is dtype else x.to(dtype)
-
-
 def _fake(*arguments: Any) -> tuple[Any, ...]:
     x, _, conv_weight, _, _, _, out_proj_weight, _, A, *_, cu_seqlens, _, _, return_states = arguments
     batch, d_inner, length = x.shape
@@ -147,7 +103,7 @@ def _fake(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _inner_gradients(
-    dtypes: Any, dout: Any, dconv_state: Any, dssm_state: Any,
+    by: Arithmetic, dtypes: Any, dout: Any, dconv_state: Any, dssm_state: Any,
     x: Any, z: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any, out_proj_weight: Any,
     out_proj_bias: Any, A: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any, seq_idx: Any,
     cu_seqlens: Any, mask: Any, delta_softplus: bool, return_states: bool,
@@ -155,24 +111,23 @@ def _inner_gradients(
     """Gradients of what a block is made of, those of the weights of x_proj, dt_proj and out_proj in these dtypes."""
     u = sscan.causal_conv1d(x, conv_weight, conv_bias, "silu", conv_state, False, seq_idx, cu_seqlens)
     u = masked(u, mask)
-    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A, _bmm)
-    scanned = (u, applied(dt_proj_weight, dt, bmm=_bmm), A, B, C, D, z, delta_bias, delta_softplus)
+    dt, B, C = projections(u, x_proj_weight, dt_proj_weight, A, by.bmm)
+    scanned = (u, applied(dt_proj_weight, dt, bmm=by.bmm), A, B, C, D, z, delta_bias, delta_softplus)
     packing = {"initial_state": ssm_state, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     y, _, checkpoints = sscan.selective_scan_forward(*scanned, **packing)
-    dout_ = dout.mT
-    dy = applied(out_proj_weight.t(), dout_, bmm=_bmm)
-    dout_proj_weight = _weight_gradient(dout_, y, dtypes[2])
+    dy = applied(out_proj_weight.t(), dout.mT, bmm=by.bmm)
+    dout_proj_weight = by.weight_gradient([dout.mT], y, dtypes[2])
     del y
     scan = sscan.selective_scan_backward(dy, *scanned, dlast_state=dssm_state, checkpoints=checkpoints, **packing)
     del dy, checkpoints
-    dx_dbl = torch.cat([applied(dt_proj_weight.t(), scan.ddelta, bmm=_bmm), scan.dB, scan.dC], 1)
-    du = _add_bmm(scan.du, x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
+    dx_dbl = by.joined(dt_proj_weight.t(), scan.ddelta, scan.dB, scan.dC)
+    du = by.add_bmm(scan.du, x_proj_weight.t().expand(x.shape[0], -1, -1), dx_dbl)
     conv = sscan.causal_conv1d_backward(
         masked(du, mask), x, conv_weight, conv_bias, "silu", conv_state, seq_idx, cu_seqlens, dconv_state
     )
     return [
-        conv.dx, scan.dz, conv.dweight, conv.dbias, _weight_gradient(dx_dbl, u, dtypes[0]),
-        _weight_gradient(scan.ddelta, dt, dtypes[1]), dout_proj_weight,
+        conv.dx, scan.dz, conv.dweight, conv.dbias, by.weight_gradient([dx_dbl], u, dtypes[0]),
+        by.weight_gradient([scan.ddelta], dt, dtypes[1]), dout_proj_weight,
         None if out_proj_bias is None else dout.sum((0, 1)), scan.dA, scan.dD, scan.ddelta_bias,
         conv.dinitial_state, scan.dinitial_state,
     ]  # fmt: skip
@@ -180,7 +135,7 @@ def _inner_gradients(
 
 def _backward_kernel(*arguments: Any) -> list[Any]:
     dtypes = [weight.dtype for weight in arguments[7:10]]
-    return [gradient for gradient in _inner_gradients(dtypes, *arguments) if gradient is not None]
+    return [gradient for gradient in _inner_gradients(OPS, dtypes, *arguments) if gradient is not None]
 
 
 def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any) -> list[Any]:
@@ -191,7 +146,7 @@ def _backward_fake(dout: Any, dconv_state: Any, dssm_state: Any, *arguments: Any
 # asked for. Shapes are those of the block's parameters: x and z (batch, d_inner, length), conv_weight
 # (d_inner, d_conv), out (batch, length, d_model). The weights of the projections have the dtype of x. Where the mask
 # (batch, length) is 0, nothing enters the scan.
-_inner = _block(sscan.causal_conv1d, sscan.selective_scan, _bmm)
+_inner = _block(sscan.causal_conv1d, sscan.selective_scan, OPS.bmm)
 mamba_inner = define(f"mamba_inner({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _inner, _fake)
 mamba_inner_backward = define(
     f"mamba_inner_backward(Tensor dout, Tensor? dconv_state, Tensor? dssm_state, {_ARGUMENTS}) -> Tensor[]",
@@ -225,23 +180,16 @@ cast_under_autocast(
 # --- With the input projection ----------------------------------------------------------------------------------------
 
 
-def _lowered(tensors: Any, dtype: Any) -> list[Any]:
-    """A block's tensors, those of the projections in a dtype, if one is given: one call casts all that need it."""
+def _lowered(tensors: Any, dtype: Any, cast: Any) -> list[Any]:
+    """A block's tensors as its parts take them, those of the projections in a dtype, if one is given."""
     lowered = list(tensors)
-    if dtype is None:
-        return lowered
-    places = [i for i in _PROJECTIONS if tensors[i] is not None and tensors[i].dtype is not dtype]
-    made = [torch.empty_like(tensors[i], dtype=dtype) for i in places]
-    if places:
-        torch._foreach_copy_(made, [tensors[i] for i in places])
-    for i, x in zip(places, made, strict=True):
+    dtypes = {i: torch.promote_types(tensors[i].dtype, torch.float32) for i in _PARAMETERS if tensors[i] is not None}
+    if dtype is not None:
+        dtypes.update((i, dtype) for i in _PROJECTIONS)
+    made = cast([tensors[i] for i in dtypes], list(dtypes.values()))
+    for i, x in zip(dtypes, made, strict=True):
         lowered[i] = x
     return lowered
-
-
-def _diagonal(A_log: Any, exp: Any = torch.exp) -> Any:
-    """A of the scan: always negative, so that no state grows by itself."""
-    return -exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 def _of_inner(lowered: Any, xz: Any, A: Any) -> tuple[Any, ...]:
@@ -250,12 +198,28 @@ def _of_inner(lowered: Any, xz: Any, A: Any) -> tuple[Any, ...]:
     return x, z, lowered[3].squeeze(1), *lowered[4:9], A, *lowered[10:]
 
 
+def _forward(by: Arithmetic, *arguments: Any) -> tuple[Any, ...]:
+    """(out, conv_state, ssm_state, xz, A): the block, and what its backward starts from."""
+    *tensors, dtype, return_states = arguments
+    lowered = _lowered(tensors, dtype, by.cast)
+    hidden, weight, bias = lowered[:3]
+    xz, A = applied(weight, hidden.mT, bias, by.bmm), by.diagonal(tensors[9])
+    inner = _block(sscan.causal_conv1d, sscan.selective_scan, by.bmm)
+    return *inner(*_of_inner(lowered, xz, A), True, return_states), xz, A
+
+
 def _mamba(*arguments: Any) -> tuple[Any, ...]:
     *tensors, dtype, return_states = arguments
-    lowered = _lowered(tensors, dtype)
-    hidden, weight, bias = lowered[:3]
-    xz, A = applied(weight, hidden.mT, bias, _bmm), _diagonal(tensors[9], _exp)
-    return *_inner(*_of_inner(lowered, xz, A), True, return_states), xz, A
+    if is_planned(tensors, dtype, return_states):
+        return _planned_forward(*tensors, dtype is not None, return_states)
+    return _forward(OPS, *arguments)
+
+
+@_plans.planned
+def _planned_forward(*arguments: Any) -> tuple[Any, ...]:
+    """``_forward`` by launches alone, of which further calls of the kind are made; hidden has the dtype of products."""
+    hidden, *rest, cast, return_states = arguments
+    return _forward(LAUNCHES, hidden, *rest, hidden.dtype if cast else None, return_states)
 
 
 def _composed_mamba(*arguments: Any) -> tuple[Any, ...]:
@@ -263,7 +227,7 @@ def _composed_mamba(*arguments: Any) -> tuple[Any, ...]:
     for i in () if dtype is None else _PROJECTIONS:
         tensors[i] = None if tensors[i] is None else tensors[i].to(dtype)
     hidden, weight, bias = tensors[:3]
-    xz, A = applied(weight, hidden.mT, bias), _diagonal(tensors[9])
+    xz, A = applied(weight, hidden.mT, bias), diagonal(tensors[9])
     made: tuple[Any, ...] = _composed_block(*_of_inner(tensors, xz, A), True, return_states)
     return made
 
@@ -280,24 +244,42 @@ def _mamba_fake(*arguments: Any) -> tuple[Any, ...]:
     return out, *(states if return_states else [hidden.new_empty(0), hidden.new_empty(0)]), xz, A
 
 
-def _mamba_backward_kernel(*arguments: Any) -> list[Any]:
+def _backward(by: Arithmetic, *arguments: Any) -> tuple[Any, ...]:
+    """Gradients of a block's tensors, None where there is no tensor."""
     *cotangents, xz, A = arguments[:5]
     *tensors, dtype, return_states = arguments[5:]
-    lowered = _lowered(tensors, dtype)
+    lowered = _lowered(tensors, dtype, by.cast)
     hidden, weight, bias = lowered[:3]
-    dtypes = [x.dtype for x in tensors[5:8]]
     inner = (*cotangents, *_of_inner(lowered, xz, A), True, return_states)
-    dx, dz, dconv_weight, *rest = _inner_gradients(dtypes, *inner)
-    half, hidden_ = weight.shape[0] // 2, hidden.mT
-    dhidden = applied_back(weight[:half].t(), None, dx, _bmm)
-    _add_bmm(dhidden, dz.mT, weight[half:].expand(dz.shape[0], -1, -1))
+    dx, dz, dconv_weight, *rest = _inner_gradients(by, [x.dtype for x in tensors[5:8]], *inner)
+    half = weight.shape[0] // 2
+    dhidden = applied_back(weight[:half].t(), None, dx, by.bmm)
+    by.add_bmm(dhidden, dz.mT, weight[half:].expand(dz.shape[0], -1, -1))
     gradients = [
-        dhidden, torch.cat([_weight_gradient(d, hidden_, tensors[1].dtype) for d in (dx, dz)]),
+        dhidden, by.weight_gradient([dx, dz], hidden.mT, tensors[1].dtype),
         None if bias is None else torch.cat([d.sum((0, 2)) for d in (dx, dz)]), dconv_weight.unsqueeze(1),
-        *rest[:5], rest[5].mul_(A), *rest[6:],
+        *rest[:5], by.diagonal_backward(rest[5], A), *rest[6:],
     ]  # fmt: skip
-    given = zip(gradients, tensors[:_DIFFERENTIABLE_OF_BLOCK], strict=True)
-    return [_in(x.dtype, gradient) for gradient, x in given if gradient is not None]
+    given = tensors[:_DIFFERENTIABLE_OF_BLOCK]
+    return tuple(by.cast(gradients, [None if x is None else x.dtype for x in given]))
+
+
+def _mamba_backward_kernel(*arguments: Any) -> list[Any]:
+    dout, *rest, dtype, return_states = arguments
+    if is_planned(rest[4:], dtype, return_states):
+        made = _planned_backward(
+            dout.contiguous(), *rest, dtype is not None, return_states
+        )  # of a sum it is one number
+    else:
+        made = _backward(OPS, *arguments)
+    return [gradient for gradient in made if gradient is not None]
+
+
+@_plans.planned
+def _planned_backward(*arguments: Any) -> tuple[Any, ...]:
+    """``_backward`` likewise."""
+    dout, *rest, cast, return_states = arguments
+    return _backward(LAUNCHES, dout, *rest, dout.dtype if cast else None, return_states)
 
 
 mamba = define(
@@ -333,3 +315,21 @@ def _mamba_gradients(cotangents: Any, tensors: Any, options: Any) -> Any:
 
 
 differentiate(mamba, _mamba_saved, _mamba_gradients)
+
+
+# --- One token --------------------------------------------------------------------------------------------------------
+
+
+@_plans.planned
+def planned_step(
+    x: Any, in_proj_weight: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any,
+    out_proj_weight: Any, A_log: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any,
+) -> Any:  # fmt: skip
+    """A block's output (batch, d_model) for one token x of each row, by launches alone; states are updated in place."""
+    x, z = LAUNCHES.bmm(x, in_proj_weight.t()).chunk(2, 1)
+    x = sscan.causal_conv1d_update(x, conv_state, conv_weight.squeeze(1), conv_bias, "silu")
+    (_, dt_rank), (_, state) = dt_proj_weight.shape, A_log.shape
+    dt, B, C = LAUNCHES.bmm(x, x_proj_weight.t()).split([dt_rank, state, state], 1)
+    dt = LAUNCHES.bmm(dt, dt_proj_weight.t())
+    y = sscan.selective_state_update(ssm_state, x, dt, A_log, B, C, D, z, delta_bias, True, A_log=True)
+    return LAUNCHES.bmm(y, out_proj_weight.t())

@@ -53,13 +53,8 @@ class Op:
         return [i for i in self.tensors if inputs[i] is not None and inputs[i].requires_grad]
 
     def _is_nobodys(self, inputs: Any) -> bool:
-        """Whether all tensors are plain ones with data, and no mode, transformation or profiler is active."""
-        dispatch = torch._C
-        if (
-            dispatch._len_torch_dispatch_stack() or dispatch._len_torch_function_stack()
-            or dispatch._are_functorch_transforms_active() or dispatch._get_tracing_state() is not None
-            or dispatch._autograd._profiler_enabled() or forward_ad._current_level >= 0
-        ):  # fmt: skip
+        """Whether all tensors are plain ones with data, and nobody else is to be told of the call."""
+        if not is_plain_call():
             return False
         for i in self.tensors:
             x = inputs[i]
@@ -78,6 +73,16 @@ class Op:
             dict(named[i] for i in named if i not in self.optional),
             dict(named[i] for i in named if i in self.optional),
         )
+
+
+def is_plain_call() -> bool:
+    """Whether no mode, transformation, tracer or profiler is active, which would see a call of the dispatcher."""
+    dispatch = torch._C
+    return not (
+        dispatch._len_torch_dispatch_stack() or dispatch._len_torch_function_stack()
+        or dispatch._are_functorch_transforms_active() or dispatch._get_tracing_state() is not None
+        or dispatch._autograd._profiler_enabled() or forward_ad._current_level >= 0
+    )  # fmt: skip
 
 
 def check_tensors(op: str, required: dict[str, Any], optional: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from sscan.torch import _registered
-from sscan.torch._block import _diagonal, applied, applied_back, mamba, masked
+from sscan.torch._arithmetic import diagonal, is_planned_step
+from sscan.torch._block import applied, applied_back, mamba, masked, planned_step
 from sscan.torch._library import autocast_dtype, check_tensors
 from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
 
@@ -324,7 +325,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         delta = self._product("dt_proj", dt_proj, dt)
         # Without checkpoints, which can be larger than all else that is kept: the backward makes them again.
         y, ssm_state, _ = _registered.selective_scan(
-            u, delta, _diagonal(self.A_log), B, C, self.D, z, delta_bias, ssm_state, seq_idx, cu_seqlens, True, "mamba",
+            u, delta, diagonal(self.A_log), B, C, self.D, z, delta_bias, ssm_state, seq_idx, cu_seqlens, True, "mamba",
             True, False,
         )  # fmt: skip
         if plain["out_proj"] is None:
@@ -395,6 +396,8 @@ class Mamba(nn.Module):  # type: ignore[misc]
         self._refuse_gradients("step", hidden_states, conv_state, ssm_state)
         self._check_taps()
         plain = self._plain_parts(hidden_states)
+        if (out := self._planned_step(plain, hidden_states[:, 0], conv_state, ssm_state)) is not None:
+            return out[:, None], conv_state, ssm_state
         x, z = self._project_next("in_proj", plain, hidden_states[:, 0]).chunk(2, 1)
         x = self._convolve_next(plain["conv1d"], x, conv_state)
         dt, B, C = self._split(self._project_next("x_proj", plain, x))
@@ -405,6 +408,20 @@ class Mamba(nn.Module):  # type: ignore[misc]
             dt = functional.linear(dt, weight)
         y = selective_state_update(ssm_state, x, dt, self.A_log, B, C, self.D, z, dt_bias, True, A_log=True)
         return self._project_next("out_proj", plain, y)[:, None], conv_state, ssm_state
+
+    def _planned_step(self, plain: dict[str, Any], x: Any, conv_state: Any, ssm_state: Any) -> Any:
+        """The output of a step that is one plan; None if it cannot be."""
+        if torch.compiler.is_compiling() or None in plain.values():
+            return None
+        (in_proj, _), (conv, conv_bias), (x_proj, _), (dt_proj, delta_bias), (out_proj, _) = plain.values()
+        biases = (plain[name][1] for name in ("in_proj", "x_proj", "out_proj"))
+        if any(bias is not None for bias in biases) or not is_planned_step((x, in_proj, x_proj, dt_proj, out_proj)):
+            return None
+        states = conv_state, ssm_state
+        weights = (in_proj, conv, conv_bias, x_proj, dt_proj, out_proj)
+        out = planned_step(x, *weights, self.A_log, self.D, delta_bias, *states)
+        torch.autograd.graph.increment_version(states)
+        return out
 
     def _project_next(self, name: str, plain: dict[str, Any], x: Any) -> Any:
         """What a projection makes of one token, without the call of a module where nothing stands in its way."""

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import sscan
+import sscan.torch
 from sscan import _plans
+from sscan.torch import _arithmetic, _block, mamba
+from sscan.torch._arithmetic import is_planned_step
 
 
 def scan_arguments(seed: int, length: int = 96) -> dict[str, Any]:
@@ -133,3 +135,98 @@ def test_repeated_in_the_callers_stream() -> None:
         stream.synchronize()
         expected = sscan.selective_scan(**problem | {"u": problem["u"] * 2.0})
         torch.testing.assert_close(y.cpu(), expected, rtol=2e-4, atol=2e-5)
+
+
+def block_and_input(d_model: int, batch: int, length: int, dtype: torch.dtype, seed: int = 0) -> tuple[Any, Any]:
+    torch.manual_seed(seed)
+    made = sscan.torch.Mamba(d_model, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return made, torch.randn(batch, length, d_model, device="cuda", dtype=dtype)
+
+
+def results_of(made: Any, x: Any, lowered: torch.dtype | None) -> list[Any]:
+    """What a block makes of x, and the gradients of x and all parameters."""
+    x = x.detach().requires_grad_()
+    made.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", lowered, enabled=lowered is not None):
+        y = made(x)
+    torch.manual_seed(7)
+    y.backward(torch.randn_like(y))
+    return [y.detach(), x.grad, *(parameter.grad for parameter in made.parameters())]
+
+
+BLOCKS = {
+    "one row": (192, 1, 100, torch.float32, None), "rows": (96, 5, 257, torch.float32, None),
+    "autocast": (192, 1, 1000, torch.float32, torch.bfloat16),
+    "rows, autocast": (96, 4, 333, torch.float32, torch.float16),
+    "halves": (192, 2, 512, torch.bfloat16, None), "one row of halves": (64, 1, 77, torch.float16, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_repeated_block_is_that_of_pytorchs_ops(
+    name: str, repeats: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other values than those of the recorded call; its error is no more than twice that of PyTorch's ops."""
+    *kind, lowered = BLOCKS[name]
+    results_of(*block_and_input(*kind), lowered)
+    repeats.clear()
+    made, x = block_and_input(*kind, seed=1)
+    ours = results_of(made, x, lowered)
+    assert len(repeats) == 2, "the forward and the backward"
+    monkeypatch.setattr(_block, "is_planned", lambda *_: False)
+    theirs = results_of(made, x, lowered)
+    assert len(repeats) > 2
+    exact = results_of(made.double(), x.double(), None)
+    for ours_, theirs_, right in zip(ours, theirs, exact, strict=True):
+        assert (ours_.dtype, ours_.shape) == (theirs_.dtype, theirs_.shape)
+        error, other = (float((y.double() - right).norm() / right.norm()) for y in (ours_, theirs_))
+        assert error <= 2 * other + 1e-6
+
+
+def test_a_block_repeats_in_less_memory_than_its_parts(repeats: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = block_and_input(768, 8, 1024, torch.float32)
+
+    def peak() -> int:
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            results_of(made, x, torch.bfloat16)
+        return int(torch.cuda.max_memory_allocated())
+
+    ours = peak()
+    assert repeats
+    monkeypatch.setattr(_block, "is_planned", lambda *_: False)
+    assert ours <= peak()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_repeated_step_is_that_of_pytorchs_ops(
+    batch: int, dtype: torch.dtype, repeats: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, x = block_and_input(96, batch, 6, dtype)
+    runs = []
+    with torch.no_grad():
+        for planned in (True, False):
+            monkeypatch.setattr(mamba, "is_planned_step", is_planned_step if planned else lambda *_: False)
+            states = made.allocate_inference_cache(batch, 6)
+            runs.append([torch.cat([made.step(x[:, t : t + 1], *states)[0] for t in range(6)], 1), *states])
+            assert len(repeats) >= 5
+            if planned:
+                assert len(repeats) == 5, "all of a step but the first"
+    exact = made.double()(x.double())
+    error, other = (float((run[0].double() - exact).norm() / exact.norm()) for run in runs)
+    assert error <= 2 * other + 1e-6
+    assert states[0]._version > 0
+
+
+def test_no_plan_where_products_are_to_be_others() -> None:
+    """TF32, say: a plan would not know."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not _arithmetic.are_cublas(torch.float32)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert _arithmetic.are_cublas(torch.float32)
