@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from cublas_double import installed
+from cublas_double import Cublas, installed
 
 from sscan import _arrays, _plans, _recording
 from sscan.cuda import _launch, _workspace
 from sscan.testing import patched
 from sscan.testing._emulator import Emulator
-from sscan.torch import Mamba
-from sscan.torch._arithmetic import LAUNCHES, OPS, is_planned
+from sscan.torch import Mamba, _arithmetic
+from sscan.torch._arithmetic import LAUNCHES, OPS, in_graphs, is_planned
 from sscan.torch._block import _backward, _forward, _planned_backward, _planned_forward, planned_step
 
 if TYPE_CHECKING:
@@ -26,9 +26,13 @@ D_MODEL = 12
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
+@pytest.fixture
+def cublas(monkeypatch: pytest.MonkeyPatch) -> Cublas:
+    return installed(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
-def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    installed(monkeypatch)
+def emulator(cublas: Cublas) -> Iterator[None]:
     with patched():
         yield
 
@@ -83,6 +87,14 @@ def test_launches_make_what_ops_make(name: str, states: bool) -> None:
     close(*(_backward(by, dout, *dstates, xz, A, *given) for by in (LAUNCHES, OPS)), low)
 
 
+def test_gradients_of_large_weights_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_arithmetic, "LARGE", 24 * 12)
+    given = arguments(3, SINGLE, HALF)
+    *_, xz, A = made = _forward(OPS, *given)
+    dout = torch.randn_like(made[0])
+    close(*(_backward(by, dout, None, None, xz, A, *given) for by in (LAUNCHES, OPS)), True)
+
+
 @pytest.mark.parametrize(
     "packing",
     [{"seq_idx": torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)}, {"cu_seqlens": torch.tensor([0, 2, 9])}],
@@ -98,6 +110,20 @@ def test_what_cannot_be_multiplied_is_an_error() -> None:
     given[0] = given[0][..., :-1]
     with pytest.raises(RuntimeError, match=r"Mamba: matrices \(1, 48, 12\) and \(1, 11, 9\) cannot be multiplied"):
         _forward(LAUNCHES, *given)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_products_of_a_graph_work_in_its_memory(
+    captured: bool, cublas: Cublas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set behind the stream, which would make cuBLAS take its own again; and for no product after it."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    a, b = torch.randn(1, 3, 4), torch.randn(1, 4, 5)
+    with in_graphs(a):
+        LAUNCHES.bmm(a, b)
+    LAUNCHES.bmm(a, b)
+    names = [call[0] for call in cublas.calls]
+    assert names == ["stream", *(["workspace"] if captured else []), "product", "stream", "product"]
 
 
 def test_nothing_is_planned_on_the_cpu() -> None:

@@ -56,6 +56,16 @@ def recorded():
         _graph.workspace = _graph.kept = None
 
 
+@contextlib.contextmanager
+def working_in(memory):
+    """Products of this thread that use ``WORKSPACE`` bytes of this array, as part of somebody else's graph."""
+    _graph.workspace = memory
+    try:
+        yield
+    finally:
+        _graph.workspace = None
+
+
 def keep_plans(fft):
     """Let the graph that is recorded, if one is, keep the plans of CuPy's module ``fft``, whose work memory it uses.
 

@@ -77,9 +77,10 @@ class _Recorded:
     def __init__(self, function: Callable[..., Any], arrays: tuple[Array, ...]) -> None:
         from sscan.cuda._graphs import Graph
 
-        self.inputs = [array.copy() for array in arrays]
+        self.inputs = inputs = [array.copy() for array in arrays]
         array_module(arrays[0]).get_default_memory_pool().free_all_blocks()  # of the call before, which took as much
-        self.graph = Graph(lambda: function(*self.inputs))  # type: ignore[no-untyped-call]
+        # Not of self.inputs: the graph would hold this object, and both their memory until the next collection.
+        self.graph = Graph(lambda: function(*inputs))  # type: ignore[no-untyped-call]
 
     def put(self, arrays: tuple[Array, ...]) -> None:
         """Copy the arguments to where the graph reads them."""

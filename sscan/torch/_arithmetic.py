@@ -8,6 +8,7 @@ which a block's forward and backward have a hundred, and a plan 4 for a launch.
 from __future__ import annotations
 
 import importlib
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from sscan._arrays import TORCH, numpy_dtype
 from sscan.torch._library import is_plain_call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class Arithmetic(NamedTuple):
@@ -120,11 +121,8 @@ def is_planned_step(tensors: Any) -> bool:
 
 
 def are_cublas(dtype: Any) -> bool:
-    """Whether products in a dtype may be made as cuBLAS makes them when it is not told otherwise.
-
-    Not in a graph, which would share cuBLAS' workspace with other work.
-    """
-    if dtype not in _DTYPES or torch.cuda.is_current_stream_capturing():
+    """Whether products in a dtype may be made as cuBLAS makes them when it is not told otherwise."""
+    if dtype not in _DTYPES:
         return False
     of = torch.backends.cuda.matmul
     if dtype is torch.float32:
@@ -132,6 +130,20 @@ def are_cublas(dtype: Any) -> bool:
     if dtype is torch.bfloat16:
         return bool(of.allow_bf16_reduced_precision_reduction)
     return bool(of.allow_fp16_reduced_precision_reduction and not of.allow_fp16_accumulation)
+
+
+@contextmanager
+def in_graphs(like: Any) -> Iterator[None]:
+    """What surrounds a planned call: products in a CUDA graph that is recorded work in memory of that graph.
+
+    That of cuBLAS is shared with whatever runs beside the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        products = _cuda("_products")
+        with products.working_in(_view(_empty(like, (products.WORKSPACE,), torch.uint8))):
+            yield
+    else:
+        yield
 
 
 _view: Any = TORCH.known_view
@@ -159,19 +171,29 @@ def _product(out: Any, a: Any, b: Any, added: bool = False) -> Any:
     return out
 
 
+LARGE = 1 << 19  # numbers in a weight, with which a product of one row of the batch has enough to do
+
+
 def _launched_weight_gradient(douts: list[Any], x: Any, dtype: Any) -> Any:
-    """In float32 from the products on, of which a batch has one for each row."""
-    batch, rows = x.shape[0], sum(dout.shape[1] for dout in douts)
-    parts = _empty(x, (batch, rows, x.shape[1]), dtype if batch == 1 else torch.float32)
-    start = 0
-    for dout in douts:
-        _product(parts[:, start : start + dout.shape[1]], dout, x.mT)
-        start += dout.shape[1]
-    if batch == 1:
-        return parts[0]
-    gradient = _empty(x, parts.shape[1:], dtype)
+    """Of a large weight row by row of the batch, added up in its memory; of a small one all at once, then summed."""
+    (batch, columns, _), rows = x.shape, sum(dout.shape[1] for dout in douts)
+    if batch == 1 or (rows * columns >= LARGE and dtype is torch.float32):
+        gradient = _empty(x, (rows, columns), dtype)
+        for row in range(batch):
+            for place, dout in zip(_split(gradient, douts, 0), douts, strict=True):
+                _product(place, dout[row], x[row].mT, added=row > 0)
+        return gradient
+    parts = _empty(x, (batch, rows, columns), torch.float32)
+    for place, dout in zip(_split(parts, douts, 1), douts, strict=True):
+        _product(place, dout, x.mT)
+    gradient = _empty(x, (rows, columns), dtype)
     _cuda("_sums").over_parts((_view(parts), _view(gradient)))
     return gradient
+
+
+def _split(whole: Any, parts: list[Any], axis: int) -> Any:
+    """The pieces of an array that are as long as the channels of each part."""
+    return whole.split([part.shape[1] for part in parts], axis)
 
 
 def _launched_joined(weight: Any, x: Any, *others: Any) -> Any:

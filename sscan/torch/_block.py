@@ -14,7 +14,7 @@ import torch
 import sscan
 from sscan import _plans
 from sscan.torch import ops
-from sscan.torch._arithmetic import LAUNCHES, OPS, Arithmetic, diagonal, is_planned
+from sscan.torch._arithmetic import LAUNCHES, OPS, Arithmetic, diagonal, in_graphs, is_planned
 from sscan.torch._composed import pulled_back
 from sscan.torch._library import Saved, cast_under_autocast, define, differentiate, for_each
 
@@ -211,7 +211,8 @@ def _forward(by: Arithmetic, *arguments: Any) -> tuple[Any, ...]:
 def _mamba(*arguments: Any) -> tuple[Any, ...]:
     *tensors, dtype, return_states = arguments
     if is_planned(tensors, dtype, return_states):
-        return _planned_forward(*tensors, dtype is not None, return_states)
+        with in_graphs(tensors[0]):
+            return _planned_forward(*tensors, dtype is not None, return_states)
     return _forward(OPS, *arguments)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
 from sscan.torch import _registered
-from sscan.torch._arithmetic import diagonal, is_planned_step
+from sscan.torch._arithmetic import diagonal, in_graphs, is_planned_step
 from sscan.torch._block import applied, applied_back, mamba, masked, planned_step
 from sscan.torch._library import autocast_dtype, check_tensors
 from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
@@ -419,7 +419,8 @@ class Mamba(nn.Module):  # type: ignore[misc]
             return None
         states = conv_state, ssm_state
         weights = (in_proj, conv, conv_bias, x_proj, dt_proj, out_proj)
-        out = planned_step(x, *weights, self.A_log, self.D, delta_bias, *states)
+        with in_graphs(x):
+            out = planned_step(x, *weights, self.A_log, self.D, delta_bias, *states)
         torch.autograd.graph.increment_version(states)
         return out
 

@@ -154,13 +154,14 @@ def results_of(made: Any, x: Any, lowered: torch.dtype | None) -> list[Any]:
         y = made(x)
     torch.manual_seed(7)
     y.backward(torch.randn_like(y))
-    return [y.detach(), x.grad, *(parameter.grad for parameter in made.parameters())]
+    return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in made.parameters())]
 
 
 BLOCKS = {
     "one row": (192, 1, 100, torch.float32, None), "rows": (96, 5, 257, torch.float32, None),
     "autocast": (192, 1, 1000, torch.float32, torch.bfloat16),
     "rows, autocast": (96, 4, 333, torch.float32, torch.float16),
+    "large": (768, 3, 64, torch.float32, torch.bfloat16),
     "halves": (192, 2, 512, torch.bfloat16, None), "one row of halves": (64, 1, 77, torch.float16, None),
 }  # fmt: skip
 
@@ -216,7 +217,7 @@ def test_a_repeated_step_is_that_of_pytorchs_ops(
             assert len(repeats) >= 5
             if planned:
                 assert len(repeats) == 5, "all of a step but the first"
-    exact = made.double()(x.double())
+        exact = made.double()(x.double())
     error, other = (float((run[0].double() - exact).norm() / exact.norm()) for run in runs)
     assert error <= 2 * other + 1e-6
     assert states[0]._version > 0
