@@ -49,6 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
 DOUBLE = [name for name in KINDS if name.startswith("float64")]
 RAW = {"delta": "positive", "delta_bias": False, "delta_softplus": False}
 TIMED = ("u", "delta", "z", "B", "C")
+NEAR = 4  # eps between gradients that were summed in other chunks; on a GPU, of kernels for other lengths, twice that
 SETTINGS = settings(max_examples=20, deadline=None, derandomize=True)
 any_kind = st.sampled_from(sorted(KINDS))
 in_double = st.sampled_from(DOUBLE)
@@ -180,7 +181,7 @@ def test_lengths_around_chunks(kind: str) -> None:
         expected = gradients(problem, seen)
         for name, gradient in gradients(part, {"dy": weights["dy"][..., :length]}).items():
             cut = expected[name][..., :length] if expected[name].shape[-1] == 130 else expected[name]
-            assert error_of(gradient, cut) <= 4 * eps_of(gradient.dtype), f"{name}, length {length}"
+            assert error_of(gradient, cut) <= NEAR * eps_of(gradient.dtype), f"{name}, length {length}"
 
 
 @pytest.mark.parametrize("kind", KINDS)

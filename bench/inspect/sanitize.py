@@ -28,7 +28,7 @@ import cases  # noqa: E402
 import state_passing_cases  # noqa: E402
 from cases import DIFFERENTIABLE, Case, check_backward, check_forward  # noqa: E402
 
-import sscan  # noqa: E402
+import sscan.nn  # noqa: E402
 from sscan.cuda import _launch  # noqa: E402
 
 Check = functools.partial[None]
@@ -209,6 +209,52 @@ def pieces(op: str | None) -> Iterator[Check]:
             yield functools.partial(state_passing_cases.check_prefix, number, 9, back, **ways)
 
 
+def models(op: str | None) -> Iterator[Check]:
+    """What models launch beside the ops: training steps, decoding and its draws, copies of a planned block."""
+    if op is not None:
+        return
+    sys.path.insert(0, str(TESTS / "gpu"))
+    import test_gpu_decode as decode
+
+    for dtype in (np.float32, np.float64):
+        yield functools.partial(check_training, dtype)
+        yield functools.partial(check_block, dtype)
+    for config in decode.ALL.values():
+        for dtype in (np.float64, np.float16, decode.BFLOAT16):
+            yield functools.partial(decode.check_steps, config, dtype, 3)
+    for config in (decode.TILES, decode.ODD_TILES):
+        yield functools.partial(decode.check_steps, config, decode.BFLOAT16, 17)
+    for sampler in decode.FILTERS:
+        yield functools.partial(decode.test_a_graph_draws_what_the_host_draws_from_the_same_logits, 8, sampler)
+
+
+def check_training(dtype: Any) -> None:
+    """A few steps of a language model on a GPU are those on the CPU: order, clipping and AdamW among them."""
+    from test_nn_devices import SMALL, train
+
+    losses = []
+    for xp in (np, cupy):
+        model = sscan.nn.MambaLM(SMALL, dtype, seed=0)
+        model.to(xp)
+        losses.append([float(loss) for loss in train(model, 3, xp)[0]])
+    assert np.allclose(*losses, rtol=1e-3), losses
+
+
+def check_block(dtype: Any) -> None:
+    """Copies and A of a planned block."""
+    from sscan.cuda import block
+
+    x = np.random.default_rng(0).standard_normal((5, 3, 700)).astype(dtype)
+    there, copy = cupy.asarray(x), cupy.empty((5, 9, 700), np.float32)
+    block.copy((there[:, :2], copy[:, :2]), (there[:, 2:], copy[:, 8:]))
+    assert (copy[:, [0, 1, 8]].get() == x.astype(np.float32)).all()
+    A, dA_log = cupy.empty_like(there), cupy.empty_like(there)
+    block.diagonal(there, A)
+    block.diagonal_backward(there, A, dA_log)
+    assert np.allclose(A.get(), -np.exp(x), rtol=1e-5)
+    assert np.allclose(dA_log.get(), -x * np.exp(x), rtol=1e-5)
+
+
 def run(checks: list[Check]) -> list[str]:
     """What is wrong."""
     wrong = []
@@ -230,7 +276,10 @@ def main() -> int:
     first, every = map(int, given.share.split("/"))
     cupy.cuda.set_allocator(None)  # no pool: every array is one allocation, whose bounds a sanitizer knows
     start, lane = time.perf_counter(), Lane()
-    problems = [*(list(checks_of(lane, case)) for case in chosen(given.op)), *([x] for x in pieces(given.op))]
+    problems = [
+        *(list(checks_of(lane, case)) for case in chosen(given.op)),
+        *([x] for x in (*pieces(given.op), *models(given.op))),
+    ]
     selected = problems[first::every]
     wrong = run([check for checks in selected for check in checks])
     cupy.cuda.Device().synchronize()

@@ -83,6 +83,7 @@ def on_gpu() -> Iterator[None]:
 def with_its_tolerance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.function.__name__ in CLOSE:
         monkeypatch.setattr(test_selective_scan, "assert_identical", assert_close)
+        monkeypatch.setattr(test_selective_scan, "NEAR", 8)  # as assert_close
 
 
 # --- Bits -------------------------------------------------------------------------------------------------------------
