@@ -88,9 +88,9 @@ OPS = Arithmetic(_bmm, _add_bmm, _weight_gradient, _joined, cast, partial(diagon
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
-MOST = (
-    1 << 25
-)  # numbers along time in a block: of more a GPU has long enough to do, and PyTorch frees what is done with
+# Of a block with more rows or more numbers along time a GPU has long enough to do, and PyTorch frees what is done with.
+MOST_ROWS, MOST_NUMBERS = 64, 1 << 25
+LARGE = 1 << 19  # numbers in a weight, with which a product of one row of the batch has enough to do
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -106,7 +106,8 @@ def is_planned(tensors: Any, dtype: Any, return_states: bool) -> bool:
         and in_proj_bias is None and tensors[8] is None and tensors[16] is None
         and not (return_states and stored is not torch.float32)
         and all(tensors[i].dtype is stored or (dtype and tensors[i].dtype is torch.float32) for i in (1, 5, 6, 7))
-        and 0 < hidden.shape[0] * hidden.shape[1] * in_proj_weight.shape[0] <= 2 * MOST
+        and hidden.shape[0] <= MOST_ROWS
+        and 0 < hidden.shape[0] * hidden.shape[1] * in_proj_weight.shape[0] <= 2 * MOST_NUMBERS
         and are_cublas(stored)
     )  # fmt: skip
 
@@ -169,9 +170,6 @@ def _product(out: Any, a: Any, b: Any, added: bool = False) -> Any:
         raise RuntimeError(f"Mamba: matrices {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
     _cuda("_products").into(_view(out), _view(a), _view(b), added)
     return out
-
-
-LARGE = 1 << 19  # numbers in a weight, with which a product of one row of the batch has enough to do
 
 
 def _launched_weight_gradient(douts: list[Any], x: Any, dtype: Any) -> Any:
