@@ -109,6 +109,46 @@ def window_starter(storage, real, width, group, mask):
     return start
 
 
+def taps_reader(real, width, group):
+    """``read_taps(W, b, weight, bias, d, inside)``: the weights and biases of a thread's channels."""
+    read, zero = element_reader(real.name, real), real.type(0)
+
+    @device
+    def read_taps(W, b, weight, bias, d, inside):
+        for c in range(group):
+            for k in range(width):
+                W[k * group + c] = read(weight, (d + c) * width + k, inside)
+            b[c] = zero
+            if bias != 0:
+                b[c] = read(bias, d + c, inside)
+
+    return read_taps
+
+
+def sequence_reader(real, width, mask):
+    """``age(ages, at, valid)`` of a step, and where its sequence begins.
+
+    ``first_state(age, t, wanted, sequences, state, dim, d)``: where the initial state is whose inputs the taps of a
+    step reach, and whether they reach it; only with "states".
+    """
+    read_age, halo, oldest, integer = element_reader(AGES, real), width - 1, real.type(width - 1), np.int64
+    masked, states = mask != "", mask == "states"
+
+    @device
+    def age(ages, at, valid):
+        return read_age(ages, at, valid) if masked else oldest
+
+    @device
+    def first_state(age, t, wanted, sequences, state, dim, d):
+        if not states:
+            return state, d < 0
+        head = wanted & (age < oldest)
+        sequence = read_integer(sequences, t, select(head, 1, 0))
+        return (sequence * dim + d) * halo + integer(age), head
+
+    return age, first_state
+
+
 def forward(storage, width, group, silu, mask):
     """A thread writes its channels at the steps of its chunk."""
     real, halo, ahead = real_of_storage(storage), width - 1, 4
@@ -118,11 +158,10 @@ def forward(storage, width, group, silu, mask):
         window_starter(storage, real, width, group, mask),
     )
     make_raw, ask, take = steps_reader(storage, real, group, ahead)
-    read, read_age = element_reader(real.name, real), element_reader(AGES, real)
+    read_taps, (age_of, first_state) = taps_reader(real, width, group), sequence_reader(real, width, mask)
     write = writer(dtype_of(storage), real, group, True)
     window, taps, numbers = (local_array(n * group, real) for n in (halo + ahead, width, 1))
-    (activate, _), zero, oldest, integer = activations(real, silu), real.type(0), real.type(halo), np.int64
-    masked, states = mask != "", mask == "states"
+    activate, _ = activations(real, silu)
 
     def kernel(
         x, y, weight, bias, initial_state, ages, sequences, batches, dim, length, chunks, chunk, bits, x_batch, x_time,
@@ -137,12 +176,7 @@ def forward(storage, width, group, silu, mask):
         for i in range(ahead):
             ask(raw, i, x, row + (begin + i) * x_time, begin + i < end)
         start(X, x, row, x_time, begin, inside, initial_state, state)
-        for c in range(group):
-            for k in range(width):
-                W[k * group + c] = read(weight, (d + c) * width + k, inside)
-            b[c] = zero
-            if bias != 0:
-                b[c] = read(bias, d + c, inside)
+        read_taps(W, b, weight, bias, d, inside)
         for turn in range(chunk // ahead):
             t = begin + turn * ahead
             for i in range(ahead):
@@ -150,13 +184,8 @@ def forward(storage, width, group, silu, mask):
             for i in range(ahead):
                 ask(raw, i, x, row + (t + ahead + i) * x_time, t + ahead + i < end)
             for i in range(ahead):
-                age, from_state, head = oldest, state, d < 0
-                if masked:
-                    age = read_age(ages, batch * length + t + i, t + i < end)
-                if states:
-                    head = (age < oldest) & (t + i < end)
-                    sequence = read_integer(sequences, t + i, select(head, 1, 0))
-                    from_state = (sequence * dim + d) * halo + integer(age)
+                age = age_of(ages, batch * length + t + i, t + i < end)
+                from_state, head = first_state(age, t + i, t + i < end, sequences, state, dim, d)
                 for c in range(group):
                     total = b[c]
                     for k in range(width):
@@ -169,27 +198,102 @@ def forward(storage, width, group, silu, mask):
     return kernel, Shape(BLOCK, (5 if mask == "" else 4) if real.itemsize == 4 and width <= 4 else 3)
 
 
+def sum_gradients(real, width, group, silu, mask):
+    """``of_sums(G, DW, db, X, W, b, i, age, own, initial_state, state, head)``: at step i of the window.
+
+    The gradients of y in G become those of the sums in front of the activation. If the step is of the thread's ``own``
+    chunk, they add to those of weight and bias.
+    """
+    tap, halo, zero = seen_by(real, width, group, mask), width - 1, real.type(0)
+    _, slope = activations(real, silu)
+
+    @device
+    def of_sums(G, DW, db, X, W, b, i, age, own, initial_state, state, head):
+        for c in range(group):
+            total = b[c]
+            for k in range(width):
+                total = fma(W[k * group + c], tap(X, i, k, c, age, initial_state, state, head), total)
+            g = G[(halo + i) * group + c] * slope(total)
+            G[(halo + i) * group + c] = g
+            g = select(own, g, zero)
+            for k in range(width):
+                seen = tap(X, i, k, c, age, initial_state, state, head)
+                DW[k * group + c] = fma(g, seen, DW[k * group + c])
+            db[c] = db[c] + g
+
+    return of_sums
+
+
+def final_places(real, width, mask):
+    """``find(dfinal_state, A, i, s, there, ages, age_row, sequences, length, batch)``.
+
+    Whether the input at step s, which is width - 1 steps before step i of the window, is in a final state, in which
+    column, and of which sequence.
+    """
+    halo, ages_seen, integer = width - 1, tuple(real.type(j) for j in range(width)), np.int64
+    read_age, masked, states = element_reader(AGES, real), mask != "", mask == "states"
+
+    @device
+    def find(dfinal_state, A, i, s, there, ages, age_row, sequences, length, batch):
+        final, index, number = s < 0, s * 0, batch
+        if dfinal_state != 0:
+            if states:
+                before = there
+                for k in range(1, width):
+                    turns = A[i + k] < ages_seen[k]
+                    final, index = final | (before & turns), select(before & turns, halo - k, index)
+                    before = before & (A[i + k] >= ages_seen[k])
+                final = final & there
+                number = read_integer(sequences, s, select(final, 1, 0))
+            else:
+                index = s - (length - halo)
+                final = (index >= 0) & there
+                if masked:
+                    last_age = read_age(ages, age_row + length - 1, final)
+                    final = final & (integer(last_age) >= halo - 1 - index)
+        return final, index, number
+
+    return find
+
+
+def input_gradients(real, width, group, mask):
+    """``of_inputs(E, G, A, W, i, dfinal_state, state, index, final)``: at the step in front of what taps see at step i.
+
+    From the gradients of the sums in the window, and of the final state, if the input is in one.
+    """
+    halo, zero, masked = width - 1, real.type(0), mask != ""
+    ages_seen, read = tuple(real.type(j) for j in range(width)), element_reader(real.name, real)
+
+    @device
+    def of_inputs(E, G, A, W, i, dfinal_state, state, index, final):
+        for c in range(group):
+            total = zero
+            for k in range(width):
+                g = G[(i + k) * group + c]
+                if masked:
+                    g = select(A[i + k] >= ages_seen[k], g, zero)
+                total = fma(W[(halo - k) * group + c], g, total)
+            if dfinal_state != 0:
+                total = total + read(dfinal_state, state + c * halo + index, final)
+            E[c] = total
+
+    return of_inputs
+
+
 def backward(storage, width, group, silu, mask):
     """A thread writes dx of its channels at the steps of its chunk, and what these add to dweight and dbias.
 
     It goes on for width - 1 steps after its chunk, whose gradients the last steps of the chunk look forward to.
     """
     real, halo, ahead = real_of_storage(storage), width - 1, 2
-    of_thread, tap, start = (
-        place(group),
-        seen_by(real, width, group, mask),
-        window_starter(storage, real, width, group, mask),
-    )
+    of_thread, start = place(group), window_starter(storage, real, width, group, mask)
     make_raw, ask, take = steps_reader(storage, real, group, ahead)
-    read, read_age, write_sum = (
-        element_reader(real.name, real), element_reader(AGES, real), element_writer(real.name, real)
-    )  # fmt: skip
-    write = writer(dtype_of(storage), real, group, True)
+    read_taps, (age_of, first_state) = taps_reader(real, width, group), sequence_reader(real, width, mask)
+    of_sums, find = sum_gradients(real, width, group, silu, mask), final_places(real, width, mask)
+    of_inputs, zero, oldest = input_gradients(real, width, group, mask), real.type(0), real.type(halo)
+    write, write_sum = writer(dtype_of(storage), real, group, True), element_writer(real.name, real)
     window, taps, numbers = (local_array(n * group, real) for n in (halo + ahead, width, 1))
     of_steps = local_array(halo + ahead, real)
-    (_, slope), zero, oldest, integer = activations(real, silu), real.type(0), real.type(halo), np.int64
-    ages_seen = tuple(real.type(j) for j in range(width))
-    masked, states = mask != "", mask == "states"
 
     def kernel(
         dy, x, dx, weight, bias, initial_state, dfinal_state, ages, sequences, dweight, dbias, batches, dim, length,
@@ -208,13 +312,11 @@ def backward(storage, width, group, silu, mask):
             ask(raw, i, x, row + (begin + i) * x_time, begin + i < last)
             ask(raw_dy, i, dy, dy_row + (begin + i) * dy_time, begin + i < last)
         start(X, x, row, x_time, begin, inside, initial_state, state)
+        read_taps(W, b, weight, bias, d, inside)
         for c in range(group):
+            db[c] = zero
             for k in range(width):
-                W[k * group + c] = read(weight, (d + c) * width + k, inside)
                 DW[k * group + c] = zero
-            b[c], db[c] = zero, zero
-            if bias != 0:
-                b[c] = read(bias, d + c, inside)
         for m in range(halo):
             A[m] = oldest
             for c in range(group):
@@ -228,55 +330,16 @@ def backward(storage, width, group, silu, mask):
                 ask(raw, i, x, row + (t + ahead + i) * x_time, t + ahead + i < last)
                 ask(raw_dy, i, dy, dy_row + (t + ahead + i) * dy_time, t + ahead + i < last)
             for i in range(ahead):
-                A[halo + i] = oldest
-                if masked:
-                    A[halo + i] = read_age(ages, batch * length + t + i, t + i < last)
-                from_state, head = state, d < 0
-                if states:
-                    head = (initial_state != 0) & (A[halo + i] < oldest) & (t + i < last)
-                    sequence = read_integer(sequences, t + i, select(head, 1, 0))
-                    from_state = (sequence * dim + d) * halo + integer(A[halo + i])
-                for c in range(group):
-                    total = b[c]
-                    for k in range(width):
-                        seen = tap(X, i, k, c, A[halo + i], initial_state, from_state, head)
-                        total = fma(W[k * group + c], seen, total)
-                    g = G[(halo + i) * group + c] * slope(total)
-                    G[(halo + i) * group + c] = g
-                    g = select(t + i < end, g, zero)
-                    for k in range(width):
-                        seen = tap(X, i, k, c, A[halo + i], initial_state, from_state, head)
-                        DW[k * group + c] = fma(g, seen, DW[k * group + c])
-                    db[c] = db[c] + g
+                A[halo + i] = age_of(ages, batch * length + t + i, t + i < last)
+                wanted = (initial_state != 0) & (t + i < last)
+                from_state, head = first_state(A[halo + i], t + i, wanted, sequences, state, dim, d)
+                of_sums(G, DW, db, X, W, b, i, A[halo + i], t + i < end, initial_state, from_state, head)
                 s = t + i - halo  # the gradient of this step's input is complete
-                there, final, index = (s >= begin) & (s < end), s < 0, s * 0
-                if dfinal_state != 0:
-                    if states:
-                        before = (s >= begin) & (s < end)
-                        for k in range(1, width):
-                            turns = A[i + k] < ages_seen[k]
-                            final, index = final | (before & turns), select(before & turns, halo - k, index)
-                            before = before & (A[i + k] >= ages_seen[k])
-                        final = final & there
-                    else:
-                        index = s - (length - halo)
-                        final = (index >= 0) & there
-                        if masked:
-                            last_age = read_age(ages, batch * length + length - 1, final)
-                            final = final & (integer(last_age) >= halo - 1 - index)
-                number = batch
-                if states & (dfinal_state != 0):
-                    number = read_integer(sequences, s, select(final, 1, 0))
-                for c in range(group):
-                    total = zero
-                    for k in range(width):
-                        g = G[(i + k) * group + c]
-                        if masked:
-                            g = select(A[i + k] >= ages_seen[k], g, zero)
-                        total = fma(W[(halo - k) * group + c], g, total)
-                    if dfinal_state != 0:
-                        total = total + read(dfinal_state, (number * dim + d + c) * halo + index, final)
-                    E[c] = total
+                there = (s >= begin) & (s < end)
+                final, index, number = find(
+                    dfinal_state, A, i, s, there, ages, batch * length, sequences, length, batch
+                )
+                of_inputs(E, G, A, W, i, dfinal_state, (number * dim + d) * halo, index, final)
                 write(dx, dx_row + s * dx_time, E, select(there, group, 0))
             for m in range(halo * group):
                 X[m], G[m] = X[ahead * group + m], G[ahead * group + m]
