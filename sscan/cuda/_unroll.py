@@ -25,9 +25,8 @@ def written_out(function):
     # a function around it, so that the free names stay free
     outer = ast.parse(f"def outer({', '.join(free)}):\n    return {function.__name__}").body[0]
     outer.body.insert(0, made)
-    module = ast.fix_missing_locations(ast.Module([outer], []))
     names = {}
-    exec(compile(module, inspect.getsourcefile(function), "exec"), function.__globals__, names)
+    exec(compile(ast.Module([outer], []), inspect.getsourcefile(function), "exec"), function.__globals__, names)
     made = names["outer"](**free)
     made.__module__ = function.__module__
     return made
@@ -37,6 +36,9 @@ def written_out(function):
 def _definition(code):
     """The syntax tree of a function, the same one for all that a factory makes of it: only to be read."""
     return ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+
+
+_TREES = (ast.AST, list)
 
 
 class _Writer:
@@ -51,20 +53,19 @@ class _Writer:
             return [made for item in part for made in self._item(item, numbers)]
         if isinstance(part, ast.Name) and part.id in numbers:
             return ast.copy_location(ast.Constant(numbers[part.id]), part)
-        if not isinstance(part, ast.AST):
-            return part
-        return type(part)(**{name: self.written(inner, numbers) for name, inner in vars(part).items()})
+        inner = vars(part).items()
+        return type(part)(**{k: self.written(x, numbers) if isinstance(x, _TREES) else x for k, x in inner})
 
     def _item(self, item, numbers):
         """What stands in a list in the place of one item: of a loop that is written out, the statements of its turns."""
         if not (isinstance(item, ast.For) and isinstance(item.iter, ast.Call) and _name(item.iter.func) == "unroll"):
-            return [self.written(item, numbers)]
+            return [self.written(item, numbers) if isinstance(item, ast.AST) else item]
         count, when = (self._value(argument, numbers) for argument in [*item.iter.args, ast.Constant(True)][:2])
         if when:
             turns = ({**numbers, item.target.id: turn} for turn in range(count))
             return [made for turn in turns for made in self.written(item.body, turn)]
         loop = self.written(item, numbers)
-        loop.iter = ast.copy_location(ast.Call(ast.Name("range", ast.Load()), [ast.Constant(count)], []), item.iter)
+        loop.iter = ast.parse(f"range({count})", mode="eval").body
         return [loop]
 
     def _value(self, expression, numbers):
