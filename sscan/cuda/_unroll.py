@@ -57,7 +57,7 @@ class _Writer:
         return type(part)(**{k: self.written(x, numbers) if isinstance(x, _TREES) else x for k, x in inner})
 
     def _item(self, item, numbers):
-        """What stands in a list in the place of one item: of a loop that is written out, the statements of its turns."""
+        """What stands in a list in the place of one item: of a loop that is written out, what its turns do."""
         if not (isinstance(item, ast.For) and isinstance(item.iter, ast.Call) and _name(item.iter.func) == "unroll"):
             return [self.written(item, numbers) if isinstance(item, ast.AST) else item]
         count, when = (self._value(argument, numbers) for argument in [*item.iter.args, ast.Constant(True)][:2])
