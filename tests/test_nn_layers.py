@@ -357,7 +357,7 @@ def test_layers_in_half_precision(name: str) -> None:
         assert parameter.grad.dtype == np.float32
 
 
-@pytest.mark.parametrize("name", LAYERS.keys() - STATELESS)
+@pytest.mark.parametrize("name", sorted(LAYERS.keys() - STATELESS))
 def test_pieces_and_steps_are_the_whole(name: str) -> None:
     layer = perturbed(LAYERS[name](np.float64))
     x = normal(3, 9, 8)
@@ -415,7 +415,7 @@ def test_attention_forms_its_scores_again(positions: str, monkeypatch: pytest.Mo
     assert kept[0] > 2 * 8 * length**2 * 8 > 4 * kept[1]
 
 
-@pytest.mark.parametrize("name", LAYERS.keys() - THROUGH_FFT | {"gated s4", "h3 s4"})
+@pytest.mark.parametrize("name", sorted(LAYERS.keys() - THROUGH_FFT | {"gated s4", "h3 s4"}))
 def test_packed_sequences_do_not_see_each_other(name: str) -> None:
     layer = perturbed(LAYERS[name](np.float64))
     x, seq_idx = normal(1, 9, 8), np.array([[0, 0, 0, 0, 1, 1, 2, 2, 2]], np.int32)
@@ -423,7 +423,7 @@ def test_packed_sequences_do_not_see_each_other(name: str) -> None:
     np.testing.assert_allclose(layer(x, seq_idx).data, separate, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", STATELESS)
+@pytest.mark.parametrize("name", sorted(STATELESS))
 def test_layers_without_states_say_so(name: str) -> None:
     layer = LAYERS[name](np.float64)
     with pytest.raises(

@@ -6,7 +6,7 @@ Numba, each with a number in place of q.
 """
 
 import ast
-import copy
+import functools
 import inspect
 import textwrap
 
@@ -21,49 +21,57 @@ def written_out(function):
     if "unroll" not in (*function.__code__.co_names, *function.__code__.co_freevars):
         return function
     free = inspect.getclosurevars(function).nonlocals
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    _Writer({**function.__globals__, **free}).visit(tree)
+    made = _Writer({**function.__globals__, **free}).written(_definition(function.__code__), {})
     # a function around it, so that the free names stay free
     outer = ast.parse(f"def outer({', '.join(free)}):\n    return {function.__name__}").body[0]
-    outer.body.insert(0, tree.body[0])
-    module = ast.fix_missing_locations(ast.Module([outer], []))
+    outer.body.insert(0, made)
     names = {}
-    exec(compile(module, inspect.getsourcefile(function), "exec"), function.__globals__, names)
+    exec(compile(ast.Module([outer], []), inspect.getsourcefile(function), "exec"), function.__globals__, names)
     made = names["outer"](**free)
     made.__module__ = function.__module__
     return made
 
 
-class _Writer(ast.NodeTransformer):
+@functools.cache
+def _definition(code):
+    """The syntax tree of a function, the same one for all that a factory makes of it: only to be read."""
+    return ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+
+
+_TREES = (ast.AST, list)
+
+
+class _Writer:
+    """Copies of trees. All loops around a statement are written out in one walk: kernels are large."""
+
     def __init__(self, known):
         self.known = known
 
-    def visit_For(self, node):
-        call = node.iter
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "unroll"):
-            return self.generic_visit(node)
-        count, when = (self._value(argument) for argument in [*call.args, ast.Constant(True)][:2])
-        if not when:
-            node.iter = ast.copy_location(ast.Call(ast.Name("range", ast.Load()), [ast.Constant(count)], []), call)
-            return self.generic_visit(node)
-        statements = []
-        for value in range(count):
-            body = [_Constant(node.target.id, value).visit(copy.deepcopy(statement)) for statement in node.body]
-            for statement in body:
-                written = self.visit(statement)
-                statements += written if isinstance(written, list) else [written]
-        return statements
+    def written(self, part, numbers):
+        """A copy of a tree, or of a list of them, with loops written out and numbers in place of their names."""
+        if isinstance(part, list):
+            return [made for item in part for made in self._item(item, numbers)]
+        if isinstance(part, ast.Name) and part.id in numbers:
+            return ast.copy_location(ast.Constant(numbers[part.id]), part)
+        inner = vars(part).items()
+        return type(part)(**{k: self.written(x, numbers) if isinstance(x, _TREES) else x for k, x in inner})
 
-    def _value(self, expression):
-        code = compile(ast.Expression(ast.fix_missing_locations(expression)), "<unroll>", "eval")
-        return eval(code, dict(self.known))
+    def _item(self, item, numbers):
+        """What stands in a list in the place of one item: of a loop that is written out, what its turns do."""
+        if not (isinstance(item, ast.For) and isinstance(item.iter, ast.Call) and _name(item.iter.func) == "unroll"):
+            return [self.written(item, numbers) if isinstance(item, ast.AST) else item]
+        count, when = (self._value(argument, numbers) for argument in [*item.iter.args, ast.Constant(True)][:2])
+        if when:
+            turns = ({**numbers, item.target.id: turn} for turn in range(count))
+            return [made for turn in turns for made in self.written(item.body, turn)]
+        loop = self.written(item, numbers)
+        loop.iter = ast.parse(f"range({count})", mode="eval").body
+        return [loop]
+
+    def _value(self, expression, numbers):
+        code = compile(ast.fix_missing_locations(ast.Expression(expression)), "<unroll>", "eval")
+        return eval(code, self.known, numbers)
 
 
-class _Constant(ast.NodeTransformer):
-    """Puts a number in place of a name."""
-
-    def __init__(self, name, value):
-        self.name, self.value = name, value
-
-    def visit_Name(self, node):
-        return ast.copy_location(ast.Constant(self.value), node) if node.id == self.name else node
+def _name(expression):
+    return expression.id if isinstance(expression, ast.Name) else None

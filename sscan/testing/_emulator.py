@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 WARP = 32
+SEVERAL, EPOCH = 1024, 2048  # beside the numbers of threads, of which a block has 1024 at most; more than all of these
 
 
 class Local:
@@ -44,6 +45,17 @@ class Local:
         assert np.result_type(value) == self.values.dtype or np.ndim(value) == 0, "a conversion that costs registers"
         self.values[i] = value
 
+    def several(self, start: int, count: int) -> Any:
+        """That many of each thread; their memory, not a copy."""
+        assert isinstance(start, int), "indices of a local array must be known when compiling"
+        assert 0 <= start <= start + count <= len(self.values)
+        return self.values[start : start + count]
+
+    def put(self, start: int, values: Any) -> None:
+        into = self.several(start, len(values))
+        assert values.dtype == into.dtype, "a conversion that costs registers"
+        into[...] = values
+
 
 class Shared:
     """An array of a block, which knows who used which element since the last barrier."""
@@ -54,60 +66,58 @@ class Shared:
         self.writes, self.reads = _Accesses(size), _Accesses(size)
 
     def check(self, index: Any, count: int) -> Any:
-        index = np.broadcast_to(np.asarray(index), (self.emulator.threads,))
+        """Where the threads access that many elements: (count, threads)."""
+        index = self.emulator.of_each(index)
         together = min(count, 16 // self.values.itemsize)
-        assert (index % together == 0).all(), "vector access to shared memory is not aligned"
-        assert (index >= 0).all(), f"shared index {index.min()}"
-        assert (index + count <= len(self.values)).all(), f"shared index {index.max()} of {len(self.values)}"
-        return index
+        assert together == 1 or not (index % together).any(), "vector access to shared memory is not aligned"
+        assert index.min() >= 0, f"shared index {index.min()}"
+        assert index.max() + count <= len(self.values), f"shared index {index.max()} of {len(self.values)}"
+        return index + np.arange(count)[:, None]
 
-    def get(self, index: Any) -> Any:
+    def get(self, index: Any, count: int = 1) -> Any:
+        index = self.check(index, count)
         clash = self.writes.clash(self.emulator, index)
         assert not clash.any(), f"race: read of shared {index[clash][:4]} that another thread wrote"
         self.reads.note(self.emulator, index)
         return self.values[index]
 
-    def set(self, index: Any, value: Any) -> None:
-        value = np.broadcast_to(value, index.shape)
-        for accesses, did in ((self.reads, "read"), (self.writes, "wrote")):
-            clash = accesses.clash(self.emulator, index)
-            assert not clash.any(), f"race: write of shared {index[clash][:4]} that another thread {did}"
-        self.values[index] = value
-        self.writes.note(self.emulator, index)
-        same = (self.values[index] == value) | (value != value)
-        assert same.all(), "race: two threads write different numbers to one element of shared memory"
+    def set(self, index: Any, values: Any, count: int = 1) -> None:
+        for places, value in zip(self.check(index, count), values, strict=True):
+            for accesses, did in ((self.reads, "read"), (self.writes, "wrote")):
+                clash = accesses.clash(self.emulator, places)
+                assert not clash.any(), f"race: write of shared {places[clash][:4]} that another thread {did}"
+            self.values[places] = value
+            self.writes.note(self.emulator, places)
+            written = self.values[places]
+            same = (written == value) | (value != value)
+            assert same.all(), "race: two threads write different numbers to one element of shared memory"
 
 
 class _Accesses:
-    """Who last accessed each element, when, and whether others did so in the same interval between barriers."""
+    """Who accessed each element since the last barrier: a thread, a warp, or several of them.
+
+    They are numbered anew after each barrier, so a smaller number than is given out now is of one who came before it.
+    """
 
     def __init__(self, size: int) -> None:
-        self.thread, self.warp_epoch, self.block_epoch = (np.full(size, -1) for _ in range(3))
-        self.other_lanes, self.other_warps = np.zeros(size, bool), np.zeros(size, bool)
-
-    def _fresh(self, e: Emulator, index: Any) -> tuple[Any, Any]:
-        same_block_epoch = self.block_epoch[index] == e.block_epoch
-        return same_block_epoch & (self.warp_epoch[index] == e.warp_epoch), same_block_epoch
+        self.threads, self.warps = np.full(size, -1), np.full(size, -1)
 
     def clash(self, e: Emulator, index: Any) -> Any:
         """Whether an access of each thread now and the ones before have no barrier in between."""
-        fresh_for_warp, fresh_for_block = self._fresh(e, index)
-        other, other_warp = self.thread[index] != e.thread, self.thread[index] // WARP != e.thread // WARP
-        return (fresh_for_warp & (other | self.other_lanes[index])) | (
-            fresh_for_block & (other_warp | self.other_warps[index])
+        thread, warp = self.threads[index], self.warps[index]
+        return ((thread >= e.warp_epoch) & (thread != e.known_thread)) | (
+            (warp >= e.block_epoch) & (warp != e.known_warp)
         )
 
     def note(self, e: Emulator, index: Any) -> None:
-        fresh_for_warp, fresh_for_block = self._fresh(e, index)
-        thread = self.thread[index]
-        self.other_lanes[index] &= fresh_for_warp
-        self.other_warps[index] &= fresh_for_block
-        np.logical_or.at(self.other_lanes, index, fresh_for_warp & (thread != e.thread))
-        np.logical_or.at(self.other_warps, index, fresh_for_block & (thread // WARP != e.thread // WARP))
-        self.thread[index], self.warp_epoch[index], self.block_epoch[index] = e.thread, e.warp_epoch, e.block_epoch
-        thread = self.thread[index]  # of several threads in this very instruction, one
-        np.logical_or.at(self.other_lanes, index, thread != e.thread)
-        np.logical_or.at(self.other_warps, index, thread // WARP != e.thread // WARP)
+        for known, own, epoch in (
+            (self.threads, e.known_thread, e.warp_epoch), (self.warps, e.known_warp, e.block_epoch),
+        ):  # fmt: skip
+            before = known[index]
+            other = (before >= epoch) & (before != own)
+            known[index] = own
+            other |= known[index] != own  # of several in this very instruction, one is known
+            known[index[other]] = epoch + SEVERAL
 
 
 class Emulator:
@@ -116,8 +126,10 @@ class Emulator:
     def __init__(self, threads: int, arrays: list[Any], home: str = "sscan.cuda.") -> None:
         self.threads, self.thread = threads, np.arange(threads, dtype=np.int64)
         self.home = home  # the module of the kernel, whose functions are device code as ours are
+        self.lane, self.warp = self.thread % WARP, self.thread // WARP
         self.block = 0
         self.warp_epoch = self.block_epoch = 0
+        self.synchronize()
         self.memory = [(a.ctypes.data, _bytes(a), a) for a in arrays if a.size]
 
     # numbers
@@ -182,27 +194,33 @@ class Emulator:
         return self.block
 
     def synchronize(self) -> None:
-        self.block_epoch += 1
-        self.warp_epoch += 1
+        self.block_epoch += EPOCH
+        self.known_warp = self.block_epoch + self.warp
+        self.synchronize_warp()
 
     def synchronize_warp(self) -> None:
-        self.warp_epoch += 1
+        self.warp_epoch += EPOCH
+        self.known_thread = self.warp_epoch + self.thread
 
     def converge(self) -> None:
         """Nothing, as on newer GPUs: memory is not waited for."""
 
-    def _lane(self, x: Any, source: Any) -> Any:  # lanes wait for each other, but memory does not
-        return np.broadcast_to(x, (self.threads,))[self.thread // WARP * WARP + source]
+    def of_each(self, x: Any) -> Any:
+        """What each thread has, also if all have the same."""
+        x = np.asarray(x)
+        return x if x.shape == (self.threads,) else np.broadcast_to(x, (self.threads,))
+
+    def _of_lane(self, x: Any, source: Any) -> Any:  # lanes wait for each other, but memory does not
+        return self.of_each(x)[self.warp * WARP + source]
 
     def shuffle_xor(self, x: Any, mask: int) -> Any:
-        return self._lane(x, (self.thread % WARP) ^ mask)
+        return self._of_lane(x, self.lane ^ mask)
 
     def shuffle_up(self, x: Any, distance: int) -> Any:
-        lane = self.thread % WARP
-        return self._lane(x, np.where(lane >= distance, lane - distance, lane))
+        return self._of_lane(x, np.where(self.lane >= distance, self.lane - distance, self.lane))
 
     def shuffle_from(self, x: Any, lane: Any) -> Any:
-        return self._lane(x, np.broadcast_to(lane, (self.threads,)) % WARP)
+        return self._of_lane(x, self.of_each(lane) % WARP)
 
     # memory
 
@@ -213,43 +231,51 @@ class Emulator:
         return lambda: Shared(size, number, self)
 
     def _elements(self, address: Any, index: Any, storage: Any, valid: Any, align: int) -> tuple[Any, Any]:
-        """The array that the threads with ``valid`` read or write, as bytes, and where in it they do."""
-        if not valid.any():
-            return np.zeros(16, np.uint8), np.zeros(self.threads, np.int64)
-        at = np.broadcast_to(address + np.asarray(index, np.int64) * storage.itemsize, (self.threads,))
-        assert (at[valid] % align == 0).all(), "access to global memory is not aligned"
-        known = at[valid][0]
-        found = [(start, data) for start, data, _ in self.memory if start <= known < start + len(data)]
-        assert found, f"no array at address {known}"
-        start, data = found[0]
-        offset = at - start
-        inside = (offset >= 0) & (offset + storage.itemsize <= len(data))
-        assert (inside | ~valid).all(), (
-            f"outside the array: byte {offset[valid & ~inside][:4]} of {len(data)}, "
-            f"threads {self.thread[valid & ~inside][:4]}"
-        )
-        return data, np.where(valid & inside, offset, 0)
+        """The array that the threads with ``valid`` read or write, as words of bits, and which of them they do.
 
-    def _gather(self, data: Any, offset: Any, storage: Any) -> Any:
-        raw = data[offset[:, None] + np.arange(storage.itemsize)]
-        return np.ascontiguousarray(raw).view(storage)[:, 0]
+        ``index`` and ``valid`` have a row for each element of a vector, of which the first is to be aligned.
+        """
+        word, size = np.dtype(f"u{storage.itemsize}"), storage.itemsize
+        if not valid.any():
+            return np.zeros(1, word), np.zeros(valid.shape, np.int64)
+        at = address + index * size
+        assert not (at % size)[valid].any(), "access to global memory is not aligned"
+        assert align == size or not (at[0] % align)[valid[0]].any(), "access to global memory is not aligned"
+        known = at[valid][0]
+        found = next(((start, data) for start, data, _ in self.memory if start <= known < start + len(data)), None)
+        assert found, f"no array at address {known}"
+        start, data = found
+        offset = at - start
+        outside = valid & ((offset < 0) | (offset + size > len(data)))
+        assert not outside.any(), (
+            f"outside the array: byte {offset[outside][:4]} of {len(data)}, "
+            f"threads {np.broadcast_to(self.thread, valid.shape)[outside][:4]}"
+        )
+        first = -start % size  # elements lie at multiples of their size, wherever the array begins
+        words = data[first : len(data) - (len(data) - first) % size].view(word)
+        return words, np.where(valid, (offset - first) // size, 0)
+
+    def _places(self, index: Any, count: int, valid: Any, together: bool) -> tuple[Any, Any]:
+        """Of vectors of ``count`` elements: which element each is, and whether it is valid; (count, threads)."""
+        valid, k = self.of_each(valid), np.arange(count)[:, None]
+        assert not together or ((valid <= 0) | (valid >= count)).all(), "a part of a vector"
+        return self.of_each(index) + k, valid > k
+
+    def _parts(self, index: Any, valid: Any, reals: int) -> tuple[Any, Any]:
+        """The same of the reals in the numbers."""
+        if reals == 1:
+            return index, valid
+        return np.stack([2 * index, 2 * index + 1], 1).reshape(-1, self.threads), np.repeat(valid, 2, 0)
 
     def reader(self, storage: Any, number: Any, count: int, together: bool, constant: bool) -> Any:
         real, reals = _primitives.real_of(number), _primitives.planes(number)
         align = min(count * reals * storage.itemsize, 16) if together else storage.itemsize
 
         def read(into: Local, address: int, index: Any, valid: Any) -> None:
-            valid = np.broadcast_to(np.asarray(valid), (self.threads,))
-            assert not together or ((valid <= 0) | (valid >= count)).all(), "a part of a vector"
-            for k in range(count):
-                parts = []
-                for i in range(reals):
-                    where = np.asarray(index) * reals + k * reals + i
-                    asked = align if together and k == i == 0 else storage.itemsize
-                    data, offset = self._elements(address, where, storage, valid > k, asked)
-                    value = self._gather(data, offset, storage).astype(real)
-                    parts.append(np.where(valid > k, value, real.type(0)))
-                into[k] = self.complex_number(*parts) if reals == 2 else parts[0]
+            index, valid = self._parts(*self._places(index, count, valid, together), reals)
+            words, place = self._elements(address, index, storage, valid, align)
+            values = np.where(valid, words[place].view(storage).astype(real), real.type(0))
+            into.put(0, self.complex_number(values[::2], values[1::2]) if reals == 2 else values)
 
         return read
 
@@ -258,18 +284,13 @@ class Emulator:
         align = min(count * reals * storage.itemsize, 16) if together else storage.itemsize
 
         def write(address: int, index: Any, values: Local, valid: Any) -> None:
-            valid = np.broadcast_to(np.asarray(valid), (self.threads,))
-            assert not together or ((valid <= 0) | (valid >= count)).all(), "a part of a vector"
-            for k in range(count):
-                parts = (values[k].real, values[k].imag)[:reals]
-                for i, part in enumerate(parts):
-                    where = np.asarray(index) * reals + k * reals + i
-                    asked = align if together and k == i == 0 else storage.itemsize
-                    data, offset = self._elements(address, where, storage, valid > k, asked)
-                    with np.errstate(over="ignore"):
-                        raw = np.ascontiguousarray(part.astype(storage)).view(np.uint8).reshape(self.threads, -1)
-                    active = np.flatnonzero(valid > k)
-                    data[offset[active][:, None] + np.arange(storage.itemsize)] = raw[active]
+            index, valid = self._parts(*self._places(index, count, valid, together), reals)
+            words, place = self._elements(address, index, storage, valid, align)
+            parts = values.several(0, count)
+            if reals == 2:
+                parts = np.stack([parts.real, parts.imag], 1).reshape(valid.shape)
+            with np.errstate(over="ignore"):
+                words[place[valid]] = parts.astype(storage)[valid].view(words.dtype)
 
         return write
 
@@ -285,13 +306,10 @@ class Emulator:
         align = min(count * storage.itemsize, 16) if together else storage.itemsize
 
         def read(into: Local, start: int, address: int, index: Any, valid: Any) -> None:
-            valid = np.broadcast_to(np.asarray(valid), (self.threads,))
-            assert not together or ((valid <= 0) | (valid >= count)).all(), "a part of a vector"
-            for k in range(count):
-                asked = align if together and k == 0 else storage.itemsize
-                data, offset = self._elements(address, np.asarray(index) + k, storage, valid > k, asked)
-                otherwise = into[start + k] if together and keep else storage.type(0)
-                into[start + k] = np.where(valid > k, self._gather(data, offset, storage), otherwise)
+            index, valid = self._places(index, count, valid, together)
+            words, place = self._elements(address, index, storage, valid, align)
+            otherwise = into.several(start, count) if together and keep else storage.type(0)
+            into.put(start, np.where(valid, words[place].view(storage), otherwise))
 
         return read
 
@@ -299,17 +317,13 @@ class Emulator:
         """Halves by twos in words, as on a GPU; what shares the word of the last one, and may be another's, is 0."""
 
         def read(into: Local, start: int, address: int, index: Any, valid: Any, before: Any) -> None:
-            valid, before, index = (np.broadcast_to(np.asarray(x), (self.threads,)) for x in (valid, before, index))
+            valid, before, index = self.of_each(valid), self.of_each(before), self.of_each(index)
             whole, odd = (valid > count) & (before > 0), (address // 2 + index) % 2
-            for word in range(count // 2 + 1):
-                halves = []
-                for k in (2 * word, 2 * word + 1):
-                    one = (k >= odd) & (k - odd < count)
-                    there = (whole | one) & (k - odd < valid)
-                    data, offset = self._elements(address, index - odd + k, storage, there, 2)
-                    known = np.where(there, self._gather(data, offset, np.dtype(np.uint16)), 0)
-                    halves.append(known.astype(np.uint32))
-                into[start + word] = (halves[0] | halves[1] << 16).view(np.int32)
+            k = np.arange(count // 2 * 2 + 2)[:, None]
+            there = (whole | ((k >= odd) & (k - odd < count))) & (k - odd < valid)
+            words, place = self._elements(address, index - odd + k, storage, there, 2)
+            halves = np.where(there, words[place], np.uint16(0)).astype(np.uint32)
+            into.put(start, (halves[::2] | halves[1::2] << 16).view(np.int32))
 
         return read
 
@@ -334,9 +348,8 @@ class Emulator:
         real, reals = _primitives.real_of(number), _primitives.planes(number)
 
         def widen(into: Local, stored: Local, start: int) -> None:
-            for k in range(count):
-                parts = [stored[start + k * reals + i].astype(real) for i in range(reals)]
-                into[k] = self.complex_number(*parts) if reals == 2 else parts[0]
+            values = stored.several(start, count * reals).astype(real)
+            into.put(0, self.complex_number(values[::2], values[1::2]) if reals == 2 else values)
 
         return widen
 
@@ -345,40 +358,38 @@ class Emulator:
 
         def read(address: int, index: Any, valid: Any) -> Any:
             shape = np.broadcast(np.asarray(index), np.asarray(valid)).shape
-            mask = np.broadcast_to(np.asarray(valid) > 0, (self.threads,))
-            data, offset = self._elements(address, index, storage, mask, storage.itemsize)
-            value = np.where(mask, self._gather(data, offset, storage).astype(np.int64), 0)
+            index, valid = self._places(index, 1, valid, False)
+            words, place = self._elements(address, index, storage, valid, storage.itemsize)
+            value = np.where(valid, words[place].view(storage).astype(np.int64), 0)[0]
             return value if shape else int(value[0])
 
         return read
 
     def write_integer(self, address: int, index: Any, value: Any, valid: Any) -> None:
         storage = np.dtype(np.int64)
-        mask = np.broadcast_to(np.asarray(valid) > 0, (self.threads,))
-        data, offset = self._elements(address, index, storage, mask, storage.itemsize)
-        raw = np.broadcast_to(np.asarray(value, storage), (self.threads,)).copy().view(np.uint8).reshape(-1, 8)
-        data[offset[mask][:, None] + np.arange(8)] = raw[mask]
+        index, valid = self._places(index, 1, valid, False)
+        words, place = self._elements(address, index, storage, valid, storage.itemsize)
+        words[place[valid]] = self.of_each(np.asarray(value, storage))[valid[0]].view(words.dtype)
 
     def shared_reader(self, number: Any, count: int) -> Any:
         def read(into: Local, shared: Shared, index: Any) -> None:
-            index = shared.check(index, count)
-            for k in range(count):
-                into[k] = shared.get(index + k)
+            into.put(0, shared.get(index, count))
 
         return read
 
     def shared_writer(self, number: Any, count: int) -> Any:
         def write(shared: Shared, index: Any, values: Local) -> None:
-            index = shared.check(index, count)
-            for k in range(count):
-                shared.set(index + k, values[k])
+            shared.set(index, values.several(0, count), count)
 
         return write
 
     def product_adder(self, real: Any, count: int) -> Any:
         def add(total: Local, i: int, x: Local, y: Local) -> None:
-            for k in range(count):
-                total[i] = self.fma(x[k], y[k], total[i])
+            wide = np.float64 if real == np.float32 else np.longdouble
+            products, sums = x.several(0, count).astype(wide) * y.several(0, count), total[i]
+            for product in products:
+                sums = (product + sums).astype(real)
+            total[i] = sums
 
         return add
 
@@ -400,11 +411,11 @@ class Emulator:
         return multiply
 
     def shared_get(self, shared: Shared, index: Any) -> Any:
-        return shared.get(shared.check(index, 1))
+        return shared.get(index)[0]
 
     def shared_set(self, shared: Shared, index: Any, value: Any) -> None:
         assert np.result_type(value) == shared.values.dtype, "a conversion on the way to shared memory"
-        shared.set(shared.check(index, 1), value)
+        shared.set(index, [self.of_each(value)])
 
     # functions
 
