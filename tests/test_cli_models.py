@@ -344,6 +344,25 @@ def test_convert_overwrites_no_model_by_itself(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "training.safetensors", "notes.txt"])
+def test_convert_leaves_folders_of_others_alone(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / name).write_text("precious")
+    line = mistake(capsys, "convert", folder, theirs)
+    assert f"{theirs} has files that are not a model's, as {name}; give another folder" in line
+    assert [path.read_text() for path in theirs.iterdir()] == ["precious"]
+    for _ in range(2):  # over a model that it has written itself
+        said(capsys, "convert", folder, tmp_path / "new")
+
+
+def test_an_end_that_there_is_not_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = mistake(capsys, "generate", folder, "--prompt", "a", "-n", "2", "--eos", "<|nothing|>")
+    assert "--eos: the model's vocabulary has no special token '<|nothing|>'" in line
+
+
 def test_convert_says_what_transformers_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sscan.nn.MambaLM(MambaConfig(8, 1, 256, {"discretization": "zoh"})).save_pretrained(tmp_path / "zoh")
     assert "transformers has no discretization" in mistake(capsys, "convert", tmp_path / "zoh", tmp_path / "new")

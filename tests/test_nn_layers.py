@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import tracemalloc
 from typing import TYPE_CHECKING, Any
@@ -326,6 +327,15 @@ def test_no_layer_sees_what_is_to_come(name: str) -> None:
         difference = np.abs(layer(changed).data - y).max(axis=(0, 2))
         assert (difference[:t] <= (1e-12 if name in THROUGH_FFT else 0)).all()
         assert difference[t] > 1e-3
+
+
+@layers
+def test_layers_are_pickled_with_their_values(name: str) -> None:
+    layer = perturbed(LAYERS[name](np.float64))
+    again = pickle.loads(pickle.dumps(layer))
+    for ours, theirs in zip(layer.parameters(), again.parameters(), strict=True):
+        np.testing.assert_array_equal(ours.data, theirs.data)
+    again.initialise(1)
 
 
 @layers

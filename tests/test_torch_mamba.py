@@ -521,3 +521,67 @@ def test_casts_and_products_are_few(batch: int) -> None:
     assert counts["_to_copy"] == 2 + 2 * 4 + 5, "of input and its gradient, of weights, and five gradients of weights"
     assert counts["neg"] == 1, "A is made once"
     assert counts["bmm"] + counts["baddbmm_"] == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("way", ["one op", "parts", "step", "meta"])
+def test_another_dtype_than_the_weights_is_refused(way: str, dtype: torch.dtype) -> None:
+    made = Mamba(8, use_fast_path=way != "parts", device="meta" if way == "meta" else None)
+    x = torch.ones(2, 1, 8, dtype=dtype, device="meta" if way == "meta" else None)
+    owner = "Mamba.step" if way == "step" else "Mamba"
+    states = made.allocate_inference_cache(2, 1) if way == "step" else ()
+    call = made.step if way == "step" else made
+    message = f"^{owner}: hidden_states must have the dtype of the weights, t"
+    with torch.no_grad(), pytest.raises(TypeError, match=message):
+        call(x, *states)
+
+
+def test_autocast_takes_what_it_casts() -> None:
+    made, x = Mamba(8), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(x.half()).dtype is torch.bfloat16
+        with pytest.raises(TypeError, match=r"floating-point dtype, got torch\.int64$"):
+            made(x.long())
+        with pytest.raises(TypeError, match=r"dtype of the weights, torch\.float32, got torch\.float64$"):
+            made(x.double())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_another_width_is_refused(device: str) -> None:
+    made, x = Mamba(8, device=device), torch.randn(2, 1, 7, device=device)
+    message = r": hidden_states must have shape \(batch, length, 8\), got \(2, 1, 7\)$"
+    with pytest.raises(ValueError, match="^Mamba" + message):
+        made(x)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^Mamba\.step" + message):
+        made.step(x, *made.allocate_inference_cache(2, 1))
+
+
+@pytest.mark.parametrize("padding", [4, "same"])
+def test_states_need_the_padding_of_a_causal_convolution(padding: Any) -> None:
+    """Another one is called as it is; but where it begins, d_conv - 1 inputs do not tell."""
+    made, x = Mamba(8, d_conv=3), torch.randn(1, 6, 8)
+    made.conv1d = torch.nn.Conv1d(16, 16, 3, groups=16, padding=padding)
+    made(x)
+    with pytest.raises(ValueError, match=r"^Mamba: states and steps need a conv1d with d_conv = 3 taps side by side"):
+        made(x, return_final_states=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"expand": "2"}, TypeError, "expand must be a number, got '2'"),
+        ({"expand": 0.01}, ValueError, r"expand \* d_model must be at least 1, got 0\.01 \* 8"),
+        ({"expand": float("nan")}, ValueError, "expand must be finite and above 0, got nan"),
+        ({"dt_rank": 0}, ValueError, "dt_rank must be at least 1, got 0"),
+        ({"dt_rank": "all"}, TypeError, "dt_rank must be an integer, got 'all'"),
+        ({"dt_min": 0}, ValueError, "dt_min must be finite and above 0, got 0"),
+        ({"dt_min": 1}, ValueError, r"dt_min must be at most dt_max, got 1 and 0\.1"),
+        ({"dt_init_floor": -1}, ValueError, "dt_init_floor must be finite and at least 0, got -1"),
+        ({"bias": "no"}, TypeError, "bias must be True or False, got 'no'"),
+        ({"dtype": torch.int32}, TypeError, r"dtype must be a floating-point one, got torch\.int32"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_block(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^Mamba: {message}$"):
+        Mamba(8, **options)

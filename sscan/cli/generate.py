@@ -43,7 +43,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--min-p", type=float, help="leave out tokens below this share of the largest probability")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids what was said before")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    parser.add_argument("--eos", default=END_OF_TEXT, metavar="TOKEN", help="special token that ends it (%(default)s)")
+    parser.add_argument("--eos", metavar="TOKEN", help=f"special token that ends it ({END_OF_TEXT}, if there is one)")
     parser.add_argument("--samples", type=positive_int, default=1, help="continuations, one after the other")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (%(default)s)")
 
@@ -114,6 +114,9 @@ def _generate_text(options: argparse.Namespace) -> int:
             raise Mistake("the prompt has no token to start from")
         # What is wrong with them is said before anything is written.
         Sampler(*drawing, seed=options.seed)
+        eos = vocabulary.token(options.eos or END_OF_TEXT)
+        if options.eos is not None and eos is None:
+            raise Mistake(f"--eos: the model's vocabulary has no special token {options.eos!r}")
         if not all(options.stop):
             raise Mistake("--stop: must not be an empty text")
     # A pipe or a file gets the bytes; a terminal, or a caller's own stream in its place, gets text.
@@ -123,7 +126,7 @@ def _generate_text(options: argparse.Namespace) -> int:
     write = out.buffer.write if raw else text_writer(out)
     with Continuations(prompt, vocabulary.writer, write, options.samples * tokens, stop) as streamer:
         model.generate(
-            [ids] * options.samples, tokens, *drawing, eos=vocabulary.token(options.eos), stop=options.stop,
+            [ids] * options.samples, tokens, *drawing, eos=eos, stop=options.stop,
             tokenizer=vocabulary, streamer=streamer, seed=options.seed, batch=1, vocab_size=vocabulary.size,
         )  # fmt: skip
     return 0

@@ -341,7 +341,7 @@ def save_model(
 def convert(
     model: str | Path, folder: str | Path, format: Format, dtype: Any = None, *, pickled: bool = False
 ) -> list[str]:
-    """Write a model, wherever it is and in whatever format, to a folder; the names of the files there.
+    """Write a model, wherever it is and in whatever format, to a folder; the names of the files that were written.
 
     Parameters
     ----------
@@ -353,10 +353,11 @@ def convert(
     Raises
     ------
     OSError, ValueError
-        As those, and if the folder is the model's own.
+        As those, and if the folder is the model's own or has files in it that are not a model's.
     """
     if Path(model).exists() and Path(folder).resolve() == Path(model).resolve():
         raise ValueError(f"{folder} is the model itself, which would be overwritten; give another folder")
+    _check_target(Path(folder))
     source = Source(model)
     with open_model(model) as (config, weights):
         arrays = {}
@@ -365,8 +366,18 @@ def convert(
             wide = np.float32 if name.endswith((".A_log", ".D")) else dtype
             arrays[name] = array if dtype is None else weights.read(name, np.result_type(dtype, wide))
     save_model(folder, config, arrays, format, pickled=pickled)
+    written = [CONFIG, PICKLE if pickled else WEIGHTS]
     for name in COMPANIONS:
         found = source.find(name)
         if found is not None:
             write_together({Path(folder) / name: functools.partial(shutil.copyfile, found)})
-    return sorted(path.name for path in Path(folder).iterdir())
+            written.append(name)
+    return sorted(written)
+
+
+def _check_target(folder: Path) -> None:
+    """ValueError for a folder whose files are not those of a model, and may be somebody's."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = there - {CONFIG, WEIGHTS, PICKLE, *COMPANIONS}
+    if others or (there and not there & {WEIGHTS, PICKLE}):
+        raise ValueError(f"{folder} has files that are not a model's, as {min(others or there)}; give another folder")

@@ -10,8 +10,8 @@ import numpy as np
 from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Array, Operand, Tensor, array_module
-from sscan.nn.mamba import DepthwiseConvolution, constant
-from sscan.nn.modules import Linear, Module, Parameter, normal
+from sscan.nn.mamba import DepthwiseConvolution
+from sscan.nn.modules import Linear, Module, Parameter, constant, normal
 from sscan.nn.recurrent import Stateless
 from sscan.nn.sequence_ops import ssm_convolution
 

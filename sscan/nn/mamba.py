@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from sscan.models.config import BlockConfig
 from sscan.models.states import MambaState
 from sscan.nn import ops
 from sscan.nn.autodiff import Array, Operand, Tensor, array_module, no_grad
-from sscan.nn.modules import Linear, Module, Parameter, ones, uniform
+from sscan.nn.modules import Linear, Module, Parameter, constant, ones, uniform
 from sscan.nn.sequence_ops import causal_conv1d, selective_scan
 from sscan.selective_state_update import selective_state_update
 
@@ -200,11 +201,6 @@ class Mamba(Module):
         return bias.astype(self.D.dtype)
 
 
-def constant(value: float) -> Draw:
-    """Initial values all equal."""
-    return lambda rng, shape: np.full(shape, value)
-
-
 def log_of_one_to_n(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     """A_log such that A = -(1, 2, ..., N) in every channel: S4D-Real."""
     return np.broadcast_to(np.log(np.arange(1, shape[1] + 1)), shape)
@@ -212,9 +208,11 @@ def log_of_one_to_n(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 def inverse_softplus_of_log_uniform(low: float, high: float, floor: float) -> Draw:
     """A bias whose softplus is log-uniform on [low, high], and at least `floor`."""
+    return functools.partial(_inverse_softplus_of_log_uniform, math.log(low), math.log(high), floor)
 
-    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-        step = np.maximum(np.exp(rng.uniform(math.log(low), math.log(high), shape)), floor)
-        return step + np.log(-np.expm1(-step))
 
-    return draw
+def _inverse_softplus_of_log_uniform(
+    low: float, high: float, floor: float, rng: np.random.Generator, shape: tuple[int, ...]
+) -> Array:
+    step = np.maximum(np.exp(rng.uniform(low, high, shape)), floor)
+    return step + np.log(-np.expm1(-step))

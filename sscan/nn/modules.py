@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -228,14 +229,31 @@ def ones(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return np.ones(shape)
 
 
+def constant(value: float) -> Draw:
+    """Initial values all equal."""
+    return functools.partial(_constant, value)
+
+
+def _constant(value: float, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.full(shape, value)
+
+
 def uniform(bound: float) -> Draw:
     """Initial values uniform on [-bound, bound]."""
-    return lambda rng, shape: rng.uniform(-bound, bound, shape)
+    return functools.partial(_uniform, bound)
+
+
+def _uniform(bound: float, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return rng.uniform(-bound, bound, shape)
 
 
 def normal(deviation: float) -> Draw:
     """Initial values normal with mean 0."""
-    return lambda rng, shape: deviation * rng.standard_normal(shape)
+    return functools.partial(_normal, deviation)
+
+
+def _normal(deviation: float, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return deviation * rng.standard_normal(shape)
 
 
 class Linear(Module):

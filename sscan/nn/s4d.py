@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -105,4 +106,8 @@ def log_uniform(owner: str, low: float, high: float) -> Draw:
     check_number(owner, "dt_max", high, positive=True)
     if low > high:
         raise ValueError(f"{owner}: dt_min must be at most dt_max, got {low} and {high}")
-    return lambda rng, shape: rng.uniform(math.log(low), math.log(high), shape)
+    return functools.partial(_uniform_between, math.log(low), math.log(high))
+
+
+def _uniform_between(low: float, high: float, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return rng.uniform(low, high, shape)

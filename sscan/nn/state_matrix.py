@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from sscan.models.arguments import check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import array_module
-from sscan.nn.modules import Draw, Module, Parameter, normal, ones, zeros
+from sscan.nn.mamba import log_of_one_to_n
+from sscan.nn.modules import Draw, Module, Parameter, constant, normal, ones, zeros
 
 if TYPE_CHECKING:
     from sscan.nn.autodiff import Array, Tensor
@@ -106,9 +108,13 @@ class FixedMatrix(Module):
 def _log_of(initial: str) -> Draw:
     """The logarithm of minus the real part of A."""
     if initial == "real":
-        return lambda rng, shape: np.broadcast_to(np.log(np.arange(1, shape[1] + 1)), shape)
-    return normal(1.0) if initial == "random" else lambda rng, shape: np.full(shape, math.log(0.5))
+        return log_of_one_to_n
+    return normal(1.0) if initial == "random" else constant(math.log(0.5))
 
 
 def _multiples(imaginary: float) -> Draw:
-    return lambda rng, shape: np.broadcast_to(imaginary * np.arange(shape[1]), shape)
+    return functools.partial(_multiples_of, imaginary)
+
+
+def _multiples_of(imaginary: float, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.broadcast_to(imaginary * np.arange(shape[1]), shape)

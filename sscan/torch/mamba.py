@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
+from sscan.models.arguments import check_flag, check_integer, check_number
 from sscan.torch import _registered
 from sscan.torch._arithmetic import diagonal, in_graphs, is_planned_step
 from sscan.torch._block import applied, applied_back, mamba, masked, planned_step
@@ -67,6 +68,22 @@ def _in_one_dtype(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if x is None else x.to(dtype) for x in tensors)
+
+
+def _check_options(
+    d_model: int, expand: Any, dt_rank: Any, dt_min: Any, dt_max: Any, dt_scale: Any, dt_init_floor: Any
+) -> None:
+    """TypeError or ValueError for numbers that a block cannot be made of, by name."""
+    for name, number in (("expand", expand), ("dt_min", dt_min), ("dt_max", dt_max)):
+        check_number("Mamba", name, number, positive=True)
+    for name, number in (("dt_scale", dt_scale), ("dt_init_floor", dt_init_floor)):
+        check_number("Mamba", name, number)
+    if int(expand * d_model) < 1:
+        raise ValueError(f"Mamba: expand * d_model must be at least 1, got {expand} * {d_model}")
+    if dt_min > dt_max:
+        raise ValueError(f"Mamba: dt_min must be at most dt_max, got {dt_min} and {dt_max}")
+    if dt_rank != "auto":
+        check_integer("Mamba", "dt_rank", dt_rank)
 
 
 class Mamba(nn.Module):  # type: ignore[misc]
@@ -132,6 +149,11 @@ class Mamba(nn.Module):  # type: ignore[misc]
         for name, size in sizes.items():
             if not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"Mamba: {name} must be a positive integer, got {size!r}")
+        _check_options(d_model, expand, dt_rank, dt_min, dt_max, dt_scale, dt_init_floor)
+        for name, flag in (("conv_bias", conv_bias), ("bias", bias), ("use_fast_path", use_fast_path)):
+            check_flag("Mamba", name, flag)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"Mamba: dtype must be a floating-point one, got {dtype}")
         super().__init__()
         made = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
@@ -235,6 +257,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
                 f"Mamba: hidden_states must have shape (batch, length, d_model), got {tuple(hidden.shape)}"
             )
         plain = self._plain_parts(hidden)
+        self._check_input("Mamba", plain["in_proj"], hidden)
         if initial_states is not None or return_final_states:
             self._check_taps()
         if mask is not None:
@@ -255,10 +278,29 @@ class Mamba(nn.Module):  # type: ignore[misc]
         )  # fmt: skip
         return out, (conv_state, ssm_state)
 
+    def _check_input(self, owner: str, in_proj: Weights | None, hidden: Any) -> None:
+        """ValueError or TypeError for what a plain in_proj does not take; another one knows by itself."""
+        if in_proj is None:
+            return
+        weight, _ = in_proj
+        if hidden.shape[2] != weight.shape[1]:
+            raise ValueError(
+                f"{owner}: hidden_states must have shape (batch, length, {weight.shape[1]}), got {tuple(hidden.shape)}"
+            )
+        if hidden.dtype is torch.float64 or autocast_dtype(hidden) is None:
+            if hidden.dtype is not weight.dtype:
+                raise TypeError(
+                    f"{owner}: hidden_states must have the dtype of the weights, {weight.dtype}, got {hidden.dtype}"
+                )
+        elif not hidden.is_floating_point():
+            raise TypeError(f"{owner}: hidden_states must have a floating-point dtype, got {hidden.dtype}")
+
     def _check_taps(self) -> None:
         """ValueError if states of d_conv - 1 inputs are not all that the convolution knows of the past."""
         conv = self.conv1d
-        if isinstance(conv, nn.Conv1d) and not (conv.kernel_size == (self.d_conv,) and _has_neighbouring_taps(conv)):
+        taps = {"kernel_size": (self.d_conv,), "padding": (self.d_conv - 1,)}
+        as_needed = all(getattr(conv, name, size) == size for name, size in taps.items())
+        if isinstance(conv, nn.Conv1d) and not (as_needed and _has_neighbouring_taps(conv)):
             raise ValueError(
                 f"Mamba: states and steps need a conv1d with d_conv = {self.d_conv} taps side by side and zeros before "
                 f"the first input, got {conv}"
@@ -396,6 +438,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
         self._refuse_gradients("step", hidden_states, conv_state, ssm_state)
         self._check_taps()
         plain = self._plain_parts(hidden_states)
+        self._check_input("Mamba.step", plain["in_proj"], hidden_states)
         if (out := self._planned_step(plain, hidden_states[:, 0], conv_state, ssm_state)) is not None:
             return out[:, None], conv_state, ssm_state
         x, z = self._project_next("in_proj", plain, hidden_states[:, 0]).chunk(2, 1)
