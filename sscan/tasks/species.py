@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import logsumexp
 
 from sscan.models.config import MambaConfig
 from sscan.models.files import content_of, write_atomically
@@ -310,6 +308,9 @@ def logistic_regression(x: Features, kinds: npt.NDArray[np.int64], penalty: floa
 
     What is minimised is the mean of -log p, and penalty / 2 times the squares of the weights.
     """
+    from scipy.optimize import minimize  # longer than all else that a command imports
+    from scipy.special import logsumexp
+
     classes = int(kinds.max()) + 1
     wanted = np.eye(classes)[kinds]
 

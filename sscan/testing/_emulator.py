@@ -449,10 +449,13 @@ def _bytes(array: Any) -> Any:
     return np.asarray(holder)
 
 
+_built = functools.cache(_launch.build)  # which takes as long as a small launch
+
+
 def launch(kernel: Any, blocks: int, *arguments: Any) -> None:
     """``_launch.launch`` on NumPy arrays."""
     if blocks:
-        function, shape = _launch.build(kernel)
+        function, shape = _built(kernel)
         _run(function, shape.threads, blocks, *arguments)
 
 
