@@ -108,7 +108,7 @@ def test_defaults() -> None:
         "name": "generate", "model": "x", "prompt": None, "prompt_file": None, "stdin": None, "tokens": None,
         "temperature": None, "out": None, "seconds": None,
         "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "stop": [],
-        "eos": "<|endoftext|>", "samples": 1, "seed": 0, "tokenizer": None, "device": "cpu", "dtype": None,
+        "eos": None, "samples": 1, "seed": 0, "tokenizer": None, "device": "cpu", "dtype": None,
     }  # fmt: skip
     assert (_output.SAMPLE_TOKENS, _output.TEMPERATURE) == (400, 0.8)  # of texts, where neither is given
 
