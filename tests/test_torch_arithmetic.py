@@ -211,14 +211,21 @@ class Recorder:
                 launched.start(stream, *values)
 
 
+@pytest.fixture
+def recorder(emulator: None) -> Iterator[Recorder]:
+    """Undone before the emulator is, which puts back what was there before both."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield Recorder(patch)
+
+
 def pointer(x: Any) -> Any:
     return SimpleNamespace(data=SimpleNamespace(ptr=x.ctypes.data)) if isinstance(x, np.ndarray) else x
 
 
 @pytest.mark.parametrize(("name", "states"), [*((name, False) for name in CASES), ("one row", True), ("rows", True)])
-def test_a_repeated_block_is_the_block(name: str, states: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_block_is_the_block(name: str, states: bool, recorder: Recorder) -> None:
     """On other values, in memory that is used again as soon as nobody needs it: bit for bit."""
-    recorder, low = Recorder(monkeypatch), CASES[name][2] is not None
+    low = CASES[name][2] is not None
     # A length of its own: what is known of a call's arrays is kept with the memory that this test watches.
     first, second = (arguments(*CASES[name], states=states, seed=seed, length=11) for seed in (0, 1))
     plan = recorder.plan(_planned_forward.__wrapped__, *first[:-2], low, states)
@@ -236,8 +243,7 @@ def test_a_repeated_block_is_the_block(name: str, states: bool, monkeypatch: pyt
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_repeated_step_is_the_step(batch: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
+def test_a_repeated_step_is_the_step(batch: int, dtype: Any, recorder: Recorder) -> None:
     plan = recorder.plan(planned_step.__wrapped__, *step_of(batch, dtype, seed=0)[1])
     made, given = step_of(batch, dtype, seed=1)
     (hidden, states), ours = (given[0].clone(), [x.clone() for x in given[-2:]]), given[-2:]
