@@ -34,10 +34,10 @@ def allocated(array: Any, address: int, size: int) -> None:
         current.recording.allocations.append((address, size, array))
 
 
-def launched(product: Any, arrays: tuple[Any, ...]) -> None:
-    """Note a matrix product, which is of arrays, and the last is its result."""
+def launched(what: Any, blocks: int, arguments: tuple[Any, ...]) -> None:
+    """Note the launch of a kernel, or a matrix product, which has no blocks."""
     if current.recording is not None:
-        current.recording.launches.append((product, 0, arrays))
+        current.recording.launches.append((what, blocks, arguments))
 
 
 def not_repeatable() -> None:

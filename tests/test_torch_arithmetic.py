@@ -15,8 +15,8 @@ from sscan import _arrays, _plans, _recording
 from sscan.cuda import _launch, _workspace
 from sscan.testing import patched
 from sscan.testing._emulator import Emulator
-from sscan.torch import Mamba, _arithmetic
-from sscan.torch._arithmetic import LAUNCHES, OPS, in_graphs, is_planned
+from sscan.torch import Mamba, _arithmetic, _block
+from sscan.torch._arithmetic import LAUNCHES, OPS, is_planned
 from sscan.torch._block import _backward, _forward, _planned_backward, _planned_forward, planned_step
 
 if TYPE_CHECKING:
@@ -118,12 +118,19 @@ def test_products_of_a_graph_work_in_its_memory(
 ) -> None:
     """Set behind the stream, which would make cuBLAS take its own again; and for no product after it."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
-    a, b = torch.randn(1, 3, 4), torch.randn(1, 4, 5)
-    with in_graphs(a):
-        LAUNCHES.bmm(a, b)
-    LAUNCHES.bmm(a, b)
-    names = [call[0] for call in cublas.calls]
-    assert names == ["stream", *(["workspace"] if captured else []), "product", "stream", "product"]
+    monkeypatch.setattr(_block, "is_planned", lambda *_: True)
+    given, once = arguments(1, SINGLE, None), ["stream", *(["workspace"] if captured else []), "product"]
+
+    def names_of(call: Any, *arguments: Any) -> list[str]:
+        cublas.calls.clear()
+        call(*arguments)
+        return [name for name, *_ in cublas.calls]
+
+    out, _, _, xz, A = _block._mamba(*given)
+    assert names_of(_block._mamba, *given) == 4 * once
+    assert names_of(_block._mamba_backward_kernel, torch.ones_like(out), None, None, xz, A, *given) == 12 * once
+    assert names_of(planned_step, *step_of(2, SINGLE, seed=0)[1]) == 4 * once
+    assert names_of(LAUNCHES.bmm, torch.randn(1, 3, 4), torch.randn(1, 4, 5)) == ["stream", "product"]
 
 
 def test_nothing_is_planned_on_the_cpu() -> None:
@@ -141,9 +148,7 @@ class Recorder:
         run, take, empty = _launch.launch, _workspace.take, _launch.empty
 
         def launch(kernel: Any, blocks: int, *given: Any) -> None:
-            _recording.launched(kernel, given)
-            if _recording.current.recording is not None:
-                _recording.current.recording.launches[-1] = (kernel, blocks, given)
+            _recording.launched(kernel, blocks, given)
             run(kernel, blocks, *given)
 
         def allocated(array: Any) -> Any:

@@ -240,8 +240,7 @@ def launch(kernel, blocks, *arguments):
     cuda = sys.modules["cupy"].cuda
     device = cuda.runtime.getDevice()
     loaded = _functions.get((kernel, device)) or function(kernel, device)
-    if _recording.current.recording is not None:
-        _recording.current.recording.launches.append((kernel, blocks, arguments))
+    _recording.launched(kernel, blocks, arguments)
     values = [x if isinstance(x, int) else 0 if x is None else x.data.ptr for x in arguments]
     _packers[len(values)](_parameters.memory, 0, 8 * len(values), *values)
     _start(cuda, loaded, blocks, cuda.get_current_stream().ptr, _parameters.description)

@@ -49,11 +49,12 @@ def recorded():
 
     Gives the list of what must live as long as the graph.
     """
-    _graph.workspace, _graph.kept = _launch.empty(WORKSPACE, _BYTE), []
+    _graph.kept = []
     try:
-        yield _graph.kept
+        with working_in(_launch.empty(WORKSPACE, _BYTE)):
+            yield _graph.kept
     finally:
-        _graph.workspace = _graph.kept = None
+        _graph.kept = None
 
 
 @contextlib.contextmanager
@@ -90,8 +91,7 @@ def matmul(a, b):
         return out
     a, b = (cupy.broadcast_to(x, leading + x.shape[-2:]) for x in (a, b))
     for index in np.ndindex(*leading[:-1]):
-        first, second, to = (_operand(x[index]) for x in (a, b, out))
-        _gemm(second, first, to, columns, rows, inner, leading[-1] if leading else 1)
+        into(out[index], a[index], b[index])
     return out
 
 
@@ -137,7 +137,7 @@ def _gemm(a, b, c, m, n, k, count, added=False):
         (stored[1], b.leading, b.stride, _numbers[wide, bool(added)]),
         (stored[2], c.leading, c.stride, count, COMPUTE_64F if wide else COMPUTE_32F, DEFAULT_ALGORITHM),
     )  # fmt: skip
-    _recording.launched(product, arrays)
+    _recording.launched(product, 0, arrays)
     product.start(sys.modules["cupy"].cuda.get_current_stream().ptr, *map(_launch.address, arrays))
 
 

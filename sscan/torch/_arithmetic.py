@@ -8,18 +8,18 @@ which a block's forward and backward have a hundred, and a plan 4 for a launch.
 from __future__ import annotations
 
 import importlib
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from sscan import _plans
 from sscan._arrays import TORCH, numpy_dtype
 from sscan.torch._library import is_plain_call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 class Arithmetic(NamedTuple):
@@ -133,18 +133,23 @@ def are_cublas(dtype: Any) -> bool:
     return bool(of.allow_fp16_reduced_precision_reduction and not of.allow_fp16_accumulation)
 
 
-@contextmanager
-def in_graphs(like: Any) -> Iterator[None]:
-    """What surrounds a planned call: products in a CUDA graph that is recorded work in memory of that graph.
+def planned(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op made by ``LAUNCHES``, of tensors of which the first is never None, as one plan.
 
-    That of cuBLAS is shared with whatever runs beside the graph.
+    Its products in a CUDA graph that is recorded work in memory of that graph: that of cuBLAS is shared with whatever
+    runs beside the graph.
     """
-    if torch.cuda.is_current_stream_capturing():
+    repeated = _plans.planned(op)
+
+    @wraps(op)
+    def call(first: Any, *rest: Any) -> Any:
+        if not torch.cuda.is_current_stream_capturing():
+            return repeated(first, *rest)
         products = _cuda("_products")
-        with products.working_in(_view(_empty(like, (products.WORKSPACE,), torch.uint8))):
-            yield
-    else:
-        yield
+        with products.working_in(_view(_empty(first, (products.WORKSPACE,), torch.uint8))):
+            return repeated(first, *rest)
+
+    return call
 
 
 _view: Any = TORCH.known_view

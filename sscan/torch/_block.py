@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 import sscan
-from sscan import _plans
 from sscan.torch import ops
-from sscan.torch._arithmetic import LAUNCHES, OPS, Arithmetic, diagonal, in_graphs, is_planned
+from sscan.torch._arithmetic import LAUNCHES, OPS, Arithmetic, diagonal, is_planned, planned
 from sscan.torch._composed import pulled_back
 from sscan.torch._library import Saved, cast_under_autocast, define, differentiate, for_each
 
@@ -211,12 +210,12 @@ def _forward(by: Arithmetic, *arguments: Any) -> tuple[Any, ...]:
 def _mamba(*arguments: Any) -> tuple[Any, ...]:
     *tensors, dtype, return_states = arguments
     if is_planned(tensors, dtype, return_states):
-        with in_graphs(tensors[0]):
-            return _planned_forward(*tensors, dtype is not None, return_states)
+        made: tuple[Any, ...] = _planned_forward(*tensors, dtype is not None, return_states)
+        return made
     return _forward(OPS, *arguments)
 
 
-@_plans.planned
+@planned
 def _planned_forward(*arguments: Any) -> tuple[Any, ...]:
     """``_forward`` by launches alone, of which further calls of the kind are made; hidden has the dtype of products."""
     hidden, *rest, cast, return_states = arguments
@@ -225,11 +224,10 @@ def _planned_forward(*arguments: Any) -> tuple[Any, ...]:
 
 def _composed_mamba(*arguments: Any) -> tuple[Any, ...]:
     *tensors, dtype, return_states = arguments
-    for i in () if dtype is None else _PROJECTIONS:
-        tensors[i] = None if tensors[i] is None else tensors[i].to(dtype)
-    hidden, weight, bias = tensors[:3]
+    lowered = _lowered(tensors, dtype, OPS.cast)
+    hidden, weight, bias = lowered[:3]
     xz, A = applied(weight, hidden.mT, bias), diagonal(tensors[9])
-    made: tuple[Any, ...] = _composed_block(*_of_inner(tensors, xz, A), True, return_states)
+    made: tuple[Any, ...] = _composed_block(*_of_inner(lowered, xz, A), True, return_states)
     return made
 
 
@@ -268,15 +266,14 @@ def _backward(by: Arithmetic, *arguments: Any) -> tuple[Any, ...]:
 def _mamba_backward_kernel(*arguments: Any) -> list[Any]:
     dout, *rest, dtype, return_states = arguments
     if is_planned(rest[4:], dtype, return_states):
-        made = _planned_backward(
-            dout.contiguous(), *rest, dtype is not None, return_states
-        )  # of a sum it is one number
+        dout = dout.contiguous()  # of a sum it is one number
+        made = _planned_backward(dout, *rest, dtype is not None, return_states)
     else:
         made = _backward(OPS, *arguments)
     return [gradient for gradient in made if gradient is not None]
 
 
-@_plans.planned
+@planned
 def _planned_backward(*arguments: Any) -> tuple[Any, ...]:
     """``_backward`` likewise."""
     dout, *rest, cast, return_states = arguments
@@ -321,7 +318,7 @@ differentiate(mamba, _mamba_saved, _mamba_gradients)
 # --- One token --------------------------------------------------------------------------------------------------------
 
 
-@_plans.planned
+@planned
 def planned_step(
     x: Any, in_proj_weight: Any, conv_weight: Any, conv_bias: Any, x_proj_weight: Any, dt_proj_weight: Any,
     out_proj_weight: Any, A_log: Any, D: Any, delta_bias: Any, conv_state: Any, ssm_state: Any,

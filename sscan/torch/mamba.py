@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sscan.models.arguments import check_flag, check_integer, check_number
 from sscan.torch import _registered
-from sscan.torch._arithmetic import diagonal, in_graphs, is_planned_step
+from sscan.torch._arithmetic import diagonal, is_planned_step
 from sscan.torch._block import applied, applied_back, mamba, masked, planned_step
 from sscan.torch._library import autocast_dtype, check_tensors
 from sscan.torch.ops import causal_conv1d, causal_conv1d_update, selective_state_update
@@ -40,7 +40,7 @@ def _plain(part: Any, kind: Any) -> Weights | None:
         type(part) is kind
         and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
         and "forward" not in part.__dict__
-        and (kind is nn.Linear or _is_causal(part))
+        and (kind is nn.Linear or (part.groups == part.in_channels and _is_causal(part)))
     ):
         parameters = part._parameters  # at a tenth of the time that the attributes take
         if "bias" in parameters and type(parameters.get("weight")) in _TENSORS:
@@ -49,13 +49,9 @@ def _plain(part: Any, kind: Any) -> Weights | None:
 
 
 def _is_causal(conv: Any) -> bool:
-    (width,) = conv.kernel_size
-    return conv.groups == conv.in_channels and conv.padding == (width - 1,) and _has_neighbouring_taps(conv)
-
-
-def _has_neighbouring_taps(conv: Any) -> bool:
     """Whether a step sees the inputs right before it, and zeros before the first."""
-    return conv.stride == conv.dilation == (1,) and conv.padding_mode == "zeros"  # type: ignore[no-any-return]
+    (width,) = conv.kernel_size
+    return bool(conv.padding == (width - 1,) and conv.stride == conv.dilation == (1,) and conv.padding_mode == "zeros")
 
 
 def _in_one_dtype(*tensors: Any) -> tuple[Any, ...]:
@@ -298,9 +294,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
     def _check_taps(self) -> None:
         """ValueError if states of d_conv - 1 inputs are not all that the convolution knows of the past."""
         conv = self.conv1d
-        taps = {"kernel_size": (self.d_conv,), "padding": (self.d_conv - 1,)}
-        as_needed = all(getattr(conv, name, size) == size for name, size in taps.items())
-        if isinstance(conv, nn.Conv1d) and not (as_needed and _has_neighbouring_taps(conv)):
+        if isinstance(conv, nn.Conv1d) and not (conv.kernel_size == (self.d_conv,) and _is_causal(conv)):
             raise ValueError(
                 f"Mamba: states and steps need a conv1d with d_conv = {self.d_conv} taps side by side and zeros before "
                 f"the first input, got {conv}"
@@ -462,8 +456,7 @@ class Mamba(nn.Module):  # type: ignore[misc]
             return None
         states = conv_state, ssm_state
         weights = (in_proj, conv, conv_bias, x_proj, dt_proj, out_proj)
-        with in_graphs(x):
-            out = planned_step(x, *weights, self.A_log, self.D, delta_bias, *states)
+        out = planned_step(x, *weights, self.A_log, self.D, delta_bias, *states)
         torch.autograd.graph.increment_version(states)
         return out
 
