@@ -629,7 +629,7 @@ def shifted_reader(storage, count):
 
     Into ``count // 2 + 1`` words of ``into``, a ``local_array`` of int32, from ``start`` on; ``shifted_widener`` cuts
     the halves out of them, as late as it can, since then they are waited for. What is not valid is 0. Words are read
-    where ``before`` says that a half precedes them, and ``valid`` that one follows; elsewhere halves one by one.
+    where ``before`` says that a half precedes them, and ``valid`` that two follow; elsewhere halves one by one.
     """
     storage = np.dtype(storage)
     assert storage.itemsize == 2
@@ -642,7 +642,7 @@ def shifted_reader(storage, count):
             start, zero = _element_pointer(builder, args[2], args[3], _I16), ir.Constant(_I32, 0)
             for i in range(words + 1):
                 builder.store(zero, _slot(builder, out, i))
-            whole = builder.and_(_more_than(builder, args[4], count), _more_than(builder, args[5], 0))
+            whole = builder.and_(_more_than(builder, args[4], count + 1), _more_than(builder, args[5], 0))
             at = builder.ptrtoint(start, _I64)
             with builder.if_else(whole) as (wide, single):
                 with wide:

@@ -314,13 +314,13 @@ class Emulator:
         return read
 
     def shifted_reader(self, storage: Any, count: int) -> Any:
-        """Halves by twos in words, as on a GPU; what shares the word of the last one, and may be another's, is 0."""
+        """Halves by twos in words, as on a GPU."""
 
         def read(into: Local, start: int, address: int, index: Any, valid: Any, before: Any) -> None:
             valid, before, index = self.of_each(valid), self.of_each(before), self.of_each(index)
-            whole, odd = (valid > count) & (before > 0), (address // 2 + index) % 2
+            whole, odd = (valid > count + 1) & (before > 0), (address // 2 + index) % 2
             k = np.arange(count // 2 * 2 + 2)[:, None]
-            there = (whole | ((k >= odd) & (k - odd < count))) & (k - odd < valid)
+            there = whole | ((k >= odd) & (k - odd < np.minimum(count, valid)))
             words, place = self._elements(address, index - odd + k, storage, there, 2)
             halves = np.where(there, words[place], np.uint16(0)).astype(np.uint32)
             into.put(start, (halves[::2] | halves[1::2] << 16).view(np.int32))

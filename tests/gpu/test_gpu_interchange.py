@@ -158,7 +158,8 @@ def test_cupys_stream_is_used_and_not_waited_for() -> None:
     """The input becomes right late in the stream; on another stream NaN would be read."""
     expected, arguments = scanned("cupy"), given("cupy", case_of(OP, "base"))
     spin, right = cupy.RawKernel(SPIN, "spin"), arguments["u"].copy()
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = cupy.cuda.Stream(non_blocking=True)  # which does not wait for the copies just made
+    cupy.cuda.get_current_stream().synchronize()
     with stream:
         arguments["u"].fill(np.nan)
         sscan.selective_scan(**arguments)  # memory for this stream
