@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sscan import _cache
-from sscan.cuda import _launch, _workspace
+from sscan.cuda import _inspect, _launch, _target, _workspace
 from sscan.cuda._launch import Kernel
 
 if TYPE_CHECKING:
@@ -51,6 +52,33 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+# --- Compiling --------------------------------------------------------------------------------------------------------
+
+
+def code(kernel: Kernel) -> list[str]:
+    """Its PTX, but for a name that counts how often Numba compiled a function."""
+    return [line for line in _launch.compile_ptx(kernel)[0].split("\n") if "NumbaEnv" not in line]
+
+
+@pytest.mark.parametrize("module", ["linear_scan", "causal_conv1d_last", "selective_state_update"])
+def test_going_through_a_function_once_makes_the_same_code(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = next(kernel for kernel in _inspect.shipped() if kernel.module == module)
+    once = code(kernel)
+    monkeypatch.setattr(_target, "_inlined_once", contextlib.nullcontext)
+    assert code(kernel) == once
+
+
+def test_numba_is_as_it_was_after_a_kernel_that_does_not_compile() -> None:
+    def kernel(address: int) -> None:
+        undefined(address)  # type: ignore[name-defined]  # noqa: F821
+
+    inlining = _target.inline_closurecall
+    before = inlining.InlineWorker.inline_function, inlining.copy
+    with pytest.raises(Exception, match="undefined"):
+        _target.compile_ptx(kernel, "kernel", 32, 1)
+    assert (inlining.InlineWorker.inline_function, inlining.copy) == before
 
 
 # --- Cache ------------------------------------------------------------------------------------------------------------
