@@ -11,6 +11,8 @@ nox.options.sessions = ["lint", "types", "test", "docs"]
 nox.options.reuse_existing_virtualenvs = True
 
 TRANSFORMERS = [f"tests/test_{name}.py" for name in ("transformers", "models", "generation", "cli_models")]
+COMPILED = "tests/compiled/test_registers.py"
+PROCESSES = ["-n", "2", "--dist", "worksteal"]  # as in the README
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -24,7 +26,14 @@ def install(session: nox.Session, *groups: str) -> None:
 def test(session: nox.Session) -> None:
     """The tests; arguments after `--` go to pytest."""
     install(session, "test")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *(session.posargs or PROCESSES))
+
+
+@nox.session
+def compiled(session: nox.Session) -> None:
+    """Every CUDA kernel, compiled and assembled for three generations of GPUs."""
+    install(session, "test")
+    session.run("pytest", COMPILED, *session.posargs)
 
 
 @nox.session
@@ -93,7 +102,7 @@ def sdist(session: nox.Session) -> None:
     (archive,) = folder.glob("*.tar.gz")
     shutil.unpack_archive(archive, folder)
     session.chdir(folder / archive.name.removesuffix(".tar.gz"))
-    session.run("pytest", *session.posargs, env={"PYTHONPATH": str(Path.cwd())})
+    session.run("pytest", *(session.posargs or PROCESSES), env={"PYTHONPATH": str(Path.cwd())})
 
 
 @nox.session
@@ -108,4 +117,5 @@ def mutants(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """The tests on the oldest Python and the oldest dependencies that pyproject.toml allows."""
     session.install("--resolution=lowest-direct", "--editable", ".", "--group=test")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *(session.posargs or PROCESSES))
+    session.run("pytest", COMPILED)

@@ -68,7 +68,10 @@ def test_workflow_runs_the_check_and_every_python() -> None:
     pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
     assert test["strategy"]["matrix"]["python"] == pythons
     assert f'requires-python = ">={pythons[0]}"' in PROJECT
-    assert "python -m pytest" in [step.get("run") for step in test["steps"]]
+    tests = ("python -m pytest -n 2 --dist worksteal", "python -m pytest tests/compiled/test_registers.py")
+    assert tests == tuple(step.get("run") for step in test["steps"])[-2:]
+    assert f"&& .venv/bin/{tests[0]}\n" in README
+    assert f"\n.venv/bin/{tests[1].replace('pytest', 'pytest --quiet')}\n" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_there_are_forms() -> None:

@@ -42,9 +42,9 @@ def compiled(kernel: Kernel) -> Compiled:
 
 
 def workers() -> ProcessPoolExecutor:
-    """A process for each core, behind all others; spawned, since the caller may have threads."""
+    """A process for each core; spawned, since the caller may have threads."""
     cores, spawn = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(cores, spawn, initializer=os.nice, initargs=(10,))
+    return ProcessPoolExecutor(cores, spawn)
 
 
 def start(pool: ProcessPoolExecutor) -> dict[Kernel, Future[Compiled]]:
@@ -82,7 +82,7 @@ def page(results: dict[Kernel, Compiled]) -> str:
 What the CUDA kernels take of a multiprocessor, which has 65,536 registers and from 100 to 228 kB of shared memory. Each
 kernel is shown in the specialisations that the tests compile, which stand for all; what the parts of a specialisation
 mean, its factory in `sscan/cuda/kernels/` says. Local memory is where a thread keeps what its registers do not hold;
-which kernels need it, and why, is listed in `tests/test_cuda_ptx.py`, and no other may.
+which kernels need it, and why, is listed in `tests/compiled/test_registers.py`, and no other may.
 
 Written by `python bench/inspect/registers.py` with {", ".join(versions)}.
 
