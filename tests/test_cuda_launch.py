@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
-KERNEL = Kernel("_sums", "over_parts", ("float32", "float32"))
+KERNEL = Kernel("_sums", "over_parts", ("float32", "float32", 1))
 CUBIN = bytes(range(256)) * 40
 
 
@@ -100,7 +101,7 @@ def test_a_kernel_is_compiled_once(folder: Path, compilations: list[Any]) -> Non
         (KERNEL._replace(module="other"), (9, 0)),
         (KERNEL._replace(factory="other"), (9, 0)),
         (KERNEL._replace(key=("float32", "float16")), (9, 0)),
-        (KERNEL._replace(key=("float32", "float32", 1)), (9, 0)),
+        (KERNEL._replace(key=("float32", "float32", 2)), (9, 0)),
         (KERNEL._replace(key=("float32", "float32", True)), (9, 0)),
     ],
     ids=str,
@@ -257,7 +258,7 @@ def test_the_folder_is_of_the_sources_and_compilers(monkeypatch: pytest.MonkeyPa
 WARM = """
 import hashlib, sys
 from sscan.cuda import _launch
-cubin, threads = _launch.cached(_launch.Kernel("_sums", "over_parts", ("float32", "float32")), (9, 0))
+cubin, threads = _launch.cached(_launch.Kernel("_sums", "over_parts", ("float32", "float32", 1)), (9, 0))
 loaded = {"numba", "numba_cuda", "llvmlite", "cuda", "sscan.cuda.kernels", "sscan.cuda._target"} & sys.modules.keys()
 print(threads, hashlib.sha256(cubin).hexdigest(), cubin[:4] == b"\\x7fELF", *sorted(loaded))
 """
@@ -353,6 +354,19 @@ def test_what_a_launch_hands_over(cupy: Any) -> None:
     _launch.launch(KERNEL, 2**31 - 1, array, None, 2**62, -5, 0)
     call = (4242, 2**31 - 1, 1, 1, 128, 1, 1, 0, 77, 0)
     assert cupy.calls == [(call, [2**46 + 16, 0, 2**62, -5, 0])]
+
+
+def test_products_of_a_repeated_call_are_told_the_stream_once(cupy: Any) -> None:
+    streams, seen = [], []
+
+    class Product:
+        def starter(self, stream: int) -> Any:
+            streams.append(stream)
+            return lambda product, *addresses: seen.append((product, addresses))
+
+    first, second = Product(), Product()
+    _launch.repeat([(first, itemgetter(0, 1, 2)), (second, itemgetter(2, 1, 0))], [10, 11, 12], 7)
+    assert (streams, seen) == ([7], [(first, (10, 11, 12)), (second, (12, 11, 10))])
 
 
 def test_no_blocks_no_launch(cupy: Any) -> None:

@@ -26,7 +26,7 @@ import scipy.fft  # looks numpy through
 if hasattr(numpy, "row_stack"):
     del numpy.row_stack
 from sscan.cuda import _launch
-_launch.compile_ptx(_launch.Kernel("_sums", "over_parts", ("float32", "float32")))
+_launch.compile_ptx(_launch.Kernel("_sums", "over_parts", ("float32", "float32", 1)))
 assert not hasattr(numpy, "row_stack")
 """
 

@@ -280,6 +280,7 @@ def repeatable(launched, blocks, places):
 def repeat(launches, pool, stream):
     """Launch, with arguments from the pool, on a stream of the current device."""
     cuda, memory, description = sys.modules["cupy"].cuda, _parameters.memory, _parameters.description
+    start = None  # of products, whose library is told the stream once
     for launch in launches:
         if type(launch) is Repeatable:
             loaded, blocks, pick, pack, size = launch
@@ -287,7 +288,8 @@ def repeat(launches, pool, stream):
             _start(cuda, loaded, blocks, stream, description)
         else:
             product, pick = launch
-            product.start(stream, *pick(pool))
+            start = start or product.starter(stream)
+            start(product, *pick(pool))
 
 
 def processors():

@@ -138,7 +138,7 @@ def _gemm(a, b, c, m, n, k, count, added=False):
         (stored[2], c.leading, c.stride, count, COMPUTE_64F if wide else COMPUTE_32F, DEFAULT_ALGORITHM),
     )  # fmt: skip
     _recording.launched(product, 0, arrays)
-    product.start(sys.modules["cupy"].cuda.get_current_stream().ptr, *map(_launch.address, arrays))
+    product.starter(sys.modules["cupy"].cuda.get_current_stream().ptr)(product, *map(_launch.address, arrays))
 
 
 class Product(NamedTuple):
@@ -149,13 +149,20 @@ class Product(NamedTuple):
     of_b: tuple[int, ...]
     of_c: tuple[int, ...]
 
-    def start(self, stream, a, b, c):
-        """Start it on a stream of the current device."""
+    @staticmethod
+    def starter(stream):
+        """What starts products one after the other on a stream of the current device: ``start(product, a, b, c)``."""
         cublas, handle = _library(), _handle()
         _check(cublas.cublasSetStream_v2(handle, stream))  # which makes it take its own workspace
         if _graph.workspace is not None:
             _check(cublas.cublasSetWorkspace_v2(handle, _launch.address(_graph.workspace), WORKSPACE))
-        _check(cublas.cublasGemmStridedBatchedEx(handle, *self.before, a, *self.of_a, b, *self.of_b, c, *self.of_c))
+        multiply = cublas.cublasGemmStridedBatchedEx
+
+        def start(product, a, b, c):
+            before, of_a, of_b, of_c = product
+            _check(multiply(handle, *before, a, *of_a, b, *of_b, c, *of_c))
+
+        return start
 
 
 # 1 and 0 where cuBLAS reads them, by whether they are in double precision.

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from sscan.cuda import _launch
 from sscan.cuda._launch import Kernel
 
-COLUMNS, SHARES = 32, 16  # of a block: sums, and threads for each
+THREADS, READS = 512, 4  # of a block; of a thread at once
+MOST_SHARES = 16  # threads for one sum
 MOST = 5  # pairs of one launch
 
 
@@ -25,11 +26,12 @@ def planned(count, of_parts, of_sums, *sizes):
     """The plan of sums of these sizes (0: there is no such pair) over ``count`` parts, from the two dtypes."""
     reals = 2 if of_parts.kind == "c" else 1
     real = f"float{8 * of_parts.itemsize // reals}"
+    shares = min(MOST_SHARES, 1 << (max(count - 1, 0) // READS).bit_length())  # enough that each reads once
     slots, blocks = [], 0
     for size in (*sizes, *(0,) * (MOST - len(sizes))):
         slots.append((size, blocks))
-        blocks += -(-size // COLUMNS)
-    kernel = Kernel("_sums", "over_parts", (real, real if of_sums.kind == "c" else of_sums.name))
+        blocks += -(-size // (THREADS // shares))
+    kernel = Kernel("_sums", "over_parts", (real, real if of_sums.kind == "c" else of_sums.name, shares))
     return Plan(kernel, blocks, count, tuple(slots))
 
 

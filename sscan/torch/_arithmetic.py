@@ -90,7 +90,6 @@ OPS = Arithmetic(_bmm, _add_bmm, _weight_gradient, _joined, cast, partial(diagon
 
 # Of a block with more rows or more numbers along time a GPU has long enough to do, and PyTorch frees what is done with.
 MOST_ROWS, MOST_NUMBERS = 64, 1 << 25
-LARGE = 1 << 19  # numbers in a weight, with which a product of one row of the batch has enough to do
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -178,25 +177,15 @@ def _product(out: Any, a: Any, b: Any, added: bool = False) -> Any:
 
 
 def _launched_weight_gradient(douts: list[Any], x: Any, dtype: Any) -> Any:
-    """Of a large weight row by row of the batch, added up in its memory; of a small one all at once, then summed."""
+    """Of each row of the batch in float32, then summed."""
     (batch, columns, _), rows = x.shape, sum(dout.shape[1] for dout in douts)
-    if batch == 1 or (rows * columns >= LARGE and dtype is torch.float32):
-        gradient = _empty(x, (rows, columns), dtype)
-        for row in range(batch):
-            for place, dout in zip(_split(gradient, douts, 0), douts, strict=True):
-                _product(place, dout[row], x[row].mT, added=row > 0)
-        return gradient
-    parts = _empty(x, (batch, rows, columns), torch.float32)
-    for place, dout in zip(_split(parts, douts, 1), douts, strict=True):
-        _product(place, dout, x.mT)
     gradient = _empty(x, (rows, columns), dtype)
-    _cuda("_sums").over_parts((_view(parts), _view(gradient)))
+    parts = gradient[None] if batch == 1 else _empty(x, (batch, rows, columns), torch.float32)
+    for place, dout in zip(parts.split([dout.shape[1] for dout in douts], 1), douts, strict=True):
+        _product(place, dout, x.mT)
+    if batch > 1:
+        _cuda("_sums").over_parts((_view(parts), _view(gradient)))
     return gradient
-
-
-def _split(whole: Any, parts: list[Any], axis: int) -> Any:
-    """The pieces of an array that are as long as the channels of each part."""
-    return whole.split([part.shape[1] for part in parts], axis)
 
 
 def _launched_joined(weight: Any, x: Any, *others: Any) -> Any:

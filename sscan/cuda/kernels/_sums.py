@@ -16,16 +16,14 @@ from sscan.cuda._primitives import (
     thread_index,
     writer,
 )
-from sscan.cuda._sums import COLUMNS, SHARES
-
-READS = 4  # of a thread at once
+from sscan.cuda._sums import MOST_SHARES, READS, THREADS
 
 
-def over_parts(real, storage):
-    """sums[i] = the sum of parts[p, i] over p: of ``SHARES`` threads each sums every ``SHARES``-th part."""
-    real, shares, columns = np.dtype(real), SHARES, COLUMNS
+def over_parts(real, storage, shares):
+    """sums[i] = the sum of parts[p, i] over p: of ``shares`` threads each sums every ``shares``-th part."""
+    real, columns, reads = np.dtype(real), THREADS // shares, READS
     read, write = reader(real, real, 1), writer(dtype_of(storage), real, 1)
-    one_number, make_shared = local_array(1, real), shared_array(SHARES * COLUMNS, real)
+    one_number, make_shared = local_array(1, real), shared_array(THREADS, real)
     zero = real.type(0)
 
     def kernel(
@@ -46,8 +44,8 @@ def over_parts(real, storage):
         column, share = thread_index() & (columns - 1), thread_index() // columns
         i = (block - first_block) * columns + column
         total = zero
-        for first in range(0, count, shares * READS):
-            for k in range(READS):  # unrolled: that many reads are under way at once
+        for first in range(0, count, shares * reads):
+            for k in range(reads):  # unrolled: that many reads are under way at once
                 part = first + k * shares + share
                 read(x, parts, part * size + i, select(part < count, size - i, 0))
                 total = total + x[0]
@@ -59,9 +57,10 @@ def over_parts(real, storage):
         x[0] = total
         write(sums, i, x, select(share == 0, size - i, 0))
 
-    return kernel, Shape(SHARES * COLUMNS, 2)
+    return kernel, Shape(THREADS, 2)
 
 
 def shipped():
     """Kernels that stand for all."""
-    return [Kernel("_sums", "over_parts", key) for key in (("float32", "bfloat16"), ("float64", "float64"))]
+    keys = ("float32", "bfloat16", MOST_SHARES), ("float32", "float32", 1), ("float64", "float64", 2)
+    return [Kernel("_sums", "over_parts", key) for key in keys]
