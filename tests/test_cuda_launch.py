@@ -87,7 +87,8 @@ def test_numba_is_as_it_was_after_a_kernel_that_does_not_compile() -> None:
 
     def of_numba() -> list[Any]:
         inlining = _target.inline_closurecall
-        return [inlining.InlineWorker.inline_function, inlining.copy, _target.analysis.compute_live_map]
+        resolve = _target.BaseContext.resolve_function_type
+        return [inlining.InlineWorker.inline_function, inlining.copy, _target.analysis.compute_live_map, resolve]
 
     before = of_numba()
     with pytest.raises(Exception, match="undefined"):

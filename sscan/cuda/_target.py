@@ -32,6 +32,7 @@ with _numpy_as_numba_cuda_knows_it():
     from numba.cuda.core.compiler_lock import global_compiler_lock
     from numba.cuda.extending import intrinsic
     from numba.cuda.np import arrayobj  # noqa: F401  # names row_stack; the first kernel would import it
+    from numba.cuda.typing.context import BaseContext
 
 __all__ = ["cgutils", "compile_ptx", "device", "intrinsic", "types"]
 
@@ -72,9 +73,11 @@ def _hastened():
     """Numba makes the same PTX, in half the time: kernels are large, and have many calls of device functions.
 
     It goes through a function once, and not again at each of its calls; it copies of it what inlining changes, and not
-    all its variables for each block; and what is alive where, it finds with bits in place of sets of names.
+    all its variables for each block; what is alive where, it finds with bits in place of sets of names; and of what
+    type a call is, it asks once for the same types of arguments.
     """
-    worker, known = inline_closurecall.InlineWorker, {}
+    worker, known, signatures = inline_closurecall.InlineWorker, {}, {}
+    resolve_function_type = BaseContext.resolve_function_type
 
     def inline_function(self, caller, block, place, function, arg_typs=None):
         if function not in known:
@@ -87,10 +90,19 @@ def _hastened():
         finally:
             variables._con = before  # without the names that this call got
 
+    def resolved(self, function, args, kws):
+        if not all(isinstance(x, types.Type) for x in args):
+            return resolve_function_type(self, function, args, kws)
+        key = function, tuple(args), tuple(kws.items()) if kws else ()
+        if signatures.get(key) is None:
+            signatures[key] = resolve_function_type(self, function, args, kws)
+        return signatures[key]
+
     lent = (
         (worker, "inline_function", inline_function),
         (inline_closurecall, "copy", python_types.SimpleNamespace(deepcopy=_copied)),
         (analysis, "compute_live_map", _live_map),
+        (BaseContext, "resolve_function_type", resolved),
     )
     with global_compiler_lock:
         theirs = [getattr(owner, name) for owner, name, _ in lent]
