@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.metadata
 import os
 import subprocess
@@ -88,7 +89,8 @@ def test_numba_is_as_it_was_after_a_kernel_that_does_not_compile() -> None:
     def of_numba() -> list[Any]:
         inlining = _target.inline_closurecall
         resolve = _target.BaseContext.resolve_function_type
-        return [inlining.InlineWorker.inline_function, inlining.copy, _target.analysis.compute_live_map, resolve]
+        live_map = _target.analysis.compute_live_map
+        return [inlining.InlineWorker.inline_function, inlining.copy, live_map, resolve, gc.isenabled()]
 
     before = of_numba()
     with pytest.raises(Exception, match="undefined"):
