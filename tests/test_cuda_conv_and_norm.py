@@ -10,7 +10,7 @@ import pytest
 from cases import Case, cases_of, check_backward, check_forward, conv_problem, norm_problem
 
 import sscan
-from sscan.cuda import _launch
+from sscan.cuda import _launch, _sums
 from sscan.cuda._primitives import dtype_of
 from sscan.testing import emulated, patched
 
@@ -149,3 +149,15 @@ def test_vector_accesses_are_chosen_by_alignment(monkeypatch, offset, together):
     assert kernel.key == ("float32", "", 4, 4, 4) if together else ("float32", "", 8, 8, 1)
     kernel = launched(monkeypatch, "causal_conv1d", x=x[None], weight=np.ones((4, 4), np.float32))[0]
     assert kernel.key == ("float32", 4, 4 if together else 1, False, False, "")
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 200])
+def test_sums_over_any_number_of_parts(count):
+    """However many threads share a sum, nothing is left out, and nothing is written behind the sums."""
+    rng = np.random.default_rng(count)
+    parts = [rng.integers(-9, 9, (count, size)).astype(np.float32) for size in (515, 1)]  # whose sums are exact
+    sums = [np.full(x.shape[1], np.nan, np.float32) for x in parts]
+    with patched():
+        _sums.over_parts(*zip(parts, sums, strict=True))
+    for x, total in zip(parts, sums, strict=True):
+        np.testing.assert_array_equal(total, x.sum(0))
