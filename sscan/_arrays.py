@@ -121,6 +121,11 @@ def on_gpu(array: Any) -> bool:
     return cupy is not None and isinstance(array, cupy.ndarray)
 
 
+def array_module(array: Any) -> Any:
+    """The module whose functions work on an array of NumPy or CuPy, found without importing either."""
+    return sys.modules[type(array).__module__.partition(".")[0]]
+
+
 def view(array: Any) -> Any:
     """The view of an array of which ``enter`` need not know: one that an op made for another."""
     library = _known.get(type(array)) or _find_library(array)

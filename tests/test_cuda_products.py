@@ -95,3 +95,38 @@ def test_a_failure_is_an_error(cublas: Cublas) -> None:
     cublas.status = 13
     with pytest.raises(RuntimeError, match=r"a matrix product on the GPU failed \(cuBLAS status 13\)"):
         _products.matmul(normal(3, 4), normal(4, 5))
+
+
+SUMS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "matrices": lambda: (normal(3, 4), normal(4, 5)),
+    "rows of a batch": lambda: (normal(6, 4, 3).swapaxes(1, 2), normal(6, 4, 5)),
+    "columns of a batch": lambda: (normal(6, 3, 4), normal(6, 5, 4).swapaxes(1, 2)),
+    "two axes of stacks": lambda: (normal(2, 3, 3, 4), normal(2, 3, 4, 5)),
+    "one column for all": lambda: (normal(6, 3, 4), np.ones((4, 1), np.float32)),
+    "parts of an array": lambda: (normal(6, 9, 4)[:, 2:5], normal(6, 5, 8)[:, :, 1:5].swapaxes(1, 2)),
+    "a stack of one": lambda: (normal(1, 3, 4), normal(1, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 100])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_products(name: str, dtype: Any, most: int, cublas: Cublas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 at least, whatever number of products is in memory at once; nothing is copied."""
+    a, b = (x.astype(dtype, copy=False, order="K") for x in SUMS[name]())
+    expected = (a.astype(np.float64) @ b.astype(np.float64)).reshape(-1, a.shape[-2], b.shape[-1]).sum(axis=0)
+    wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    monkeypatch.setattr(_products, "PARTS", most * expected.size * wide.itemsize)
+    monkeypatch.setattr(_products._sums, "over_parts", lambda pair: np.sum(pair[0], axis=0, out=pair[1]))
+    monkeypatch.setattr(_products._recording, "not_repeatable", lambda: pytest.fail("an operand was copied"))
+    got = _products.sum_of(a, b, wide)
+    assert got.dtype == wide
+    np.testing.assert_allclose(got, expected, atol=1e-5 if wide == np.float32 else 1e-12)
+    assert _products.sum_of(a, b, dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("shapes", [((0, 3, 4), (0, 4, 5)), ((2, 3, 0), (2, 0, 5)), ((2, 0, 4), (2, 4, 5))])
+def test_sums_of_nothing(shapes: Any, cublas: Cublas) -> None:
+    got = _products.sum_of(*map(np.zeros, shapes), np.float64)
+    assert got.shape == (shapes[0][1], shapes[1][2])
+    assert not got.any()

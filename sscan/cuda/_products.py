@@ -6,6 +6,7 @@ cuBLAS works on matrices in columns, so that a product in rows is that of the tr
 import contextlib
 import ctypes
 import functools
+import math
 import sys
 import threading
 from typing import NamedTuple
@@ -13,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from sscan import _recording
-from sscan.cuda import _launch
+from sscan.cuda import _launch, _sums
 
 # As cuBLAS numbers them: storage; arithmetic, of halves in float32.
 STORAGE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 COMPUTE_32F, COMPUTE_64F, DEFAULT_ALGORITHM = 68, 70, -1
 WORKSPACE = 32 << 20  # bytes, what cuBLAS itself takes on Hopper: so a recorded product has the bits of any other
+PARTS = 256 << 20  # bytes of products that are added up afterwards
 _BYTE = np.dtype(np.uint8)
 
 
@@ -93,6 +95,39 @@ def matmul(a, b):
     for index in np.ndindex(*leading[:-1]):
         into(out[index], a[index], b[index])
     return out
+
+
+def sum_of(a, b, dtype):
+    """The sum of a @ b over all axes but the last two, a matrix; the axes before these broadcast. Dtypes as of matmul.
+
+    Sums are in float32 at least. Where the matrices of a stack lie so that they are one, it is one product, else parts
+    are products of their own, which nothing is copied for.
+    """
+    wide, (rows, inner), columns = np.result_type(a.dtype, np.float32), a.shape[-2:], b.shape[-1]
+    a, b = (x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (a, b))
+    count = max(len(a), len(b))
+    if not (rows and columns and inner and min(len(a), len(b))):
+        return sys.modules["cupy"].zeros((rows, columns), dtype)
+    total = _launch.empty((rows, columns), wide)
+    a_long, b_long = _joined(a.swapaxes(1, 2)), _joined(b)
+    if len(a) == len(b) and a_long is not None and b_long is not None:
+        into(total, a_long.swapaxes(0, 1), b_long)
+        return total.astype(dtype, copy=False)
+    most = min(count, max(1, PARTS // total.nbytes))
+    parts = _launch.empty((most, rows, columns), wide)
+    for start in range(0, count, most):
+        some = slice(start, min(start + most, count))
+        into(parts[: some.stop - start], *(x[0] if len(x) == 1 else x[some] for x in (a, b)), added=start > 0)
+    _sums.over_parts((parts, total))
+    return total.astype(dtype, copy=False)
+
+
+def _joined(stack):
+    """A stack (matrices, rows, columns) as one matrix, if it lies so."""
+    count, rows, columns = stack.shape
+    if count > 1 and stack.strides[0] != rows * stack.strides[1]:
+        return None
+    return stack.reshape(count * rows, columns)
 
 
 def multiply(x, weight, out, added):

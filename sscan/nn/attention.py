@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan._segments import check_packing
 from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
-from sscan.nn.autodiff import Array, Operand, Tensor, array_module, recomputed
+from sscan.nn.autodiff import Array, Operand, Tensor, recomputed
 from sscan.nn.modules import Linear
 from sscan.nn.recurrent import Stateless
 

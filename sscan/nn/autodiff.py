@@ -11,12 +11,14 @@ import contextlib
 import functools
 import heapq
 import itertools
-import sys
 import types
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeAlias
 
 import numpy as np
+
+from sscan._arrays import array_module
+from sscan.nn.elementwise import add
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +31,6 @@ VJP: TypeAlias = "Callable[[Node, Any], Sequence[Array | None]]"
 
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 _numbers = itertools.count()
-
-
-def array_module(array: Array) -> Any:
-    """The module whose functions work on `array` (numpy or cupy), found without importing either."""
-    return sys.modules[type(array).__module__.partition(".")[0]]
 
 
 def to_numpy(array: Array) -> Array:
@@ -357,7 +354,7 @@ def _propagate(tensor: Tensor, gradient: Array, retain_graph: bool) -> None:
             heapq.heappush(queue, (-node.number, node))
         slots = waiting[node]
         present = slots[target._output]
-        slots[target._output] = value if present is None else present + value
+        slots[target._output] = value if present is None else add(present, value)
 
     receive(tensor, gradient)
     while queue:
@@ -381,4 +378,4 @@ def _check_gradient(operation: Primitive[Any], parent: Tensor, value: Array) -> 
 
 def _accumulate(leaf: Tensor, value: Array) -> None:
     # A copy: the gradient may be a view, or the same array as another leaf's, and optimisers write to it.
-    leaf.grad = value.copy() if leaf.grad is None else leaf.grad + value
+    leaf.grad = value.copy() if leaf.grad is None else add(leaf.grad, value)

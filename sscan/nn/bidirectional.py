@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_floats
 from sscan.models.bidirectional import check_directions
 from sscan.nn import ops
-from sscan.nn.autodiff import array_module
 from sscan.nn.mamba import Mamba
 from sscan.nn.modules import Module
 

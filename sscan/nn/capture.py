@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.autodiff import array_module
+from sscan._arrays import array_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable

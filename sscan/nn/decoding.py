@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan import _arrays
-from sscan.nn.autodiff import array_module, move
+from sscan._arrays import array_module
+from sscan.nn.autodiff import move
 from sscan.nn.mamba import DepthwiseConvolution, Mamba
 from sscan.nn.modules import Linear, Module, RMSNorm
 from sscan.nn.ops import check_indices

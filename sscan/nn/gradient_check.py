@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan.nn.autodiff import Array, Tensor, array_module, no_grad, to_numpy
+from sscan._arrays import array_module
+from sscan.nn.autodiff import Array, Tensor, no_grad, to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
-from sscan.nn.autodiff import Array, Operand, Tensor, array_module
+from sscan.nn.autodiff import Array, Operand, Tensor
 from sscan.nn.mamba import DepthwiseConvolution
 from sscan.nn.modules import Linear, Module, Parameter, constant, normal
 from sscan.nn.recurrent import Stateless
-from sscan.nn.sequence_ops import ssm_convolution
+from sscan.nn.sequence_ops import ssm_convolution, with_skip
 
 FEATURES = 5  # of an age: itself, and cosine and sine of two frequencies
 TARGET, FAST, SLOW = 0.01, 0.3, 1.5  # what windows fall to, and after which share of the longest age
@@ -80,8 +81,7 @@ class HyenaFilter(Stateless):
         if seq_idx is not None:
             raise ValueError("HyenaFilter: a convolution with one filter cannot keep packed sequences apart (seq_idx)")
         check_floats("HyenaFilter", "u", u, "batch", self.dim, "length")
-        y = ssm_convolution(u, self.kernel(u.shape[2]))  # type: ignore[union-attr]
-        return (y + u * self.D.reshape(-1, 1)).astype(u.dtype)  # type: ignore[union-attr]
+        return ssm_convolution(u, with_skip(self.kernel(u.shape[2]), self.D))  # type: ignore[union-attr]
 
     def kernel(self, length: int) -> Tensor:
         """K (dim, length)."""

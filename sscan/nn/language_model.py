@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.files import load_arrays, save_arrays
 from sscan.models.generation import GenerationMixin
 from sscan.models.pretrained import open_model, save_model
 from sscan.models.states import States, check_count, check_states
 from sscan.nn import decoding
-from sscan.nn.autodiff import Array, Tensor, array_module, move, no_grad, to_numpy
+from sscan.nn.autodiff import Array, Tensor, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
 from sscan.nn.mamba import Mamba
 from sscan.nn.modules import Embedding, LayerNorm, Linear, Module, ResidualBlock, RMSNorm, lie_together

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_integers
-from sscan.nn.autodiff import Array, Tensor, array_module, defvjp_all, move, needs_gradient, primitive
+from sscan.nn.autodiff import Array, Tensor, defvjp_all, move, needs_gradient, primitive
 from sscan.nn.products import matmul
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.causal_conv1d import causal_conv1d_update
 from sscan.models.arguments import check_floats, check_integer
 from sscan.models.config import BlockConfig
 from sscan.models.states import MambaState
 from sscan.nn import ops
-from sscan.nn.autodiff import Array, Operand, Tensor, array_module, no_grad
+from sscan.nn.autodiff import Array, Operand, Tensor, no_grad
 from sscan.nn.modules import Linear, Module, Parameter, constant, ones, uniform
 from sscan.nn.sequence_ops import causal_conv1d, selective_scan
 from sscan.selective_state_update import selective_state_update

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
-from sscan.nn.autodiff import Array, Operand, Tensor, array_module, move, needs_gradient
+from sscan.nn.autodiff import Array, Operand, Tensor, move, needs_gradient
 from sscan.nn.sequence_ops import rms_norm
 
 if TYPE_CHECKING:

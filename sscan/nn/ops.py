@@ -7,27 +7,15 @@ gradients, g is the gradient of the result and out the result.
 from __future__ import annotations
 
 import builtins
-import importlib
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan._arrays import on_gpu
+from sscan._arrays import array_module, on_gpu
 from sscan.linear_scan import linear_scan
 from sscan.models.arguments import check_integers
-from sscan.nn import products
-from sscan.nn.autodiff import (
-    Array,
-    Operand,
-    Primitive,
-    Tensor,
-    array_module,
-    defvjp,
-    defvjp_all,
-    move,
-    primitive,
-)
+from sscan.nn import elementwise, products
+from sscan.nn.autodiff import Array, Operand, Primitive, Tensor, defvjp, defvjp_all, move, primitive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,8 +29,7 @@ def unbroadcast(gradient: Array, argument: Array) -> Array:
     stretched = [extra + i for i, n in enumerate(argument.shape) if n == 1 and gradient.shape[extra + i] != 1]
     axes = (*range(extra), *stretched)
     if axes:
-        wide = np.result_type(gradient.dtype, np.float32)  # NumPy would add up half precision as it is
-        gradient = gradient.sum(axis=axes, dtype=wide).reshape(argument.shape)
+        gradient = products.sum_over(gradient, axes).reshape(argument.shape)
     return gradient.astype(argument.dtype, copy=False)
 
 
@@ -52,7 +39,7 @@ def unbroadcast(gradient: Array, argument: Array) -> Array:
 @primitive
 def add(a: Array, b: Array) -> Array:
     """a + b."""
-    return a + b
+    return elementwise.add(a, b)
 
 
 @primitive
@@ -64,7 +51,7 @@ def subtract(a: Array, b: Array) -> Array:
 @primitive
 def multiply(a: Array, b: Array) -> Array:
     """a * b."""
-    return a * b
+    return elementwise.multiply(a, b)
 
 
 @primitive
@@ -87,7 +74,11 @@ def power(a: Array, exponent: float) -> Array:
 
 defvjp(add, lambda g, out, a, b: unbroadcast(g, a), lambda g, out, a, b: unbroadcast(g, b))
 defvjp(subtract, lambda g, out, a, b: unbroadcast(g, a), lambda g, out, a, b: unbroadcast(-g, b))
-defvjp(multiply, lambda g, out, a, b: unbroadcast(g * b, a), lambda g, out, a, b: unbroadcast(g * a, b))
+defvjp(
+    multiply,
+    lambda g, out, a, b: unbroadcast(elementwise.multiply(g, b), a),
+    lambda g, out, a, b: unbroadcast(elementwise.multiply(g, a), b),
+)
 defvjp(divide, lambda g, out, a, b: unbroadcast(g / b, a), lambda g, out, a, b: unbroadcast(-g * out / b, b))
 defvjp(negative, lambda g, out, a: -g)
 defvjp(power, lambda g, out, a, exponent: g * (exponent * a ** (exponent - 1)))
@@ -105,18 +96,12 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
-    """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time, in float32 at least.
-
-    On a GPU the sum over a stack is part of one product, for which one operand is put in order.
-    """
+    """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time, in float32 at least."""
     if argument.ndim > 2 or a.ndim == b.ndim == 2:
         return unbroadcast(products.matmul(a, b), argument)
     leading, a, b = products.broadcast_stacks(a, b)
     if on_gpu(a):
-        (rows, inner), columns = a.shape[-2:], b.shape[-1]
-        a = array_module(a).moveaxis(a, -2, 0).reshape(rows, math.prod(leading) * inner)
-        b = b.reshape(math.prod(leading) * inner, columns)
-        return products.matmul(a, b).astype(argument.dtype, copy=False)
+        return products.sum_of_products(a, b, argument.dtype)
     total = array_module(a).zeros(argument.shape, np.float64 if argument.dtype == np.float64 else np.float32)
     for index in np.ndindex(*leading):
         total += products.matmul(a[index], b[index])
@@ -174,13 +159,27 @@ def _split(a: Array, sizes: tuple[int, ...], axis: int) -> tuple[Array, ...]:
 
 
 def _split_vjp(g: tuple[Array | None, ...], out: tuple[Array, ...], a: Array, sizes: Any, axis: int) -> tuple[Array]:
-    xp = array_module(a)
-    return (xp.concatenate([xp.zeros_like(o) if part is None else part for part, o in zip(g, out, strict=True)], axis),)
+    zeros_like = array_module(a).zeros_like
+    return (_join([zeros_like(o) if part is None else part for part, o in zip(g, out, strict=True)], axis),)
 
 
 @primitive
 def _concatenate(*arrays: Array, axis: int) -> Array:
-    return array_module(arrays[0]).concatenate(arrays, axis)
+    return _join(arrays, axis)
+
+
+def _join(arrays: Sequence[Array], axis: int) -> Array:
+    """The arrays one after the other."""
+    xp, axis = array_module(arrays[0]), axis % arrays[0].ndim
+    alike = {(array.shape[:axis], array.shape[axis + 1 :], array.dtype) for array in arrays}
+    if len(alike) > 1 or not all(map(elementwise.has_kernels, arrays)):
+        return xp.concatenate(arrays, axis)
+    (before, behind, dtype), ends = alike.pop(), np.cumsum([array.shape[axis] for array in arrays])
+    out = xp.empty((*before, int(ends[-1]), *behind), dtype)
+    for array, end in zip(arrays, ends, strict=True):
+        place = slice(int(end) - array.shape[axis], int(end))
+        elementwise.compute("copy", [array], out[(*(slice(None),) * axis, place)])
+    return out
 
 
 defvjp(reshape, lambda g, out, a, shape: g.reshape(a.shape))
@@ -267,19 +266,19 @@ def softplus(a: Array) -> Array:
 @primitive
 def sigmoid(a: Array) -> Array:
     """1 / (1 + exp(-a)), accurate in both tails."""
-    return _sigmoid(a)
+    return elementwise.sigmoid(a)
 
 
 @primitive
 def silu(a: Array) -> Array:
     """a sigmoid(a), also called swish."""
-    return a * _sigmoid(a)
+    return elementwise.silu(a)
 
 
 @primitive
 def gelu(a: Array) -> Array:
     """a Phi(a), with the distribution function Phi of the standard normal distribution: no approximation of it."""
-    return (a * _normal_distribution(a)).astype(a.dtype, copy=False)
+    return elementwise.gelu(a)
 
 
 @primitive
@@ -302,28 +301,8 @@ def astype(a: Array, dtype: Any) -> Array:
     return products.cast(a, dtype)
 
 
-def _sigmoid(a: Array) -> Array:
-    xp = array_module(a)
-    return xp.exp(-xp.logaddexp(-a, a.dtype.type(0)))  # 1 / (1 + exp(-a)) itself overflows in the far tail
-
-
 def _wide(a: Array) -> np.dtype[Any]:
     return np.result_type(a.dtype, np.float32)
-
-
-def _normal_distribution(a: Array) -> Array:
-    """(1 + erf(a / sqrt(2))) / 2, with the erf that belongs to the array's library."""
-    xp = array_module(a)
-    special = importlib.import_module(
-        "scipy.special" if xp is np else "cupyx.scipy.special" if on_gpu(a) else xp.__name__
-    )
-    return (1 + special.erf(a.astype(_wide(a), copy=False) * math.sqrt(0.5))) / 2
-
-
-def _gelu_vjp(g: Array, out: Array, a: Array) -> Array:
-    wide = a.astype(_wide(a), copy=False)
-    density = array_module(a).exp(wide * wide / -2) / math.sqrt(2 * math.pi)
-    return (g * (_normal_distribution(a) + wide * density)).astype(a.dtype, copy=False)
 
 
 def _softmax_vjp(g: Array, out: Array, a: Array) -> Array:
@@ -331,19 +310,14 @@ def _softmax_vjp(g: Array, out: Array, a: Array) -> Array:
     return (p * (g - (g * p).sum(axis=-1, keepdims=True))).astype(a.dtype, copy=False)
 
 
-def _silu_vjp(g: Array, out: Array, a: Array) -> Array:
-    s = _sigmoid(a)
-    return g * (s + out * (1 - s))
-
-
 defvjp(exp, lambda g, out, a: g * out)
 defvjp(log, lambda g, out, a: g / a)
 defvjp(tanh, lambda g, out, a: g * (1 - out * out))
 defvjp(sin, lambda g, out, a: g * array_module(a).cos(a))
-defvjp(softplus, lambda g, out, a: g * _sigmoid(a))
-defvjp(sigmoid, lambda g, out, a: g * (out * (1 - out)))
-defvjp(silu, _silu_vjp)
-defvjp(gelu, _gelu_vjp)
+defvjp(softplus, lambda g, out, a: elementwise.multiply(g, elementwise.sigmoid(a)))
+defvjp(sigmoid, lambda g, out, a: elementwise.sigmoid_backward(g, out))
+defvjp(silu, lambda g, out, a: elementwise.silu_backward(g, a))
+defvjp(gelu, lambda g, out, a: elementwise.gelu_backward(g, a))
 defvjp(softmax, _softmax_vjp)
 defvjp(complex_of, lambda g, out, real, imag: g.real, lambda g, out, real, imag: g.imag)
 defvjp(astype, lambda g, out, a, dtype: products.cast(g, a.dtype))

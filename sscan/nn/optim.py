@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sscan._arrays import on_gpu
+from sscan._arrays import array_module, on_gpu
 from sscan.models.arguments import check_integer, check_number
-from sscan.nn.autodiff import Array, array_module, move
+from sscan.nn.autodiff import Array, move
 from sscan.nn.products import one_blas_thread
 
 if TYPE_CHECKING:

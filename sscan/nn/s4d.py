@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
-from sscan.nn.autodiff import Tensor, array_module
+from sscan.nn.autodiff import Tensor
 from sscan.nn.modules import Parameter, normal
 from sscan.nn.recurrent import Recurrent
-from sscan.nn.sequence_ops import selective_scan, ssm_convolution, ssm_kernel
+from sscan.nn.sequence_ops import selective_scan, ssm_convolution, ssm_kernel, with_skip
 from sscan.nn.state_matrix import FixedMatrix, StateMatrix
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class S4D(Recurrent):
         if seq_idx is not None:
             return self._scan(u, None, seq_idx)[0]
         kernel = ssm_kernel(ops.exp(self.log_delta), self.A(), self.A.ones(), self.C(), u.shape[2])  # type: ignore[union-attr]
-        return (ssm_convolution(u, kernel) + u * self.D.reshape(-1, 1)).astype(u.dtype)  # type: ignore[union-attr]
+        return ssm_convolution(u, with_skip(kernel, self.D))
 
     def extend(self, u: Operand, state: State) -> tuple[Tensor, State]:
         """The output for the continuation `u` of sequences, and the state at its end, both differentiable."""

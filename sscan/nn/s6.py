@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
-from sscan.nn.autodiff import Tensor, array_module
+from sscan.nn.autodiff import Tensor
 from sscan.nn.mamba import inverse_softplus_of_log_uniform
 from sscan.nn.modules import Linear, Parameter, ones
 from sscan.nn.recurrent import Recurrent

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.files import content_of, open_arrays, read_object
 from sscan.models.pretrained import CONFIG, WEIGHTS, save_model, weights_in
-from sscan.nn.autodiff import Tensor, array_module
 from sscan.nn.language_model import Backbone, LanguageModel
 from sscan.nn.modules import Dropout
 from sscan.nn.sequence_config import NORMS, SequenceConfig
@@ -18,7 +18,7 @@ from sscan.nn.sequence_config import NORMS, SequenceConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sscan.nn.autodiff import Array
+    from sscan.nn.autodiff import Array, Tensor
 
 LONGEST_WAVE = 10000.0  # of absolute positions, over 2 pi
 LIKE_EMBEDDINGS = 0.02 * math.sqrt(2)  # times a sine or cosine it has the deviation of the embedding

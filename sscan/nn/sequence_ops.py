@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
+from sscan._arrays import array_module
 from sscan.causal_conv1d import causal_conv1d as causal_conv1d_forward
 from sscan.causal_conv1d import causal_conv1d_backward
 from sscan.linear_scan import linear_scan as linear_scan_forward
 from sscan.linear_scan import linear_scan_backward
-from sscan.nn.autodiff import Array, Operand, Tensor, array_module, defvjp_all, primitive
+from sscan.nn import ops
+from sscan.nn.autodiff import Array, Operand, Tensor, defvjp_all, primitive
 from sscan.rms_norm import rms_norm as rms_norm_forward
 from sscan.rms_norm import rms_norm_backward
 from sscan.selective_scan import selective_scan_backward, selective_scan_forward
@@ -243,3 +245,8 @@ def ssm_kernel(delta: Operand, A: Operand, B: Operand, C: Operand, length: int, 
 def ssm_convolution(u: Operand, kernel: Operand) -> Tensor:
     """:func:`sscan.ssm_convolution` on tensors; both may require a gradient."""
     return _ssm_convolution(u, kernel)
+
+
+def with_skip(kernel: Tensor, D: Tensor) -> Tensor:
+    """The kernel (dim, length) of the convolution with `kernel` plus D u, for D (dim,): the input now gets D more."""
+    return ops.concatenate([kernel[:, :1] + D.reshape(-1, 1), kernel[:, 1:]], axis=1)

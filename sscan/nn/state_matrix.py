@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_integer, check_number
 from sscan.nn import ops
-from sscan.nn.autodiff import array_module
 from sscan.nn.mamba import log_of_one_to_n
 from sscan.nn.modules import Draw, Module, Parameter, constant, normal, ones, zeros
 

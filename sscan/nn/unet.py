@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
-from sscan.nn.autodiff import Tensor, array_module, no_grad
+from sscan.nn.autodiff import Tensor, no_grad
 from sscan.nn.layers import BLOCKS, new_layers, plain_layers
 from sscan.nn.modules import Linear, ResidualBlock, RMSNorm
 from sscan.nn.recurrent import Recurrent

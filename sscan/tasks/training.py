@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
+from sscan._arrays import array_module
 from sscan.models.arguments import check_number
 from sscan.models.files import content_of, open_arrays, parse_object, save_arrays
 from sscan.nn import AdamW, capture, clip_gradients, decay_groups, no_grad
-from sscan.nn.autodiff import array_module, move
+from sscan.nn.autodiff import move
 from sscan.tasks.task import CHANGEABLE, TaskT
 
 if TYPE_CHECKING:
