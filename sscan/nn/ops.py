@@ -98,7 +98,7 @@ def matmul(a: Array, b: Array) -> Array:
 def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
     """a @ b summed to the shape of `argument`; for a matrix, one product of the sum at a time, in float32 at least."""
     if argument.ndim > 2 or a.ndim == b.ndim == 2:
-        return unbroadcast(products.matmul(a, b), argument)
+        return unbroadcast(_matmul_as(argument, a, b), argument)
     leading, a, b = products.broadcast_stacks(a, b)
     if on_gpu(a):
         return products.sum_of_products(a, b, argument.dtype)
@@ -106,6 +106,14 @@ def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
     for index in np.ndindex(*leading):
         total += products.matmul(a[index], b[index])
     return total.astype(argument.dtype, copy=False)
+
+
+def _matmul_as(argument: Array, a: Array, b: Array) -> Array:
+    """a @ b; on a GPU in rows or columns as `argument`, so that what comes before meets arrays that lie alike."""
+    rows, columns = argument.strides[-2:]
+    if on_gpu(argument) and rows < columns:
+        return products.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return products.matmul(a, b)
 
 
 defvjp(
