@@ -307,7 +307,7 @@ def _checked_step(op: str, a: _Step) -> dict[str, np.dtype[Any]]:
         )
     dtype = _checks.accumulation(_checks.storage(op, x=a.x))
     copies = {name: _checks.parameter_copy(op, name, getattr(a, name), dtype) for name in a._fields[1:]}
-    copies |= {"x": _checks.time_copy(a.x), "conv_state": _checks.time_copy(a.conv_state)}
+    copies["conv_state"] = _checks.time_copy(a.conv_state)
     if a.bias is None or a.bias.dtype == a.weight.dtype:  # else both in the accumulation dtype
         copies |= {name: _contiguous_copy(getattr(a, name)) for name in ("weight", "bias")}
     return _checks.needed(**copies)

@@ -324,6 +324,7 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
     conv_state, weight and bias (or None) are in any storage dtype that the accumulation dtype holds; the last axis of
     each has unit stride.
     """
+    x = x if x.strides[1] == x.itemsize else np.ascontiguousarray(x)
     dtype = np.float64 if x.dtype == np.float64 else np.float32
     state, weight = (np.require(array, dtype, ["C", "A", "W"]) for array in (conv_state, weight))
     bias = _or_zeros(None if bias is None else np.require(bias, dtype, ["C", "A", "W"]), weight)

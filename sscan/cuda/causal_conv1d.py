@@ -264,7 +264,7 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
     """Fill y (batch, dim) from x and shift it into conv_state (batch, dim, kept).
 
     conv_state, weight and bias are in any storage dtype that the accumulation dtype holds, weight and bias in the same
-    one; weight is contiguous, and the last axis of the others has unit stride.
+    one; weight and y are contiguous, and the last axis of conv_state and bias has unit stride.
     """
     (batch, dim), kept, width = x.shape, conv_state.shape[2], weight.shape[1]
     unused = kept - (width - 1)
@@ -275,6 +275,6 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
     together = kept in (2, 4, 8) and _launch.aligned(kept, conv_state)
     _launch.launch(
         _kernel("update", x.dtype, conv_state.dtype.name, weight.dtype.name, width, kept, together, silu),
-        -(-batch * dim // BLOCK), x, conv_state, weight, bias, y, batch, dim, x.strides[0] // x.itemsize,
-        y.strides[0] // y.itemsize, *_steps(conv_state),
+        -(-batch * dim // BLOCK), x, conv_state, weight, bias, y, batch, dim, *_steps(x[..., None]),
+        *_steps(conv_state),
     )  # fmt: skip

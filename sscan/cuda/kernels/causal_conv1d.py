@@ -779,7 +779,7 @@ def update(storage, of_state, of_weight, width, kept, together, silu):
     states, taps, zero = local_array(kept + 1, real), local_array(width, real), real.type(0)
     activate, _ = activations(real, silu)
 
-    def kernel(x, state, weight, bias, y, batches, dim, x_batch, y_batch, state_batch, state_dim):
+    def kernel(x, state, weight, bias, y, batches, dim, x_batch, x_dim, state_batch, state_dim):
         S, W = states(), taps()
         i = block_index() * BLOCK + thread_index()
         batch = quotient(i, dim)
@@ -787,13 +787,13 @@ def update(storage, of_state, of_weight, width, kept, together, silu):
         at = batch * state_batch + d * state_dim
         read_state(S, state, at, select(inside, kept, 0))
         read_weight(W, weight, d * width, select(inside, width, 0))
-        S[kept] = read_x(x, batch * x_batch + d, inside)
+        S[kept] = read_x(x, batch * x_batch + d * x_dim, inside)
         total = zero
         if bias != 0:
             total = read_bias(bias, d, inside)
         for k in range(width):
             total = fma(W[k], S[kept - (width - 1) + k], total)
-        write_y(y, batch * y_batch + d, activate(total), inside)
+        write_y(y, i, activate(total), inside)
         for m in range(kept):
             S[m] = S[m + 1]
         write_state(state, at, S, select(inside, kept, 0))
