@@ -49,11 +49,12 @@ def over_parts(real, storage, shares):
                 part = first + k * shares + share
                 read(x, parts, part * size + i, select(part < count, size - i, 0))
                 total = total + x[0]
-        shared_set(shared, thread_index(), total)
-        synchronize()
-        total = shared_get(shared, column)
-        for k in range(1, shares):
-            total = total + shared_get(shared, k * columns + column)
+        if shares > 1:
+            shared_set(shared, thread_index(), total)
+            synchronize()
+            total = shared_get(shared, column)
+            for k in range(1, shares):
+                total = total + shared_get(shared, k * columns + column)
         x[0] = total
         write(sums, i, x, select(share == 0, size - i, 0))
 
