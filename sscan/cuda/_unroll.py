@@ -18,24 +18,39 @@ def unroll(count, when=True):
 
 def written_out(function):
     """The function with its ``unroll`` loops written out; itself if it has none."""
-    if "unroll" not in (*function.__code__.co_names, *function.__code__.co_freevars):
+    code = function.__code__
+    if "unroll" not in (*code.co_names, *code.co_freevars):
         return function
-    free = inspect.getclosurevars(function).nonlocals
-    made = _Writer({**function.__globals__, **free}).written(_definition(function.__code__), {})
-    # a function around it, so that the free names stay free
-    outer = ast.parse(f"def outer({', '.join(free)}):\n    return {function.__name__}").body[0]
-    outer.body.insert(0, made)
+    free = {name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)}
+    known = {**function.__globals__, **free}
     names = {}
-    exec(compile(ast.Module([outer], []), inspect.getsourcefile(function), "exec"), function.__globals__, names)
+    exec(_written(code, tuple((n, known[n]) for n in _names_of_loops(code) if n in known)), function.__globals__, names)
     made = names["outer"](**free)
     made.__module__ = function.__module__
     return made
 
 
 @functools.cache
+def _written(code, known):
+    """Code that defines ``outer``, which makes the function of its free names; kernels have many parts in common."""
+    made = _Writer(dict(known)).written(_definition(code), {})
+    # a function around it, so that the free names stay free
+    outer = ast.parse(f"def outer({', '.join(code.co_freevars)}):\n    return {code.co_name}").body[0]
+    outer.body.insert(0, made)
+    return compile(ast.Module([outer], []), code.co_filename, "exec")
+
+
+@functools.cache
 def _definition(code):
     """The syntax tree of a function, the same one for all that a factory makes of it: only to be read."""
     return ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+
+
+@functools.cache
+def _names_of_loops(code):
+    """Names that say how often loops run, and whether they are written out."""
+    loops = [x for x in ast.walk(_definition(code)) if isinstance(x, ast.Call) and _name(x.func) == "unroll"]
+    return sorted({x.id for loop in loops for part in loop.args for x in ast.walk(part) if isinstance(x, ast.Name)})
 
 
 _TREES = (ast.AST, list)

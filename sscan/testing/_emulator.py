@@ -42,7 +42,7 @@ class Local:
     def __setitem__(self, i: int, value: Any) -> None:
         assert isinstance(i, int)
         assert 0 <= i < len(self.values)
-        assert np.result_type(value) == self.values.dtype or np.ndim(value) == 0, "a conversion that costs registers"
+        assert np.ndim(value) == 0 or value.dtype == self.values.dtype, "a conversion that costs registers"
         self.values[i] = value
 
     def several(self, start: int, count: int) -> Any:
@@ -66,53 +66,76 @@ class Shared:
         self.writes, self.reads = _Accesses(size), _Accesses(size)
 
     def check(self, index: Any, count: int) -> Any:
-        """Where the threads access that many elements: (count, threads)."""
+        """Where the threads access that many elements: (count, threads), and whether parts of vectors are apart."""
         index = self.emulator.of_each(index)
-        together = min(count, 16 // self.values.itemsize)
-        assert together == 1 or not (index % together).any(), "vector access to shared memory is not aligned"
-        assert index.min() >= 0, f"shared index {index.min()}"
-        assert index.max() + count <= len(self.values), f"shared index {index.max()} of {len(self.values)}"
-        return index + np.arange(count)[:, None]
+        return _places(index.tobytes(), index.dtype, count, self.values.itemsize, len(self.values))
 
     def get(self, index: Any, count: int = 1) -> Any:
-        index = self.check(index, count)
-        clash = self.writes.clash(self.emulator, index)
-        assert not clash.any(), f"race: read of shared {index[clash][:4]} that another thread wrote"
-        self.reads.note(self.emulator, index)
-        return self.values[index]
+        places, _ = self.check(index, count)
+        clash = self.writes.clash(self.emulator, places)
+        assert not np.count_nonzero(clash), f"race: read of shared {places[clash][:4]} that another thread wrote"
+        self.reads.note(self.emulator, places)
+        return self.values.take(places)
 
     def set(self, index: Any, values: Any, count: int = 1) -> None:
-        for places, value in zip(self.check(index, count), values, strict=True):
+        places, apart = self.check(index, count)
+        for at, value in [(places, values)] if apart else zip(places, values, strict=True):
             for accesses, did in ((self.reads, "read"), (self.writes, "wrote")):
-                clash = accesses.clash(self.emulator, places)
-                assert not clash.any(), f"race: write of shared {places[clash][:4]} that another thread {did}"
-            self.values[places] = value
-            self.writes.note(self.emulator, places)
-            written = self.values[places]
+                clash = accesses.clash(self.emulator, at)
+                assert not np.count_nonzero(clash), f"race: write of shared {at[clash][:4]} that another thread {did}"
+            self.values[at] = value
+            self.writes.note(self.emulator, at)
+            written = self.values.take(at)
             same = (written == value) | (value != value)
             assert same.all(), "race: two threads write different numbers to one element of shared memory"
+
+
+@functools.lru_cache(4096)  # threads come back to the same places in every tile
+def _places(index: bytes, kind: Any, count: int, itemsize: int, size: int) -> tuple[Any, bool]:
+    """The elements of vectors that begin at ``index``, and whether no two vectors overlap in part."""
+    first = np.frombuffer(index, kind)
+    together = min(count, 16 // itemsize)
+    assert together == 1 or not (first % together).any(), "vector access to shared memory is not aligned"
+    assert first.min() >= 0, f"shared index {first.min()}"
+    assert first.max() + count <= size, f"shared index {first.max()} of {size}"
+    places = first + np.arange(count)[:, None]
+    places.flags.writeable = False
+    return places, not (first % count).any()
 
 
 class _Accesses:
     """Who accessed each element since the last barrier: a thread, a warp, or several of them.
 
     They are numbered anew after each barrier, so a smaller number than is given out now is of one who came before it.
+    What was accessed since the last barrier of the block is looked through when somebody might clash with it: mostly
+    nobody does.
     """
 
     def __init__(self, size: int) -> None:
         self.threads, self.warps = np.full(size, -1), np.full(size, -1)
+        self.recent: list[tuple[Any, ...]] = []
+        self.epoch = -1  # of the block, in which they were
 
     def clash(self, e: Emulator, index: Any) -> Any:
         """Whether an access of each thread now and the ones before have no barrier in between."""
+        if self.epoch != e.block_epoch:
+            return False
+        for access in self.recent:
+            self._enter(*access)
+        self.recent.clear()
         thread, warp = self.threads[index], self.warps[index]
         return ((thread >= e.warp_epoch) & (thread != e.known_thread)) | (
             (warp >= e.block_epoch) & (warp != e.known_warp)
         )
 
     def note(self, e: Emulator, index: Any) -> None:
-        for known, own, epoch in (
-            (self.threads, e.known_thread, e.warp_epoch), (self.warps, e.known_warp, e.block_epoch),
-        ):  # fmt: skip
+        if self.epoch != e.block_epoch:
+            self.epoch = e.block_epoch
+            self.recent.clear()
+        self.recent.append((index, e.known_thread, e.warp_epoch, e.known_warp, e.block_epoch))
+
+    def _enter(self, index: Any, thread: Any, warp_epoch: int, warp: Any, block_epoch: int) -> None:
+        for known, own, epoch in ((self.threads, thread, warp_epoch), (self.warps, warp, block_epoch)):
             before = known[index]
             other = (before >= epoch) & (before != own)
             known[index] = own
@@ -136,8 +159,8 @@ class Emulator:
 
     def exp2_approx(self, x: Any) -> Any:
         # An H200's results are that much too small on average from 1/2 to 1 (``_math`` makes up for it).
-        lost = np.where(x < -1 / 256, 2e-8, 7e-9)
-        return (np.exp2(x.astype(np.float64)) * (1 - lost)).astype(np.float32)
+        kept = np.where(x < -1 / 256, 1 - 2e-8, 1 - 7e-9)
+        return (np.exp2(x.astype(np.float64)) * kept).astype(np.float32)
 
     def reciprocal_approx(self, x: Any) -> Any:
         return np.float32(1) / x
@@ -149,7 +172,9 @@ class Emulator:
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         real = np.result_type(x, y, z)
         wide = np.float64 if real == np.float32 else np.longdouble
-        return (np.asarray(x, wide) * np.asarray(y, wide) + np.asarray(z, wide)).astype(real)
+        exact = np.asarray(x, wide) * np.asarray(y, wide)
+        exact += np.asarray(z, wide)
+        return exact.astype(real)
 
     def absolute(self, x: Any) -> Any:
         return np.abs(x)
@@ -170,8 +195,7 @@ class Emulator:
         return x // y
 
     def complex_number(self, re: Any, im: Any) -> Any:
-        re, im = np.broadcast_arrays(re, im)
-        z = np.empty(re.shape, np.result_type(re, np.complex64))
+        z = np.empty(np.broadcast_shapes(np.shape(re), np.shape(im)), np.result_type(re, np.complex64))
         z.real, z.imag = re, im
         return z
 
@@ -415,7 +439,7 @@ class Emulator:
 
     def shared_set(self, shared: Shared, index: Any, value: Any) -> None:
         assert np.result_type(value) == shared.values.dtype, "a conversion on the way to shared memory"
-        shared.set(index, [self.of_each(value)])
+        shared.set(index, self.of_each(value)[None])
 
     # functions
 
