@@ -1,7 +1,7 @@
 """The time-invariant system on the CPU: its kernel from powers of A_bar, and the convolution through scipy.fft."""
 
 import numpy as np
-import scipy.fft
+import scipy  # its fft when first used: a quarter of what importing this package takes
 from numba.extending import register_jitable
 
 from sscan.cpu._parallel import kernel, run, take
