@@ -72,6 +72,8 @@ def test_workflow_runs_the_check_and_every_python() -> None:
     assert tests == tuple(step.get("run") for step in test["steps"])[-2:]
     assert f"&& .venv/bin/{tests[0]}\n" in README
     assert f"\n.venv/bin/{tests[1].replace('pytest', 'pytest --quiet')}\n" in (ROOT / ".ci" / "run").read_text()
+    arguments = ", ".join(f'"{x}"' for x in tests[0].split()[3:])
+    assert f"\nPROCESSES = [{arguments}]" in (ROOT / "noxfile.py").read_text()
 
 
 def test_there_are_forms() -> None:

@@ -12,7 +12,7 @@ from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Array, Operand, Tensor
 from sscan.nn.mamba import DepthwiseConvolution
-from sscan.nn.modules import Linear, Module, Parameter, constant, normal
+from sscan.nn.modules import Linear, Module, Parameter, at_least_float32, constant, normal
 from sscan.nn.recurrent import Stateless
 from sscan.nn.sequence_ops import ssm_convolution, with_skip
 
@@ -69,7 +69,7 @@ class HyenaFilter(Stateless):
         check_number("HyenaFilter", "frequency", frequency)
         check_number("HyenaFilter", "shift", shift)
         self.dim, self.length, self.shift = dim, length, shift
-        wide = np.result_type(dtype, np.float32)
+        wide = at_least_float32("HyenaFilter", dtype)
         self.hidden = [_Sine(n, width, frequency, wide) for n in (FEATURES, *(width,) * depth)]
         self.last = Linear(width, dim, False, wide, seed=None)
         self.D = Parameter((dim,), normal(1.0), wide, decay=False)

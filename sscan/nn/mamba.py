@@ -15,7 +15,7 @@ from sscan.models.config import BlockConfig
 from sscan.models.states import MambaState
 from sscan.nn import ops
 from sscan.nn.autodiff import Array, Operand, Tensor, no_grad
-from sscan.nn.modules import Linear, Module, Parameter, constant, ones, uniform
+from sscan.nn.modules import Linear, Module, Parameter, at_least_float32, constant, ones, uniform
 from sscan.nn.sequence_ops import causal_conv1d, selective_scan
 from sscan.selective_state_update import selective_state_update
 
@@ -119,7 +119,7 @@ class Mamba(Module):
         )  # fmt: skip
         self.d_inner, self.dt_rank = block.sizes(d_model)
         self.d_state, self.d_conv, self.discretization = d_state, d_conv, discretization
-        wide = np.result_type(dtype, np.float32)
+        wide = at_least_float32("Mamba", dtype)
 
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias, dtype, seed=None)
         self.conv1d = DepthwiseConvolution(self.d_inner, d_conv, conv_bias, dtype, seed=None)

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 Draw: TypeAlias = "Callable[[np.random.Generator, tuple[int, ...]], Array]"
 
 
+def _check_dtype(owner: str, dtype: Any) -> None:
+    if np.dtype(dtype).kind not in "fcV":  # V is bfloat16
+        raise TypeError(f"{owner}: dtype must be a floating or complex one, got {np.dtype(dtype)}")
+
+
+def at_least_float32(owner: str, dtype: Any) -> np.dtype[Any]:
+    """The dtype of parameters that half precision is too little for."""
+    _check_dtype(owner, dtype)
+    return np.result_type(dtype, np.float32)
+
+
 class Parameter(Tensor):
     """A tensor that a module owns and an optimiser changes.
 
@@ -49,8 +60,7 @@ class Parameter(Tensor):
         decay: bool = True,
         max_lr: float = math.inf,
     ) -> None:
-        if np.dtype(dtype).kind not in "fcV":  # V is bfloat16
-            raise TypeError(f"Parameter: dtype must be a floating or complex one, got {np.dtype(dtype)}")
+        _check_dtype("Parameter", dtype)
         super().__init__(np.broadcast_to(np.array(np.nan, dtype), shape), requires_grad=True)
         self.draw = draw
         self.decay, self.max_lr = decay, max_lr

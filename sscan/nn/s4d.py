@@ -12,7 +12,7 @@ from sscan._arrays import array_module
 from sscan.models.arguments import check_floats, check_integer, check_number
 from sscan.nn import ops
 from sscan.nn.autodiff import Tensor
-from sscan.nn.modules import Parameter, normal
+from sscan.nn.modules import Parameter, at_least_float32, normal
 from sscan.nn.recurrent import Recurrent
 from sscan.nn.sequence_ops import selective_scan, ssm_convolution, ssm_kernel, with_skip
 from sscan.nn.state_matrix import FixedMatrix, StateMatrix
@@ -65,7 +65,7 @@ class S4D(Recurrent):
         seed: int | np.random.Generator | None = 0,
     ) -> None:
         check_integer("S4D", "dim", dim)
-        wide = np.result_type(dtype, np.float32)
+        wide = at_least_float32("S4D", dtype)
         self.log_delta = Parameter((dim,), log_uniform("S4D", dt_min, dt_max), wide, decay=False, max_lr=MAX_LR)
         self.A = StateMatrix(dim, d_state, A, imaginary, wide, max_lr=MAX_LR)
         self.C = FixedMatrix(self.A)

@@ -12,7 +12,7 @@ from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
 from sscan.nn.autodiff import Tensor
 from sscan.nn.mamba import inverse_softplus_of_log_uniform
-from sscan.nn.modules import Linear, Parameter, ones
+from sscan.nn.modules import Linear, Parameter, at_least_float32, ones
 from sscan.nn.recurrent import Recurrent
 from sscan.nn.s4d import log_uniform
 from sscan.nn.sequence_ops import selective_scan
@@ -82,7 +82,7 @@ class S6(Recurrent):
             raise ValueError(f"S6: discretization must be 'mamba' or 'zoh', got {discretization!r}")
         log_uniform("S6", dt_min, dt_max)
         self.discretization = discretization
-        wide = np.result_type(dtype, np.float32)
+        wide = at_least_float32("S6", dtype)
         rank = 0 if "delta" not in selective else math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
         self.sizes = rank, d_state * ("B" in selective), d_state * ("C" in selective)
 
