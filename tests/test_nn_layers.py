@@ -533,7 +533,7 @@ def test_plain_layers_have_their_initial_values() -> None:
         nn.Linear(2, 2, dtype=np.int32)
 
 
-@pytest.mark.parametrize("layer", [nn.Mamba, nn.S4D, nn.S6, nn.HyenaFilter, nn.Attention, nn.MLP])
+@pytest.mark.parametrize("layer", [nn.Mamba, nn.S4D, nn.S6, nn.HyenaFilter, nn.MLP])
 def test_a_dtype_that_is_no_floating_one(layer: Any) -> None:
     """Also where parameters are in a wider dtype than is asked for: an integer widens to float64."""
     with pytest.raises(TypeError, match="dtype must be a floating or complex one, got int64"):
