@@ -25,6 +25,7 @@ import pytest
 from cases import Arguments, Array, backward, case_of, cotangents, forward
 
 import sscan
+from sscan import _cache
 from sscan.cpu import _parallel
 
 OP = "selective_scan"
@@ -589,9 +590,11 @@ def test_cached_kernels_of_which_bits_flipped(filled: tuple[Path, str], tmp_path
     shutil.copytree(filled[0], tmp_path, dirs_exist_ok=True)
     (file,) = (path for path in tmp_path.rglob("*.rms_norm.forward-*"))
     whole = file.read_bytes()
+    assert _cache.read(file.parent, file.name) is not None
     for at in (0, 40, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))).split() == ["0", "1", filled[1]]
+        assert _cache.read(file.parent, file.name) is None
+    assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))).split() == ["0", "1", filled[1]]
     assert output(start(FIRST_CALL, NUMBA_CACHE_DIR=str(tmp_path))).split() == ["1", "0", filled[1]]
 
 
