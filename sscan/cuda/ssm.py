@@ -1,11 +1,10 @@
 """The time-invariant system on the GPU: its kernel, and the convolution through the FFT of the arrays' library."""
 
-import importlib
 import sys
 
 import scipy  # its fft when first used: a quarter of what importing this package takes
 
-from sscan.cuda import _launch, _products, elementwise
+from sscan.cuda import _launch, _products
 from sscan.cuda._launch import Kernel
 
 THREADS = 128
@@ -33,10 +32,9 @@ def ssm_kernel_backward(dK, A_bar, B_bar, C, dA_bar, dB_bar, dC):
     )
 
 
-def _library(array):
-    """The array's library, and the module of its Fourier transforms, which has SciPy's interface."""
-    xp = sys.modules[type(array).__module__.partition(".")[0]]
-    return xp, importlib.import_module("cupyx.scipy.fft" if hasattr(xp, "cuda") else "scipy.fft")
+def _fft_of(array):
+    """The module ``fft`` of the array's library."""
+    return sys.modules[type(array).__module__.partition(".")[0]].fft
 
 
 def _channels(shape):
@@ -50,40 +48,24 @@ def _channels(shape):
         yield slice(first, first + block), padded
 
 
-def _copy(array, out):
-    if "float64" in (array.dtype.name, out.dtype.name):
-        out[...] = array
-    else:
-        elementwise.compute("copy", [array], out)
-
-
-def _padded(array, size, dtype, xp):
-    """The array with zeros behind it, in another dtype."""
-    out = xp.zeros((*array.shape[:-1], size), dtype)  # the driver does that twice as fast as a part is filled
-    _copy(array, out[..., : array.shape[-1]])
-    return out
-
-
 def ssm_convolution_forward(u, kernel, y):
     """Fill y from u, both (batch, dim, length), and kernel (dim, length) in the accumulation dtype."""
-    xp, fft = _library(u)
+    fft = _fft_of(u)
     for channels, padded in _channels(u.shape):
-        transform = fft.rfft(_padded(u[:, channels], padded, kernel.dtype, xp))
-        transform *= fft.rfft(kernel[channels], padded, norm="forward")  # so that the larger one need not be divided
-        back = fft.irfft(transform, padded, norm="forward", overwrite_x=True)
-        _copy(back[..., : u.shape[2]], y[:, channels])
-    _products.keep_plans(xp.fft)
+        transform = fft.rfft(u[:, channels].astype(kernel.dtype, copy=False), padded)
+        transform *= fft.rfft(kernel[channels], padded)
+        y[:, channels] = fft.irfft(transform, padded)[..., : u.shape[2]]
+    _products.keep_plans(fft)
 
 
 def ssm_convolution_backward(dy, u, kernel, du, dkernel):
     """Fill du and dkernel; arrays as in ``ssm_convolution_forward``."""
-    (xp, fft), length = _library(u), u.shape[2]
+    fft, length = _fft_of(u), u.shape[2]
     dkernel[...] = 0
     for channels, padded in _channels(u.shape):
-        of_dy, of_u = (fft.rfft(_padded(x[:, channels], padded, kernel.dtype, xp)) for x in (dy, u))
-        xp.conjugate(of_u, out=of_u)
-        of_u *= of_dy
-        dkernel[channels] = fft.irfft(of_u.sum(axis=0), padded)[..., :length]
-        of_dy *= fft.rfft(kernel[channels], padded, norm="forward").conj()
-        _copy(fft.irfft(of_dy, padded, norm="forward", overwrite_x=True)[..., :length], du[:, channels])
-    _products.keep_plans(xp.fft)
+        of_dy = fft.rfft(dy[:, channels].astype(kernel.dtype, copy=False), padded)
+        of_u = fft.rfft(u[:, channels].astype(kernel.dtype, copy=False), padded)
+        of_kernel = fft.rfft(kernel[channels], padded)
+        du[:, channels] = fft.irfft(of_dy * of_kernel.conj(), padded)[..., :length]
+        dkernel[channels] = fft.irfft((of_dy * of_u.conj()).sum(axis=0), padded)[..., :length]
+    _products.keep_plans(fft)
