@@ -26,9 +26,10 @@ from sscan.cpu._rows import (
     write_lanes,
 )
 from sscan.cpu._tiles import ABSENT, TILE, start, view
-from sscan.cpu._vector import conj, flush_subnormals, fma, restore_environment, scratch
+from sscan.cpu._vector import conj, flush_subnormals, fma, prefetch, restore_environment, scratch
 
 ENOUGH_ROWS, LINES, SHORTEST = 64, 256, 256  # rows that are not cut; lines to cut fewer rows into; steps of a part
+AHEAD = 4 * TILE  # steps after which what is asked for now is used
 TASK = 1 << 15  # numbers in a task: less is not worth waking a second thread
 
 
@@ -54,13 +55,24 @@ def place_lines(steps, line0, lines, shape):
 
 
 @register_jitable
-def load_tile(like, T, to, source, line0, count, shape, steps, t0, padding):
-    """Tile ``to`` = 16 steps from t0 on, time-major; past the end of line r comes the r-th number at ``padding``."""
+def place(places, of, source, line0, count, shape, reals):
+    """places[of + r] = where line r of an array begins: once for all of its tiles, as it takes a division."""
     _, parts, part_length = shape
     for r in range(count):
         row, part = (line0 + r) // parts, (line0 + r) % parts
+        places[of + r] = start(source, 0, 0, row, reals * part * part_length)
+
+
+@register_jitable
+def load_tile(like, T, to, source, places, of, count, steps, t0, ahead, padding):
+    """Tile ``to`` = 16 steps from t0 on, time-major; past the end of line r comes the r-th number at ``padding``.
+
+    Memory is asked for what is read after some more tiles: no processor follows so many lines by itself.
+    """
+    for r in range(count):
         here = min(TILE, max(0, steps[r] - t0))
-        at = start(source, 0, 0, row, reals_per(like) * (part * part_length + t0))
+        at = places[of + r] + reals_per(like) * t0 * source.item
+        prefetch(at + reals_per(like) * ahead * source.item)
         store_lanes(T, to + TILE * r, read_lanes(like, source, at, here))
         for k in range(here, TILE):
             T[to + TILE * r + k] = T[padding + r]
@@ -70,14 +82,13 @@ def load_tile(like, T, to, source, line0, count, shape, steps, t0, padding):
 
 
 @register_jitable
-def write_tile(like, T, source, destination, line0, count, shape, steps, t0):
+def write_tile(like, T, source, destination, places, of, count, steps, t0, ahead):
     """The inverse of ``load_tile``; leaves the tile transposed."""
-    _, parts, part_length = shape
     transpose_lanes(like, T, source, source)
     for r in range(count):
-        row, part = (line0 + r) // parts, (line0 + r) % parts
         here = min(TILE, max(0, steps[r] - t0))
-        at = start(destination, 0, 0, row, reals_per(like) * (part * part_length + t0))
+        at = places[of + r] + reals_per(like) * t0 * destination.item
+        prefetch(at + reals_per(like) * ahead * destination.item)
         write_lanes(destination, at, here, load_lanes(like, T, source + TILE * r))
 
 
@@ -89,9 +100,11 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
     recurrence is c <- conj(a) (b + c), which carries gradients.
     """
     nothing, one = lanes(like_a.dtype.type(0)), lanes(like_a.dtype.type(1))
-    T, steps = scratch(5 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64)
+    T, steps, places = scratch(5 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64), scratch(3 * TILE, np.int64)
     T[:] = 0
     A, B, H, ONE, ZERO = 0, SQUARE, 2 * SQUARE, 3 * SQUARE, 4 * SQUARE
+    of_a, of_b, of_h = 0, TILE, 2 * TILE
+    ahead = -AHEAD if descending else AHEAD
     store_lanes(T, ONE, one)
     tiles = shape[2] // TILE
     environment = flush_subnormals()
@@ -103,10 +116,12 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
             count = place_lines(steps, line0, lines, shape)
             at = reals_per(nothing) * line0
             state, total = read_lanes(nothing, first, start(first, 0, 0, 0, at), count), one
+            for of, array in ((of_a, a), (of_b, b), (of_h, h)):
+                place(places, of, array, line0, count, shape, reals_per(nothing))
             for i in range(tiles):
                 t0 = TILE * (tiles - 1 - i if descending else i)
-                load_tile(nothing, T, A, a, line0, count, shape, steps, t0, ONE)
-                load_tile(nothing, T, B, b, line0, count, shape, steps, t0, ZERO)
+                load_tile(nothing, T, A, a, places, of_a, count, steps, t0, ahead, ONE)
+                load_tile(nothing, T, B, b, places, of_b, count, steps, t0, ahead, ZERO)
                 for k in range(TILE):
                     s = TILE * (TILE - 1 - k if descending else k)
                     x, y = load_lanes(nothing, T, A + s), load_lanes(nothing, T, B + s)
@@ -118,7 +133,7 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
                     total = total * x
                     store_lanes(T, H + s, state)
                 if h.address:
-                    write_tile(nothing, T, H, h, line0, count, shape, steps, t0)
+                    write_tile(nothing, T, H, h, places, of_h, count, steps, t0, ahead)
             write_lanes(last, start(last, 0, 0, 0, at), count, state)
             if product.address:
                 write_lanes(product, start(product, 0, 0, 0, at), count, total)
@@ -133,10 +148,12 @@ def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, line
     state before each whole line.
     """
     nothing = lanes(like_a.dtype.type(0))
-    T, steps = scratch(9 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64)
+    T, steps, places = scratch(9 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64), scratch(5 * TILE, np.int64)
     T[:] = 0
     A, DH, DA, DB, ONE, ZERO, BEFORE = 0, SQUARE, 2 * SQUARE, 3 * SQUARE, 4 * SQUARE, 5 * SQUARE, 6 * SQUARE
-    H, ahead = 7 * SQUARE, 8 * SQUARE
+    H, NEXT = 7 * SQUARE, 8 * SQUARE
+    of_dh, of_a, of_h, of_da, of_db = 0, TILE, 2 * TILE, 3 * TILE, 4 * TILE
+    ahead = -AHEAD if descending else AHEAD
     store_lanes(T, ONE, lanes(like_a.dtype.type(1)))
     tiles = shape[2] // TILE
     towards, edge = (-TILE, PLANE - TILE) if descending else (TILE, 0)  # the step before in the scan's direction
@@ -150,15 +167,19 @@ def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, line
             at = reals_per(nothing) * line0
             carry = read_lanes(nothing, first, start(first, 0, 0, 0, at), count)
             store_lanes(T, BEFORE, read_lanes(nothing, before, start(before, 0, 0, 0, at), count))
-            load_tile(nothing, T, H, h, line0, count, shape, steps, TILE * (tiles - 1) if descending else 0, BEFORE)
+            for of, array in ((of_dh, dh), (of_a, a), (of_h, h), (of_da, da), (of_db, db)):
+                place(places, of, array, line0, count, shape, reals_per(nothing))
+            load_tile(
+                nothing, T, H, h, places, of_h, count, steps, TILE * (tiles - 1) if descending else 0, ahead, BEFORE
+            )
             for i in range(tiles):
                 t0 = TILE * (tiles - 1 - i if descending else i)
-                load_tile(nothing, T, DH, dh, line0, count, shape, steps, t0, ZERO)
-                load_tile(nothing, T, A, a, line0, count, shape, steps, t0, ONE)
+                load_tile(nothing, T, DH, dh, places, of_dh, count, steps, t0, ahead, ZERO)
+                load_tile(nothing, T, A, a, places, of_a, count, steps, t0, ahead, ONE)
                 beyond = load_lanes(nothing, T, BEFORE)
                 if i + 1 < tiles:
-                    load_tile(nothing, T, ahead, h, line0, count, shape, steps, t0 + towards, BEFORE)
-                    beyond = load_lanes(nothing, T, ahead + edge)
+                    load_tile(nothing, T, NEXT, h, places, of_h, count, steps, t0 + towards, ahead, BEFORE)
+                    beyond = load_lanes(nothing, T, NEXT + edge)
                 for k in range(TILE):
                     s = TILE * (TILE - 1 - k if descending else k)
                     G = load_lanes(nothing, T, DH + s) + carry
@@ -166,9 +187,9 @@ def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, line
                     x = load_lanes(nothing, T, H + s + towards) if k + 1 < TILE else beyond
                     store_lanes(T, DA + s, G * conj(x))
                     carry = conj(load_lanes(nothing, T, A + s)) * G
-                write_tile(nothing, T, DA, da, line0, count, shape, steps, t0)
-                write_tile(nothing, T, DB, db, line0, count, shape, steps, t0)
-                H, ahead = ahead, H
+                write_tile(nothing, T, DA, da, places, of_da, count, steps, t0, ahead)
+                write_tile(nothing, T, DB, db, places, of_db, count, steps, t0, ahead)
+                H, NEXT = NEXT, H
             write_lanes(last, start(last, 0, 0, 0, at), count, carry)
     restore_environment(environment)
 
