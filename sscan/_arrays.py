@@ -123,7 +123,10 @@ def on_gpu(array: Any) -> bool:
 
 def array_module(array: Any) -> Any:
     """The module whose functions work on an array of NumPy or CuPy, found without importing either."""
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    name = type(array).__module__.partition(".")[0]
+    if name == "builtins":
+        raise TypeError(f"expected an array of NumPy or CuPy, or a Tensor, got {type(array).__name__}: {array!r:.50}")
+    return sys.modules[name]
 
 
 def view(array: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import tokenizers
 
 import sscan.compat
 import sscan.nn
+from sscan.nn import ops
+from sscan.nn.autodiff import Primitive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,3 +159,12 @@ def test_every_command_is_on_its_page() -> None:
     page = (ROOT / "docs" / "api" / "command-line.md").read_text(encoding="utf-8")
     commands = {path.stem for path in (ROOT / "sscan" / "cli").glob("[!_]*.py")}
     assert commands == set(re.findall(r"^```\{help\} (\w+)$", page, re.MULTILINE))
+
+
+def test_the_array_operations_are_all_on_the_page_of_sscan_nn() -> None:
+    text = (ROOT / "docs" / "api" / "nn.md").read_text(encoding="utf-8")
+    listed = re.findall(r"``(\w+)``", text[text.index("Array operations") : text.index("\nOps\n")])
+    of_module = (name for name, x in vars(ops).items() if isinstance(x, Primitive) or inspect.isfunction(x))
+    others = {"unbroadcast", "check_indices"}  # for those who write operations
+    here = {name for name in of_module if getattr(ops, name).__module__ == ops.__name__ and not name.startswith("_")}
+    assert sorted(listed) == sorted(here - others)

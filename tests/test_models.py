@@ -477,9 +477,27 @@ def test_pickles_without_pytorch(tmp_path: Path) -> None:
     )
     said = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert said.stdout == (
-        f"{tmp_path}/pytorch_model.bin: only PyTorch reads and writes such files; where it is installed, `sscan "
-        "convert` makes a model.safetensors of it, which needs no PyTorch\n"
+        f"{tmp_path}/pytorch_model.bin: only PyTorch, which is not here, reads and writes these; where it is, "
+        "`sscan convert` makes a model.safetensors of it, which needs no PyTorch\n"
     )
+
+
+def test_a_pickle_is_not_begun_without_pytorch(tmp_path: Path) -> None:
+    perturbed().save_pretrained(tmp_path / "model")
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from sscan.models.pretrained import convert\n"
+        "try: convert(sys.argv[1], sys.argv[2], 'original', pickled=True)\n"
+        "except ValueError as error: print(error)"
+    )
+    new = tmp_path / "new"
+    command = [sys.executable, "-c", program, str(tmp_path / "model"), str(new)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.stdout == (
+        f"{new}/pytorch_model.bin: only PyTorch, which is not here, reads and writes these; a model.safetensors is "
+        "written without it\n"
+    )
+    assert not new.exists()
 
 
 def test_a_pickle_takes_the_place_of_safetensors(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import operator
 import re
 import tracemalloc
 import weakref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -43,6 +44,74 @@ def test_elementwise_functions_in_the_tails(value: float) -> None:
             y.backward()
             np.testing.assert_allclose(y.data, expected, rtol=1e-12, atol=1e-13)
             np.testing.assert_allclose(x.grad, slope, rtol=1e-12, atol=1e-13)
+
+
+COMPLEX: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "product": lambda f, a, b: a * b,
+    "product with a real one": lambda f, a, b: a * f.real,
+    "real one times a product": lambda f, a, b: f.real * a * b,
+    "product with a number": lambda f, a, b: a * (0.5 + 0.7j),
+    "quotient": lambda f, a, b: a / b,
+    "real one by it": lambda f, a, b: f.real / b,
+    "number by it": lambda f, a, b: 1 / b,
+    "square": lambda f, a, b: a**2,
+    "power": lambda f, a, b: b**-1.5,
+    "power 0": lambda f, a, b: a**0 * b,
+    "matrix product": lambda f, a, b: a @ b,
+    "stacks by a matrix": lambda f, a, b: f.stack @ b,
+    "exp": lambda f, a, b: f.exp(a),
+    "log": lambda f, a, b: f.log(b),
+    "sine": lambda f, a, b: f.sin(a),
+    "tanh": lambda f, a, b: f.tanh(a),
+    "broadcast": lambda f, a, b: f.row * b + f.row,
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+@pytest.mark.filterwarnings("error")
+def test_gradients_of_complex_numbers_are_those_of_pytorch(name: str) -> None:
+    """d/dreal + i d/dimag, and of a real number among them the real part."""
+    rng = np.random.default_rng(3)
+    arrays = {
+        "a": rng.standard_normal((3, 3)) + 1j * rng.standard_normal((3, 3)),
+        "b": rng.standard_normal((3, 3)) + 1j * rng.uniform(0.5, 2, (3, 3)),
+        "real": rng.standard_normal((3, 3)),
+        "row": rng.standard_normal((1, 3)),
+        "stack": rng.standard_normal((2, 3, 3)) + 1j * rng.standard_normal((2, 3, 3)),
+    }
+    ours = {key: Tensor(x.copy(), requires_grad=True) for key, x in arrays.items()}
+    theirs = {key: torch.tensor(x, requires_grad=True) for key, x in arrays.items()}
+    values = []
+    for library, leaves in ((ops, ours), (torch, theirs)):
+        functions = {key: getattr(library, key) for key in ("exp", "log", "sin", "tanh")}
+        values.append(COMPLEX[name](SimpleNamespace(**functions, **leaves), leaves["a"], leaves["b"]))
+    got, expected = values
+    np.testing.assert_allclose(got.data, expected.detach().numpy(), rtol=1e-12)
+    gradient = rng.standard_normal(got.shape) + 1j * rng.standard_normal(got.shape)
+    got.backward(gradient)
+    expected.backward(torch.tensor(gradient))
+    for key, leaf in ours.items():
+        other = theirs[key].grad
+        assert (leaf.grad is None) == (other is None), key
+        if other is not None:
+            assert leaf.grad.dtype == leaf.dtype
+            np.testing.assert_allclose(leaf.grad, other.numpy(), rtol=1e-11, atol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize("axes", [(0, -1, -2), (-1, 0, 1), (2, 0, 1)])
+def test_axes_counted_from_the_end(axes: tuple[int, ...]) -> None:
+    for shape in ((3, 3, 3), (2, 3, 4)):
+        check_gradients(lambda x: ops.transpose(x, axes) * ops.transpose(x, axes), tensor(*shape))
+
+
+def test_reshape_takes_sizes_or_a_tuple_of_them() -> None:
+    assert tensor(4, 6).reshape((6, 4)).shape == tensor(4, 6).reshape(6, 4).shape == (6, 4)
+
+
+def test_a_constant_power_of_zero() -> None:
+    x = Tensor(np.zeros(2), requires_grad=True)
+    (x**0).sum().backward()
+    np.testing.assert_array_equal(x.grad, [0, 0])
 
 
 def test_functions_of_rows_are_those_of_scipy_and_pytorch() -> None:
@@ -101,6 +170,17 @@ def test_embedding_gradient_is_deterministic_and_in_order() -> None:
         (lambda: ops.embedding(tensor(3, 2), np.array([-1])), ValueError, r"embedding: indices must be in \[0, 3\)"),
         (lambda: ops.embedding(tensor(3, 2), np.array([1.0])), TypeError, "embedding: indices must be integers"),
         (lambda: ops.split(tensor(3), (1, 1)), ValueError, "split: sizes"),
+        (lambda: ops.split(tensor(5), (7, -2)), TypeError, r"split: sizes must be .*, got \(7, -2\)"),
+        (lambda: ops.split(tensor(4), 2), TypeError, "split: sizes must be .*, got 2"),
+        (lambda: ops.concatenate([]), ValueError, "concatenate: tensors must be at least one"),
+        (lambda: tensor(3)[True], TypeError, "getitem: an index is an integer, .*, not bool"),
+        (lambda: ops.silu([1.0, 2.0]), TypeError, "expected an array of NumPy or CuPy, or a Tensor, got list"),
+        (lambda: Tensor("abc"), TypeError, "Tensor: data must be numbers, got <U3"),
+        (lambda: Tensor(None), TypeError, "Tensor: data must be numbers, got object"),
+        (lambda: tensor(2).backward([1, 1]), TypeError, "backward: gradient must be an array, got list"),
+        (lambda: tensor(2).backward(tensor(2)), TypeError, "backward: gradient must be an array, got Tensor"),
+        (lambda: check_gradients(ops.exp, np.ones(3)), TypeError, "tensor 0 must be float64 .*, got a ndarray of"),
+        (lambda: check_gradients(ops.exp, Tensor(np.ones(3))), TypeError, "got a Tensor of float64 that requires none"),
         (lambda: tensor(3)[np.array([0])], TypeError, "getitem: an index is an integer"),
         (lambda: tensor(3) @ tensor(3), ValueError, "matmul: both operands need at least two axes"),
         (lambda: Tensor(tensor(3)), TypeError, "Tensor: data is a Tensor already"),

@@ -163,3 +163,25 @@ def test_checkpoints(xp: Any, tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in wide.parameters()} == {np.dtype(np.float32)}
     save_arrays(tmp_path / "scalar", {"a": xp.asarray(np.array(1.5, BFLOAT16))})
     assert load_arrays(tmp_path / "scalar")[0]["a"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activations", "message"),
+    [
+        (np.float64, np.float16, "activation_dtype float16 does not go with parameters in float64: .* at most float32"),
+        (np.float32, np.complex64, "activation_dtype complex64 does not go with parameters in float32"),
+        (np.float32, np.int8, "activation_dtype: dtype must be a floating or complex one, got int8"),
+    ],
+)
+def test_activations_that_do_not_go_with_the_parameters(dtype: Any, activations: Any, message: str) -> None:
+    """Said when the model is made, not by an op in its first forward."""
+    with pytest.raises(TypeError, match=message):
+        MambaLM(SMALL, dtype, activation_dtype=activations)
+
+
+def test_there_is_something_to_prefill() -> None:
+    model = MambaLM(SMALL)
+    with pytest.raises(
+        ValueError, match=r"prefill: ids must have shape \(batch, length\) with length >= 1, got \(2, 0\)"
+    ):
+        model.prefill(np.zeros((2, 0), int), model.new_states(2))

@@ -11,10 +11,14 @@ from sscan.cli._failures import fail
 
 
 class Parser(argparse.ArgumentParser):
+    texts_by = ""  # the option by which files are given that somebody may put in the place of a task
+
     def _print_message(self, message: str, file: Any = None) -> None:
         print(message, end="", file=file)  # argparse's own keeps to itself that there is no room for it
 
     def error(self, message: str) -> NoReturn:
+        if self.texts_by and message.startswith("argument task: "):
+            message += f"; texts are given with {self.texts_by}"
         sys.exit(fail(f"{self.prog}: {message} (try {self.prog} --help)", 2))
 
 

@@ -75,7 +75,7 @@ def _shipped() -> list[Kernel]:
 
         return shipped()
     except ImportError as error:
-        raise Mistake(f'cannot import the compiler of the kernels ({error}): pip install "sscan[cuda13]"') from error
+        raise Mistake(f'the compiler of the kernels is not there: pip install "sscan[cuda13]" ({error})') from error
 
 
 def _name(kernel: Kernel) -> str:

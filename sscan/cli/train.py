@@ -28,6 +28,7 @@ def add_to(commands: Any) -> None:
 
     parser = commands.add_parser("train", help="train a model on texts, by bytes or tokens, on DNA or on audio")
     parser.set_defaults(command=_train)
+    parser.texts_by = "--text FILE"
     parser.add_argument(
         "--text", type=path, nargs="+", metavar="FILE",
         help="texts, or folders of them, which are joined (default: pydoc_data/topics.py of this Python)",

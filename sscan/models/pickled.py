@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from sscan.models.files import Array
 
 
-def _import_torch(path: Path) -> Any:
+def _import_torch(path: Path, otherwise: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(
-            f"{path}: only PyTorch reads and writes such files; where it is installed, `sscan convert` makes a "
-            f"model.safetensors of it, which needs no PyTorch"
-        ) from error
+        raise ValueError(f"{path}: only PyTorch, which is not here, reads and writes these; {otherwise}") from error
     return torch
+
+
+def check_writable(path: Path) -> None:
+    """ValueError if there is no PyTorch, which writes such a file."""
+    _import_torch(path, "a model.safetensors is written without it")
 
 
 class PickledArrays:
@@ -41,7 +43,9 @@ class PickledArrays:
 
     def __init__(self, path: Path) -> None:
         check_readable(path)
-        self._torch = torch = _import_torch(path)
+        self._torch = torch = _import_torch(
+            path, "where it is, `sscan convert` makes a model.safetensors of it, which needs no PyTorch"
+        )
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except OSError as error:  # PyTorch's "invalid argument", for a part of an archive
@@ -72,7 +76,8 @@ class PickledArrays:
 
 def save_pickled(path: Path, arrays: Mapping[str, Array], also: Mapping[str, str]) -> None:
     """Write arrays as ``torch.save`` does; `also` are second names of some."""
-    torch = _import_torch(path)
+    import torch
+
     tensors = {name: _tensor(torch, array) for name, array in arrays.items()}
     torch.save({**tensors, **{name: tensors[first] for name, first in also.items()}}, path)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from sscan.models.config import Format, MambaConfig, Shapes
 from sscan.models.files import arrays_writer, content_of, open_arrays, read_object, write_together
-from sscan.models.pickled import PickledArrays, save_pickled
+from sscan.models.pickled import PickledArrays, check_writable, save_pickled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -327,6 +327,8 @@ def save_model(
         values["dtype"] = arrays[THEIR_EMBEDDING].dtype.name
     table = THEIR_EMBEDDING if format == "transformers" else EMBEDDING
     also = {HEAD: table} if config.tie_embeddings else {}
+    if pickled:
+        check_writable(folder / PICKLE)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=2) + "\n"
     if pickled:

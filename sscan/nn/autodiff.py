@@ -88,7 +88,9 @@ class Tensor:
             raise TypeError("Tensor: data is a Tensor already; use it as it is, or take its .data")
         scalar_or_list = isinstance(data, np.generic) or not hasattr(data, "dtype")
         self.data: Array = np.asarray(data) if scalar_or_list else data
-        if requires_grad and self.data.dtype.kind in "biuOSU":
+        if self.data.dtype.kind in "OSUMm":
+            raise TypeError(f"Tensor: data must be numbers, got {self.data.dtype}")
+        if requires_grad and self.data.dtype.kind in "biu":
             raise TypeError(f"Tensor: a gradient needs a floating dtype, got {self.data.dtype}")
         self.requires_grad = requires_grad
         self.grad: Array | None = None
@@ -169,6 +171,8 @@ class Tensor:
             if self.size != 1:
                 raise ValueError(f"backward: a tensor of shape {self.shape} needs a gradient; only a scalar does not")
             gradient = array_module(self.data).ones_like(self.data)
+        if isinstance(gradient, Tensor) or not hasattr(gradient, "shape"):
+            raise TypeError(f"backward: gradient must be an array, got {type(gradient).__name__}")
         if tuple(gradient.shape) != self.shape:
             raise ValueError(f"backward: gradient must have shape {self.shape}, got {tuple(gradient.shape)}")
         _propagate(self, gradient, retain_graph)

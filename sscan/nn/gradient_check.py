@@ -43,8 +43,10 @@ def check_gradients(function: Callable[..., Any], *tensors: Tensor, tolerance: f
         Naming the tensor and the element with the largest error.
     """
     for i, tensor in enumerate(tensors):
-        if tensor.dtype != np.float64 or not tensor.requires_grad:
-            raise TypeError(f"check_gradients: tensor {i} must be float64 and require a gradient, got {tensor.dtype}")
+        if tensor.dtype != np.float64 or not getattr(tensor, "requires_grad", False):
+            what = f"a {type(tensor).__name__} of {tensor.dtype}"
+            what += " that requires none" if tensor.dtype == np.float64 else ""
+            raise TypeError(f"check_gradients: tensor {i} must be float64 and require a gradient, got {what}")
         tensor.grad = None
     rng = np.random.default_rng(seed)
     outputs = _as_tuple(function(*tensors))

@@ -16,7 +16,16 @@ from sscan.nn import decoding
 from sscan.nn.autodiff import Array, Tensor, move, no_grad, to_numpy
 from sscan.nn.losses import linear_cross_entropy
 from sscan.nn.mamba import Mamba
-from sscan.nn.modules import Embedding, LayerNorm, Linear, Module, ResidualBlock, RMSNorm, lie_together
+from sscan.nn.modules import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    ResidualBlock,
+    RMSNorm,
+    at_least_float32,
+    lie_together,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -47,6 +56,12 @@ class Backbone(Module):
 
         self.config = config
         self.activation_dtype = np.dtype(activation_dtype)
+        wide = at_least_float32("activation_dtype", activation_dtype)
+        if "c" in (np.dtype(dtype).kind, wide.kind) or np.result_type(dtype, wide) != wide:
+            raise TypeError(
+                f"activation_dtype {self.activation_dtype} does not go with parameters in {np.dtype(dtype)}: both are "
+                f"real, and parameters at most {wide.type(0).real.dtype}"
+            )
         self.embedding = Embedding(config.padded_vocab_size, config.d_model, dtype, seed=None)
         self.layers = [ResidualBlock(new_norm(), mixer) for mixer in mixers]
         self.norm_f = new_norm()
@@ -151,6 +166,8 @@ class LanguageModel(Module):
 
         The logits are at least float32, so that those of a model in half precision can be told apart.
         """
+        if not ids.shape[-1]:
+            raise ValueError(f"prefill: ids must have shape (batch, length) with length >= 1, got {ids.shape}")
         hidden, states = self.backbone.extend(ids, states)
         return self._logits_to_choose_from(hidden[:, -1]), states
 

@@ -30,7 +30,7 @@ def plain_layers(owner: str, name: str, layers: Any, known: Mapping[str, type[An
         If it is no list of layers that are known, or holds what is not JSON.
     """
     if not isinstance(layers, (list, tuple)) or not layers:
-        raise TypeError(f"{owner}: {name} must be a list of layers, got {layers!r}")
+        raise TypeError(f"{owner}: {name} must be a list of one layer at least, got {layers!r}")
     return tuple(_plain(owner, i, layer, known) for i, layer in enumerate(layers))
 
 

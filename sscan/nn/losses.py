@@ -12,7 +12,7 @@ import numpy as np
 
 from sscan._arrays import array_module
 from sscan.models.arguments import check_integers
-from sscan.nn.autodiff import Array, Tensor, defvjp_all, move, needs_gradient, primitive
+from sscan.nn.autodiff import Array, Operand, Tensor, defvjp_all, move, needs_gradient, primitive
 from sscan.nn.products import matmul
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES, BLOCK_BYTES_GPU = 1 << 21, 1 << 28
 
 
-def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = -100) -> Tensor:
+def cross_entropy(logits: Operand, targets: Array, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy of logits (..., classes) against integer targets (...): a scalar.
 
     Beside the logits themselves, the forward holds one block of rows, the backward one block and the gradient of the
@@ -36,6 +36,7 @@ def cross_entropy(logits: Tensor, targets: Array, ignore_index: int = -100) -> T
         If the targets are not integers, not of the shape of the rows, or not a class. Values in GPU memory are not
         looked at, because that would have to wait for the GPU.
     """
+    logits = logits if isinstance(logits, Tensor) else Tensor(logits)
     _check_targets("cross_entropy", targets, logits.shape, ignore_index)
     return _cross_entropy(logits, move(targets, array_module(logits.data)), ignore_index)
 

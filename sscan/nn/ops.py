@@ -1,7 +1,8 @@
 """The array operations that a model needs, each with its gradient beside it.
 
 They follow NumPy: names, broadcasting, dtype promotion. Python numbers and plain arrays count as constants. In the
-gradients, g is the gradient of the result and out the result.
+gradients, g is the gradient of the result and out the result; that of a complex number is d/dreal + i d/dimag, so what
+multiplies it is conjugated.
 """
 
 from __future__ import annotations
@@ -24,13 +25,25 @@ Axis = int | tuple[int, ...] | None
 
 
 def unbroadcast(gradient: Array, argument: Array) -> Array:
-    """Sum `gradient` over the axes along which `argument` was broadcast; shape and dtype of `argument`."""
+    """Sum `gradient` over the axes along which `argument` was broadcast; shape and dtype of `argument`.
+
+    Of a complex one for a real argument the real part.
+    """
+    if gradient.dtype.kind == "c" and argument.dtype.kind != "c":
+        gradient = gradient.real
     extra = gradient.ndim - argument.ndim
     stretched = [extra + i for i, n in enumerate(argument.shape) if n == 1 and gradient.shape[extra + i] != 1]
     axes = (*range(extra), *stretched)
     if axes:
         gradient = products.sum_over(gradient, axes).reshape(argument.shape)
     return gradient.astype(argument.dtype, copy=False)
+
+
+def _conj(a: Any) -> Any:
+    """The conjugate of an array or a number."""
+    if isinstance(a, complex):
+        return a.conjugate()
+    return a.conj() if hasattr(a, "dtype") and a.dtype.kind == "c" else a
 
 
 # Arithmetic
@@ -76,12 +89,16 @@ defvjp(add, lambda g, out, a, b: unbroadcast(g, a), lambda g, out, a, b: unbroad
 defvjp(subtract, lambda g, out, a, b: unbroadcast(g, a), lambda g, out, a, b: unbroadcast(-g, b))
 defvjp(
     multiply,
-    lambda g, out, a, b: unbroadcast(elementwise.multiply(g, b), a),
-    lambda g, out, a, b: unbroadcast(elementwise.multiply(g, a), b),
+    lambda g, out, a, b: unbroadcast(elementwise.multiply(g, _conj(b)), a),
+    lambda g, out, a, b: unbroadcast(elementwise.multiply(g, _conj(a)), b),
 )
-defvjp(divide, lambda g, out, a, b: unbroadcast(g / b, a), lambda g, out, a, b: unbroadcast(-g * out / b, b))
+defvjp(
+    divide,
+    lambda g, out, a, b: unbroadcast(g / _conj(b), a),
+    lambda g, out, a, b: unbroadcast(-g * _conj(out / b), b),
+)
 defvjp(negative, lambda g, out, a: -g)
-defvjp(power, lambda g, out, a, exponent: g * (exponent * a ** (exponent - 1)))
+defvjp(power, lambda g, out, a, exponent: g * _conj(exponent * a ** (exponent - 1)) if exponent else 0 * g)
 
 
 # Matrix product
@@ -102,10 +119,10 @@ def _matmul_to(argument: Array, a: Array, b: Array) -> Array:
     leading, a, b = products.broadcast_stacks(a, b)
     if on_gpu(a):
         return products.sum_of_products(a, b, argument.dtype)
-    total = array_module(a).zeros(argument.shape, np.float64 if argument.dtype == np.float64 else np.float32)
+    total = array_module(a).zeros(argument.shape, np.result_type(a.dtype, b.dtype, np.float32))
     for index in np.ndindex(*leading):
         total += products.matmul(a[index], b[index])
-    return total.astype(argument.dtype, copy=False)
+    return unbroadcast(total, argument)
 
 
 def _matmul_as(argument: Array, a: Array, b: Array) -> Array:
@@ -118,8 +135,8 @@ def _matmul_as(argument: Array, a: Array, b: Array) -> Array:
 
 defvjp(
     matmul,
-    lambda g, out, a, b: _matmul_to(a, g, b.swapaxes(-1, -2)),
-    lambda g, out, a, b: _matmul_to(b, a.swapaxes(-1, -2), g),
+    lambda g, out, a, b: _matmul_to(a, g, _conj(b).swapaxes(-1, -2)),
+    lambda g, out, a, b: _matmul_to(b, _conj(a).swapaxes(-1, -2), g),
 )
 
 
@@ -148,7 +165,8 @@ def transpose(a: Array, axes: tuple[int, ...]) -> Array:
 def getitem(a: Array, index: Any) -> Array:
     """a[index] with integers, slices, None and Ellipsis; see :func:`embedding` to look rows up."""
     for part in index if isinstance(index, tuple) else (index,):
-        if not (part is None or part is Ellipsis or isinstance(part, (int, np.integer, slice))):
+        known = part is None or part is Ellipsis or isinstance(part, (int, np.integer, slice))
+        if not known or isinstance(part, bool):
             raise TypeError(f"getitem: an index is an integer, a slice, None or ..., not {type(part).__name__}")
     return a[index]
 
@@ -192,7 +210,7 @@ def _join(arrays: Sequence[Array], axis: int) -> Array:
 
 defvjp(reshape, lambda g, out, a, shape: g.reshape(a.shape))
 defvjp(swapaxes, lambda g, out, a, first, second: g.swapaxes(first, second))
-defvjp(transpose, lambda g, out, a, axes: g.transpose(tuple(int(i) for i in np.argsort(axes))))
+defvjp(transpose, lambda g, out, a, axes: g.transpose(tuple(int(i) for i in np.argsort([x % a.ndim for x in axes]))))
 defvjp(getitem, _getitem_vjp)
 defvjp_all(_split, _split_vjp)
 defvjp_all(
@@ -203,11 +221,16 @@ defvjp_all(
 
 def split(a: Operand, sizes: Sequence[int], axis: int = 0) -> tuple[Tensor, ...]:
     """Views of consecutive parts of `a` along `axis`, of the given sizes."""
+    of_parts = isinstance(sizes, (tuple, list)) and all(isinstance(n, (int, np.integer)) and n >= 0 for n in sizes)
+    if not of_parts:
+        raise TypeError(f"split: sizes must be integers of at least 0, one for each part, got {sizes!r}")
     return _split.apply(a, tuple(sizes), axis)  # type: ignore[no-any-return]
 
 
 def concatenate(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """The tensors one after the other along `axis`."""
+    if not tensors:
+        raise ValueError("concatenate: tensors must be at least one, got none")
     return _concatenate(*tensors, axis=axis)
 
 
@@ -318,17 +341,17 @@ def _softmax_vjp(g: Array, out: Array, a: Array) -> Array:
     return (p * (g - (g * p).sum(axis=-1, keepdims=True))).astype(a.dtype, copy=False)
 
 
-defvjp(exp, lambda g, out, a: g * out)
-defvjp(log, lambda g, out, a: g / a)
-defvjp(tanh, lambda g, out, a: g * (1 - out * out))
-defvjp(sin, lambda g, out, a: g * array_module(a).cos(a))
+defvjp(exp, lambda g, out, a: g * _conj(out))
+defvjp(log, lambda g, out, a: g / _conj(a))
+defvjp(tanh, lambda g, out, a: g * _conj(1 - out * out))
+defvjp(sin, lambda g, out, a: g * _conj(array_module(a).cos(a)))
 defvjp(softplus, lambda g, out, a: elementwise.multiply(g, elementwise.sigmoid(a)))
 defvjp(sigmoid, lambda g, out, a: elementwise.sigmoid_backward(g, out))
 defvjp(silu, lambda g, out, a: elementwise.silu_backward(g, a))
 defvjp(gelu, lambda g, out, a: elementwise.gelu_backward(g, a))
 defvjp(softmax, _softmax_vjp)
 defvjp(complex_of, lambda g, out, real, imag: g.real, lambda g, out, real, imag: g.imag)
-defvjp(astype, lambda g, out, a, dtype: products.cast(g, a.dtype))
+defvjp(astype, lambda g, out, a, dtype: products.cast(unbroadcast(g, a) if g.dtype.kind == "c" else g, a.dtype))
 
 
 # Normalisation
@@ -426,9 +449,10 @@ def _reflected(operation: Primitive[[Array, Array]]) -> Callable[[Tensor, Operan
     return lambda a, b: operation(b, a)
 
 
-def _reshape_method(a: Tensor, *shape: int) -> Tensor:
-    """The elements of `a` in the order of memory, in another `shape`."""
-    return reshape(a, shape)
+def _reshape_method(a: Tensor, *shape: Any) -> Tensor:
+    """The elements of `a` in the order of memory, in another `shape`: its sizes, or a tuple of them."""
+    one = len(shape) == 1 and isinstance(shape[0], (tuple, list))
+    return reshape(a, tuple(shape[0]) if one else shape)
 
 
 Tensor.__add__ = Tensor.__radd__ = add

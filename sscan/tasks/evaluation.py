@@ -98,7 +98,8 @@ def evaluate(
         raise ValueError(f"window must be at least {least} tokens, got {window}")
     spans = list(_spans(len(ids), window, stride))
     if not any(end > counts for _, counts, end in spans):
-        raise ValueError(f"the text is too short: it has {len(ids)} tokens")
+        needed = "2, of which the first predicts the other" if window is None else f"a whole window, {window}"
+        raise ValueError(f"the text is too short: it has {len(ids)} tokens, and needs {needed}")
     nats, tokens, size = 0.0, 0, 0
     for group in _groups(spans):
         inputs = np.stack([ids[start : end - 1] for start, _, end in group])
