@@ -145,8 +145,8 @@ def test_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"layers": ()}, TypeError, r"layers must be a list of layers, got \(\)"),
-    ({"layers": "mamba"}, TypeError, "layers must be a list of layers, got 'mamba'"),
+    ({"layers": ()}, TypeError, r"layers must be a list of one layer at least, got \(\)"),
+    ({"layers": "mamba"}, TypeError, "layers must be a list of one layer at least, got 'mamba'"),
     ({"layers": ("s6",)}, ValueError, "layer 0 must be one of mamba, .*, or a dict with it as 'layer', got 's6'"),
     ({"layers": ("mlp", {"inner": "s6"})}, ValueError, "layer 1 must be one of"),
     ({"layers": ({**S6, "inner": "s5"},)}, ValueError, "layer 0, 'gated': Gated: inner must be one of s6, s4, hyena"),

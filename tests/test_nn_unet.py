@@ -185,7 +185,7 @@ def test_errors() -> None:
         ({"pool": [0]}, ValueError, "pool must be at least 1, got 0"),
         ({"blocks": 0}, ValueError, "blocks must be at least 1, got 0"),
         ({"outer": ["unet"]}, ValueError, "layer 0 must be one of mamba, .*, got 'unet'"),
-        ({"centre": "mamba"}, TypeError, "centre must be a list of layers, got 'mamba'"),
+        ({"centre": "mamba"}, TypeError, "centre must be a list of one layer at least, got 'mamba'"),
         ({"outer": [{"layer": "mamba", "heads": 1}]}, ValueError, "unexpected keyword argument 'heads'"),
     ]:
         with pytest.raises(error, match=f"UNet: .*{message}"):
