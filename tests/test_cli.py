@@ -596,6 +596,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     [
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--wings"], "unrecognized arguments: --wings"),
+        (["train", "text.txt"], "; texts are given with --text FILE (try sscan train --help)"),
         (["train", "--steps", "0"], "invalid positive integer value: '0'"),
         (["train", "--minutes", "nan"], "invalid positive number value: 'nan'"),
         (["train", "--steps", "3", "--minutes", "1"], "not allowed with argument"),

@@ -297,9 +297,9 @@ def test_mistakes_in_evaluations(of_bytes: Path, tmp_path: Path, capsys: pytest.
         assert "stride needs a window of as many tokens at least, got a stride of 4 and" in line
     assert "window must be at least 3 tokens, got 2" in mistake(capsys, *command, "--window", "2")
     assert "window must be at least 2 tokens, got 1" in mistake(capsys, *command, "--window", "1", "--stride", "1")
-    assert "the text is too short: it has 4 tokens" in mistake(capsys, *command, "--window", "5")
+    assert "the text is too short: it has 4 tokens, and needs 5" in mistake(capsys, *command, "--window", "5")
     (tmp_path / "text").write_text("r")
-    assert "the text is too short: it has 1 tokens" in mistake(capsys, *command)
+    assert "the text is too short: it has 1 tokens, and needs 2" in mistake(capsys, *command)
     assert "missing: No such file" in mistake(capsys, "evaluate", of_bytes, "--text", "missing")
 
 

@@ -98,7 +98,7 @@ def evaluate(
         raise ValueError(f"window must be at least {least} tokens, got {window}")
     spans = list(_spans(len(ids), window, stride))
     if not any(end > counts for _, counts, end in spans):
-        needed = "2, of which the first predicts the other" if window is None else f"a whole window, {window}"
+        needed = window if window is not None and stride is None else 2  # else the last window may be shorter
         raise ValueError(f"the text is too short: it has {len(ids)} tokens, and needs {needed}")
     nats, tokens, size = 0.0, 0, 0
     for group in _groups(spans):
