@@ -41,6 +41,11 @@ def numbers(*shape: int, dtype: Any, seed: int = 0) -> Any:
     return np.asarray(6 * np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
 
 
+def arguments(name: str, *shape: int, dtype: Any) -> list[Any]:
+    """As many as the function takes."""
+    return [numbers(*shape, dtype=dtype, seed=seed) for seed in range(1 + (name in elementwise.FUNCTIONS_OF_TWO))]
+
+
 def assert_close(name: str, arrays: list[Any], out: Any) -> None:
     """Element by element, to a few roundings of the result and of what it is a sum of."""
     expected = FUNCTIONS[name](*(a.astype(np.float64) for a in arrays))
@@ -62,9 +67,7 @@ def check(name: str, arrays: list[Any], out: Any) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("shape", [(3, 4, 1024), (2, 77), ()])
 def test_values(name: str, dtype: Any, shape: tuple[int, ...]) -> None:
-    count = 2 if name in elementwise.FUNCTIONS_OF_TWO else 1
-    arrays = [numbers(*shape, dtype=dtype, seed=seed) for seed in range(count)]
-    check(name, arrays, np.empty(shape, dtype))
+    check(name, arguments(name, *shape, dtype=dtype), np.empty(shape, dtype))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -143,9 +146,7 @@ def test_into_a_part(axis: int, sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "copy"])
 def test_formulas_are_the_same_functions(name: str) -> None:
-    arrays = [
-        numbers(50, dtype=np.float64, seed=seed) for seed in range(2 if name in elementwise.FUNCTIONS_OF_TWO else 1)
-    ]
+    arrays = arguments(name, 50, dtype=np.float64)
     if name == "sigmoid_backward":
         arrays[1] = expit(arrays[1])
     np.testing.assert_allclose(getattr(formulas, name)(*arrays), FUNCTIONS[name](*arrays), rtol=1e-12, atol=1e-15)

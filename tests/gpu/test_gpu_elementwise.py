@@ -38,8 +38,7 @@ def put(array: Any) -> Any:
 @pytest.mark.parametrize("name", emulated.FUNCTIONS)
 @pytest.mark.parametrize("shape", [(3, 4, 1024), (2, 77), (1 << 20,), ()])
 def test_values(name: str, dtype: Any, shape: tuple[int, ...]) -> None:
-    count = 2 if name in elementwise.FUNCTIONS_OF_TWO else 1
-    arrays = [emulated.numbers(*shape, dtype=dtype, seed=seed) for seed in range(count)]
+    arrays = emulated.arguments(name, *shape, dtype=dtype)
     check(name, arrays, arrays[0])
 
 
