@@ -227,13 +227,13 @@ def test_ends(dtype: Any) -> None:
     """Exact where it is known, and finite wherever z <= 0."""
     z, result = points(dtype), evaluated(f"real {np.dtype(dtype)}")
     for name, value in (("decay", 1), ("decay too", 1), ("change", 0), ("sigmoid", 0.5), ("psi", 0.5)):
-        np.testing.assert_allclose(result[name][z == 0], value, rtol=0, atol=(name == "sigmoid") * np.finfo(dtype).eps)
+        np.testing.assert_array_equal(result[name][z == 0], value)
     for name, value in (("decay", 0), ("decay too", 0), ("change", -1), ("softplus", 0), ("sigmoid", 0)):
         np.testing.assert_array_equal(result[name][z <= -1e4], value)
     huge = z >= 1e4
     assert np.isposinf(result["decay"][huge]).all()
     np.testing.assert_array_equal(result["softplus"][huge], z[huge])
-    np.testing.assert_allclose(result["sigmoid"][huge], 1, rtol=np.finfo(dtype).eps)
+    np.testing.assert_array_equal(result["sigmoid"][huge], 1)
     for name in ("decay", "softplus", "sigmoid"):
         assert (result[name] >= 0).all(), name
     for name in REAL:

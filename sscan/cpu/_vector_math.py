@@ -104,18 +104,11 @@ _atanh_over = _polynomial(
         0.08244142965694784,
     ),
 )  # fmt: skip
-# log1p(e) / e and 1 / (1 + e) on [0, 1]: in float32 ten multiply-adds cost half of a division
+# log1p(e) / e on [0, 1]
 _log1p_over = _polynomial(
     (
         1.0, -0.49999892648, 0.33329710499, -0.24951616263, 0.19663274257, -0.15269667074, 0.10543623795,
         -0.05637361283, 0.019542527261, -0.0031760570184,
-    ),
-    (),
-)  # fmt: skip
-_reciprocal = _polynomial(
-    (
-        0.99999995579, -0.99999111388, 0.99969933072, -0.99596450626, 0.97168814729, -0.88105640712, 0.67507517948,
-        -0.38534334279, 0.13907128161, -0.023178546935,
     ),
     (),
 )  # fmt: skip
@@ -269,9 +262,12 @@ def softplus(x):
     raise NotImplementedError
 
 
+@register_jitable
 def sigmoid(x):
-    """1 / (1 + exp(-x)) of a real vector, without overflow on either side. Only inside compiled code."""
-    raise NotImplementedError
+    """1 / (1 + exp(-x)) of a real vector, without overflow on either side."""
+    one, e = constant(x, 1.0), exp_nonpositive(minus_absolute(x))
+    larger = one / (e + one)
+    return where_negative(x, e * larger, larger)
 
 
 @overload(softplus)
@@ -286,21 +282,6 @@ def _softplus(x):
         e = exp_nonpositive(minus_absolute(x))
         s = e / (e + constant(x, 2.0))  # log1p(e) = 2 atanh(e / (2 + e))
         return fma(s + s, _atanh_over(s * s), where_negative(x, zero, x))
-
-    return double if x.element.bitwidth == 64 else single
-
-
-@overload(sigmoid)
-def _sigmoid(x):
-    def single(x):
-        e = exp_nonpositive(minus_absolute(x))
-        larger = _reciprocal(e)
-        return where_negative(x, e * larger, larger)
-
-    def double(x):
-        e = exp_nonpositive(minus_absolute(x))
-        larger = constant(x, 1.0) / (e + constant(x, 1.0))
-        return where_negative(x, e * larger, larger)
 
     return double if x.element.bitwidth == 64 else single
 
