@@ -11,6 +11,12 @@ TILE = 16
 
 
 @register_jitable
+def pieces(count, size):
+    """How many pieces of ``size`` it takes."""
+    return (count + size - 1) // size
+
+
+@register_jitable
 def padded(count: int) -> int:
     """A number of numbers in whole vectors."""
     return (count + TILE - 1) // TILE * TILE

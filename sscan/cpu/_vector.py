@@ -42,6 +42,7 @@ _MACHINE = platform.machine().lower()
 _X86 = _MACHINE in ("x86_64", "amd64")
 # Numba compiles for the host unless NUMBA_CPU_FEATURES or NUMBA_CPU_NAME says otherwise.
 FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
+AVX512 = "+avx512dq" in FEATURES
 _HALF_INSTRUCTIONS = "+f16c" in FEATURES or _MACHINE in ("aarch64", "arm64")
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _HALF, _FLOAT, _DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -79,7 +80,11 @@ class _ComplexModel(models.StructModel):
         super().__init__(manager, frontend, [("re", frontend.part), ("im", frontend.part)])
 
 
-STATES = {types.float32: 4, types.float64: 2, types.complex64: 2, types.complex128: 1}
+# A wide number takes four registers. With AVX-512 they are of 512 bits; with AVX of 256, and there are 16 of them only.
+if AVX512:
+    STATES = {types.float32: 4, types.float64: 2, types.complex64: 2, types.complex128: 1}
+else:
+    STATES = {types.float32: 2, types.float64: 1, types.complex64: 1, types.complex128: 1}
 
 
 def _wide(dtype: Any) -> Any:
@@ -773,42 +778,61 @@ def prefetch(typingctx, address):
 # --- transposition ---------------------------------------------------------------------------------------------------
 
 
-def _transposed(builder, rows):
-    """16 vectors of 16: four rounds of interleaving each vector with the one 8 further on."""
-    for _ in range(4):
-        low = [i for k in range(WIDTH // 2) for i in (k, WIDTH + k)]
-        high = [i + WIDTH // 2 for i in low]
-        paired = [None] * WIDTH
-        for i in range(WIDTH // 2):
-            x, y = rows[i], rows[i + WIDTH // 2]
-            paired[2 * i], paired[2 * i + 1] = _shuffle(builder, x, y, low), _shuffle(builder, x, y, high)
-        rows = paired
-    return rows
+# In squares of 256 bits by as many lanes, with shuffles that every processor does in one instruction, or in none: first
+# halves of registers are joined, and what is left to do stays in 128 bits. LLVM finds no such way by itself.
 
 
-def _load_rows(context, builder, array_type, array, offset, stride):
-    ty = _llvm_vector(array_type.dtype, WIDTH)
-    return [
-        _load(
-            builder,
-            _element_pointer(
-                context, builder, array_type, array, builder.add(offset, builder.mul(stride, ir.Constant(_I64, k)))
-            ),
-            ty,
-        )
-        for k in range(WIDTH)
-    ]
+def _lanes_of_square(element):
+    return 256 // (64 if element == _DOUBLE else 32)
+
+
+def _square(builder, rows):
+    """The transpose of a square: as many vectors as they have lanes."""
+    size, half = len(rows), len(rows) // 2
+    low = [at + i for at in (0, half) for k in range(half // 2) for i in (k, size + k)]
+    high = [i + half // 2 for i in low]
+    columns = []
+    for side in (0, half):
+        joined = [side + k for k in range(half)] + [size + side + k for k in range(half)]
+        part = [_shuffle(builder, rows[i], rows[i + half], joined) for i in range(half)]
+        for _ in range(half.bit_length() - 1):  # each vector interleaved with the one half of them further on
+            pairs = [(part[i], part[i + half // 2]) for i in range(half // 2)]
+            part = [_shuffle(builder, *pair, lanes) for pair in pairs for lanes in (low, high)]
+        columns += part
+    return columns
+
+
+def _piece_pointer(context, builder, array_type, array, offset, stride, row, lane):
+    """Address of one lane of one of the rows that begin at ``offset`` and are ``stride`` apart."""
+    index = builder.add(offset, builder.mul(stride, ir.Constant(_I64, row)))
+    return _element_pointer(context, builder, array_type, array, builder.add(index, ir.Constant(_I64, lane)))
 
 
 @intrinsic
 def transpose(typingctx, source, start, stride, destination, to, step):
-    """destination[to + k step + r] = source[start + r stride + k] for r, k in 0..15."""
+    """destination[to + k step + r] = source[start + r stride + k] for r, k in 0..15.
+
+    The destination may be the source itself, with the same stride; else they must not overlap.
+    """
 
     def codegen(context, builder, sig, args):
-        rows = _transposed(builder, _load_rows(context, builder, source, *args[:3]))
-        for k, row in enumerate(rows):
-            offset = builder.add(args[4], builder.mul(args[5], ir.Constant(_I64, k)))
-            _store(builder, row, _element_pointer(context, builder, destination, args[3], offset))
+        size = _lanes_of_square(_llvm_vector(source.dtype, WIDTH).element)
+        piece = _llvm_vector(source.dtype, size)
+
+        def transposed(row, lane):
+            pointers = (_piece_pointer(context, builder, source, *args[:3], row + r, lane) for r in range(size))
+            return _square(builder, [_load(builder, pointer, piece) for pointer in pointers])
+
+        def put(row, lane, vectors):
+            for k, vector in enumerate(vectors):
+                _store(builder, vector, _piece_pointer(context, builder, destination, *args[3:], row + k, lane))
+
+        for row in range(0, WIDTH, size):
+            for lane in range(0, row + size, size):  # with the square across the diagonal, which may lie there
+                here, across = transposed(row, lane), transposed(lane, row) if lane < row else None
+                put(lane, row, here)
+                if across:
+                    put(row, lane, across)
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, destination, types.intp, types.intp), codegen
@@ -820,13 +844,33 @@ def lane_sums(typingctx, source, start, stride):
     result = Vector(source.dtype, WIDTH)
 
     def codegen(context, builder, sig, args):
-        rows = _transposed(builder, _load_rows(context, builder, source, *args))
-        while len(rows) > 1:
-            half = len(rows) // 2
-            rows = [builder.fadd(rows[k], rows[k + half]) for k in range(half)]
-        return rows[0]
+        size = _lanes_of_square(_llvm_vector(source.dtype, WIDTH).element)
+        piece = _llvm_vector(source.dtype, size)
+
+        def folded(row):
+            """The lanes of one vector, added up to as many as a square has: first those 8 apart, then 4."""
+            parts = [
+                _load(builder, _piece_pointer(context, builder, source, *args, row, lane), piece)
+                for lane in range(0, WIDTH, size)
+            ]
+            while len(parts) > 1:
+                parts = _halves_added(builder, parts)
+            return parts[0]
+
+        sums = []
+        for row in range(0, WIDTH, size):
+            columns = _square(builder, [folded(row + r) for r in range(size)])
+            while len(columns) > 1:
+                columns = _halves_added(builder, columns)
+            sums += columns
+        return _concatenate(builder, sums)
 
     return result(source, types.intp, types.intp), codegen
+
+
+def _halves_added(builder, vectors):
+    half = len(vectors) // 2
+    return [builder.fadd(vectors[k], vectors[k + half]) for k in range(half)]
 
 
 # --- the floating-point environment ----------------------------------------------------------------------------------

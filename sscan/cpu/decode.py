@@ -18,7 +18,7 @@ from numba.extending import register_jitable
 
 from sscan.cpu._parallel import finish, kernel, next_task, phases, run, take, threads
 from sscan.cpu._products import ITEMS, TILES, products
-from sscan.cpu._tiles import TILE, padded
+from sscan.cpu._tiles import TILE, padded, pieces
 from sscan.cpu._vector import (
     STORAGE,
     borrowed,
@@ -65,12 +65,6 @@ class Sizes(NamedTuple):
     dt_blocks: int
     out_rows: int
     head_blocks: int
-
-
-@register_jitable
-def pieces(count, size):
-    """How many pieces of ``size`` it takes."""
-    return (count + size - 1) // size
 
 
 @register_jitable

@@ -6,8 +6,8 @@ second pass writes the result. How rows are cut depends on their number and leng
 numbers where the states do not, so that a part does not end in what the next one started from: then all is done again,
 uncut.
 
-Lines advance in tiles of 16 steps, transposed so that a vector holds one step of 16 lines. Where a line is shorter than
-its neighbours it is padded with a = 1 and b = 0, which leave the state alone.
+Lines advance in *chunks* of four tiles of 16 steps, transposed so that a vector holds one step of 16 lines. Where a
+line is shorter than its neighbours it is padded with a = 1 and b = 0, which leave the state alone.
 """
 
 import numpy as np
@@ -25,11 +25,12 @@ from sscan.cpu._rows import (
     transpose_lanes,
     write_lanes,
 )
-from sscan.cpu._tiles import ABSENT, TILE, start, view
+from sscan.cpu._tiles import ABSENT, TILE, pieces, start, view
 from sscan.cpu._vector import conj, flush_subnormals, fma, prefetch, restore_environment, scratch
 
 ENOUGH_ROWS, LINES, SHORTEST = 64, 256, 256  # rows that are not cut; lines to cut fewer rows into; steps of a part
-AHEAD = 4 * TILE  # steps after which what is asked for now is used
+CHUNK = 4  # tiles of a line that are read at once, which are neighbours in memory
+STEPS = CHUNK * TILE  # of a chunk
 TASK = 1 << 15  # numbers in a task: less is not worth waking a second thread
 
 
@@ -37,6 +38,13 @@ def cut(rows, length):
     """Parts of each row, and their length, a multiple of 16."""
     parts = 1 if rows >= ENOUGH_ROWS or rows == 0 else max(1, min(-(-LINES // rows), length // SHORTEST))
     return parts, -(-length // (parts * TILE)) * TILE
+
+
+@register_jitable
+def chunk_of(i, chunks, length, descending):
+    """Where the i-th chunk on the way begins, and how many tiles it has."""
+    t0 = STEPS * (chunks - 1 - i if descending else i)
+    return t0, min(STEPS, length - t0) // TILE
 
 
 def lines_per_task(part_length):
@@ -64,32 +72,51 @@ def place(places, of, source, line0, count, shape, reals):
 
 
 @register_jitable
-def load_tile(like, T, to, source, places, of, count, steps, t0, ahead, padding):
-    """Tile ``to`` = 16 steps from t0 on, time-major; past the end of line r comes the r-th number at ``padding``.
-
-    Memory is asked for what is read after some more tiles: no processor follows so many lines by itself.
-    """
-    for r in range(count):
-        here = min(TILE, max(0, steps[r] - t0))
-        at = places[of + r] + reals_per(like) * t0 * source.item
-        prefetch(at + reals_per(like) * ahead * source.item)
-        store_lanes(T, to + TILE * r, read_lanes(like, source, at, here))
-        for k in range(here, TILE):
-            T[to + TILE * r + k] = T[padding + r]
-            if reals_per(like) == 2:
-                T[to + PLANE + TILE * r + k] = T[padding + PLANE + r]
-    transpose_lanes(like, T, to, to)
+def at_step(like, s):
+    """From the beginning of a chunk to its step s, of all lines."""
+    return s // TILE * PLANE * reals_per(like) + s % TILE * TILE
 
 
 @register_jitable
-def write_tile(like, T, source, destination, places, of, count, steps, t0, ahead):
-    """The inverse of ``load_tile``; leaves the tile transposed."""
-    transpose_lanes(like, T, source, source)
+def load_chunk(like, T, to, source, places, of, count, steps, t0, tiles, ahead, padding):
+    """Fill ``tiles`` tiles from ``to`` on with the steps from t0 on, time-major; past the end of line r T[padding + r].
+
+    Memory is asked for what the next chunk reads: no processor follows so many lines by itself.
+    """
+    square, item = PLANE * reals_per(like), source.item * reals_per(like)
     for r in range(count):
-        here = min(TILE, max(0, steps[r] - t0))
-        at = places[of + r] + reals_per(like) * t0 * destination.item
-        prefetch(at + reals_per(like) * ahead * destination.item)
-        write_lanes(destination, at, here, load_lanes(like, T, source + TILE * r))
+        here = min(TILE * tiles, max(0, steps[r] - t0))
+        at, whole = places[of + r] + t0 * item, here // TILE
+        for i in range(whole):
+            prefetch(at + (i * TILE + ahead) * item)
+            store_lanes(T, to + i * square + TILE * r, read_lanes(like, source, at + i * TILE * item, TILE))
+        if here > whole * TILE:
+            rest = read_lanes(like, source, at + whole * TILE * item, here - whole * TILE)
+            store_lanes(T, to + whole * square + TILE * r, rest)
+        for k in range(here, TILE * tiles):
+            empty = to + k // TILE * square + TILE * r + k % TILE
+            T[empty] = T[padding + r]
+            if reals_per(like) == 2:
+                T[empty + PLANE] = T[padding + PLANE + r]
+    for i in range(tiles):
+        transpose_lanes(like, T, to + i * square, to + i * square)
+
+
+@register_jitable
+def write_chunk(like, T, source, destination, places, of, count, steps, t0, tiles, ahead):
+    """The inverse of ``load_chunk``; leaves the tiles transposed."""
+    square, item = PLANE * reals_per(like), destination.item * reals_per(like)
+    for i in range(tiles):
+        transpose_lanes(like, T, source + i * square, source + i * square)
+    for r in range(count):
+        here = min(TILE * tiles, max(0, steps[r] - t0))
+        at, whole = places[of + r] + t0 * item, here // TILE
+        for i in range(whole):
+            prefetch(at + (i * TILE + ahead) * item)
+            write_lanes(destination, at + i * TILE * item, TILE, load_lanes(like, T, source + i * square + TILE * r))
+        if here > whole * TILE:
+            rest = load_lanes(like, T, source + whole * square + TILE * r)
+            write_lanes(destination, at + whole * TILE * item, here - whole * TILE, rest)
 
 
 @kernel
@@ -100,13 +127,14 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
     recurrence is c <- conj(a) (b + c), which carries gradients.
     """
     nothing, one = lanes(like_a.dtype.type(0)), lanes(like_a.dtype.type(1))
-    T, steps, places = scratch(5 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64), scratch(3 * TILE, np.int64)
+    chunk = CHUNK * PLANE * reals_per(nothing)
+    T, places = scratch(3 * chunk + 2 * SQUARE, like_a.real.dtype), scratch(3 * TILE, np.int64)
+    steps = scratch(TILE, np.int64)
     T[:] = 0
-    A, B, H, ONE, ZERO = 0, SQUARE, 2 * SQUARE, 3 * SQUARE, 4 * SQUARE
+    A, B, H, ONE, ZERO = 0, chunk, 2 * chunk, 3 * chunk, 3 * chunk + SQUARE
     of_a, of_b, of_h = 0, TILE, 2 * TILE
-    ahead = -AHEAD if descending else AHEAD
     store_lanes(T, ONE, one)
-    tiles = shape[2] // TILE
+    chunks, ahead = pieces(shape[2], STEPS), -STEPS if descending else STEPS
     environment = flush_subnormals()
     while True:
         task = take(counter)
@@ -118,12 +146,12 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
             state, total = read_lanes(nothing, first, start(first, 0, 0, 0, at), count), one
             for of, array in ((of_a, a), (of_b, b), (of_h, h)):
                 place(places, of, array, line0, count, shape, reals_per(nothing))
-            for i in range(tiles):
-                t0 = TILE * (tiles - 1 - i if descending else i)
-                load_tile(nothing, T, A, a, places, of_a, count, steps, t0, ahead, ONE)
-                load_tile(nothing, T, B, b, places, of_b, count, steps, t0, ahead, ZERO)
-                for k in range(TILE):
-                    s = TILE * (TILE - 1 - k if descending else k)
+            for i in range(chunks):
+                t0, tiles = chunk_of(i, chunks, shape[2], descending)
+                load_chunk(nothing, T, A, a, places, of_a, count, steps, t0, tiles, ahead, ONE)
+                load_chunk(nothing, T, B, b, places, of_b, count, steps, t0, tiles, ahead, ZERO)
+                for k in range(TILE * tiles):
+                    s = at_step(nothing, TILE * tiles - 1 - k if descending else k)
                     x, y = load_lanes(nothing, T, A + s), load_lanes(nothing, T, B + s)
                     if adjoint:
                         x = conj(x)
@@ -133,7 +161,7 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
                     total = total * x
                     store_lanes(T, H + s, state)
                 if h.address:
-                    write_tile(nothing, T, H, h, places, of_h, count, steps, t0, ahead)
+                    write_chunk(nothing, T, H, h, places, of_h, count, steps, t0, tiles, ahead)
             write_lanes(last, start(last, 0, 0, 0, at), count, state)
             if product.address:
                 write_lanes(product, start(product, 0, 0, 0, at), count, total)
@@ -144,19 +172,19 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
 def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, lines, per_task, shape, descending):
     """One task: ``per_task`` lines, against the direction of the scan; carries conj(a) G from ``first`` to ``last``.
 
-    db = G = dh + carry, da = G conj(state before the step): the state is read one tile ahead, and ``before`` holds the
+    db = G = dh + carry, da = G conj(state before the step): the state is read one chunk ahead, and ``before`` holds the
     state before each whole line.
     """
     nothing = lanes(like_a.dtype.type(0))
-    T, steps, places = scratch(9 * SQUARE, like_a.real.dtype), scratch(TILE, np.int64), scratch(5 * TILE, np.int64)
+    chunk = CHUNK * PLANE * reals_per(nothing)
+    T, places = scratch(6 * chunk + 3 * SQUARE, like_a.real.dtype), scratch(5 * TILE, np.int64)
+    steps = scratch(TILE, np.int64)
     T[:] = 0
-    A, DH, DA, DB, ONE, ZERO, BEFORE = 0, SQUARE, 2 * SQUARE, 3 * SQUARE, 4 * SQUARE, 5 * SQUARE, 6 * SQUARE
-    H, NEXT = 7 * SQUARE, 8 * SQUARE
+    A, DH, DA, DB, H, NEXT = 0, chunk, 2 * chunk, 3 * chunk, 4 * chunk, 5 * chunk
+    ONE, ZERO, BEFORE = 6 * chunk, 6 * chunk + SQUARE, 6 * chunk + 2 * SQUARE
     of_dh, of_a, of_h, of_da, of_db = 0, TILE, 2 * TILE, 3 * TILE, 4 * TILE
-    ahead = -AHEAD if descending else AHEAD
     store_lanes(T, ONE, lanes(like_a.dtype.type(1)))
-    tiles = shape[2] // TILE
-    towards, edge = (-TILE, PLANE - TILE) if descending else (TILE, 0)  # the step before in the scan's direction
+    chunks, ahead = pieces(shape[2], STEPS), -STEPS if descending else STEPS
     environment = flush_subnormals()
     while True:
         task = take(counter)
@@ -169,26 +197,29 @@ def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, line
             store_lanes(T, BEFORE, read_lanes(nothing, before, start(before, 0, 0, 0, at), count))
             for of, array in ((of_dh, dh), (of_a, a), (of_h, h), (of_da, da), (of_db, db)):
                 place(places, of, array, line0, count, shape, reals_per(nothing))
-            load_tile(
-                nothing, T, H, h, places, of_h, count, steps, TILE * (tiles - 1) if descending else 0, ahead, BEFORE
-            )
-            for i in range(tiles):
-                t0 = TILE * (tiles - 1 - i if descending else i)
-                load_tile(nothing, T, DH, dh, places, of_dh, count, steps, t0, ahead, ZERO)
-                load_tile(nothing, T, A, a, places, of_a, count, steps, t0, ahead, ONE)
+            t0, tiles = chunk_of(0, chunks, shape[2], descending) if chunks > 0 else (0, 0)
+            load_chunk(nothing, T, H, h, places, of_h, count, steps, t0, tiles, ahead, BEFORE)
+            for i in range(chunks):
+                t0, tiles = chunk_of(i, chunks, shape[2], descending)
+                load_chunk(nothing, T, DH, dh, places, of_dh, count, steps, t0, tiles, ahead, ZERO)
+                load_chunk(nothing, T, A, a, places, of_a, count, steps, t0, tiles, ahead, ONE)
                 beyond = load_lanes(nothing, T, BEFORE)
-                if i + 1 < tiles:
-                    load_tile(nothing, T, NEXT, h, places, of_h, count, steps, t0 + towards, ahead, BEFORE)
-                    beyond = load_lanes(nothing, T, NEXT + edge)
-                for k in range(TILE):
-                    s = TILE * (TILE - 1 - k if descending else k)
-                    G = load_lanes(nothing, T, DH + s) + carry
-                    store_lanes(T, DB + s, G)
-                    x = load_lanes(nothing, T, H + s + towards) if k + 1 < TILE else beyond
-                    store_lanes(T, DA + s, G * conj(x))
-                    carry = conj(load_lanes(nothing, T, A + s)) * G
-                write_tile(nothing, T, DA, da, places, of_da, count, steps, t0, ahead)
-                write_tile(nothing, T, DB, db, places, of_db, count, steps, t0, ahead)
+                if i + 1 < chunks:
+                    then, more = chunk_of(i + 1, chunks, shape[2], descending)
+                    load_chunk(nothing, T, NEXT, h, places, of_h, count, steps, then, more, ahead, BEFORE)
+                    beyond = load_lanes(nothing, T, NEXT + at_step(nothing, TILE * more - 1 if descending else 0))
+                for k in range(TILE * tiles):
+                    step, towards = (TILE * tiles - 1 - k, -1) if descending else (k, 1)
+                    here = at_step(nothing, step)
+                    G = load_lanes(nothing, T, DH + here) + carry
+                    store_lanes(T, DB + here, G)
+                    x = beyond
+                    if k + 1 < TILE * tiles:
+                        x = load_lanes(nothing, T, H + at_step(nothing, step + towards))
+                    store_lanes(T, DA + here, G * conj(x))
+                    carry = conj(load_lanes(nothing, T, A + here)) * G
+                write_chunk(nothing, T, DA, da, places, of_da, count, steps, t0, tiles, ahead)
+                write_chunk(nothing, T, DB, db, places, of_db, count, steps, t0, tiles, ahead)
                 H, NEXT = NEXT, H
             write_lanes(last, start(last, 0, 0, 0, at), count, carry)
     restore_environment(environment)
