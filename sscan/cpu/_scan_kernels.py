@@ -224,23 +224,26 @@ def move_states(S, offset, states, row, block, into_scratch):
 
 
 @register_jitable
-def load_delta(chunk, waves, zoh, block, time, steps, ahead):
+def load_delta(chunk, waves, zoh, block, time, steps, ahead, span):
     """Fill a chunk's scratch, and ask for the chunk that is ``ahead`` steps further on.
 
-    Rows are read one by one; functions of their elements are taken of several rows at a time, whose latencies overlap.
+    Of a row ``span`` steps are read before the next row: all that there are, unless a chunk is short and many blocks
+    take turns at it. Functions of elements are taken of several rows at a time, whose latencies overlap.
     """
     u, delta, DR, UR, tile = waves.u, waves.delta, chunk.DR, chunk.UR, chunk.tiles
     zero = splat(tile.dtype.type(0))
     at_u, at_delta = at(u, block, time), at(delta, block, time)
-    for t in range(0, steps, TILE):
-        count = min(TILE, steps - t)
+    for t0 in range(0, steps, span):
         for r in range(block.rows):
-            here = at_delta + r * delta.row + t * delta.item
-            prefetch(here + ahead * delta.item)
-            store(DR, TILE * (t + r), read_row(zero, delta, here, count) + splat(waves.delta_bias[block.channel + r]))
-            here = at_u + r * u.row + t * u.item
-            prefetch(here + ahead * u.item)
-            store(UR, TILE * (t + r), read_row(zero, u, here, count))
+            bias = splat(waves.delta_bias[block.channel + r])
+            for t in range(t0, min(t0 + span, steps), TILE):
+                here = at_delta + r * delta.row + t * delta.item
+                prefetch(here + ahead * delta.item)
+                store(DR, TILE * (t + r), read_row(zero, delta, here, min(TILE, steps - t)) + bias)
+                here = at_u + r * u.row + t * u.item
+                prefetch(here + ahead * u.item)
+                store(UR, TILE * (t + r), read_row(zero, u, here, min(TILE, steps - t)))
+    for t in range(0, steps, TILE):
         for r in range(block.rows, TILE):
             store(DR, TILE * (t + r), zero)
             store(UR, TILE * (t + r), zero)
@@ -310,28 +313,30 @@ def walk(own, matrices, inputs, Y, padded, chunk, steps, zoh, B_varies, C_varies
 
 @register_jitable
 def store_output(Y, chunk, waves, y, block, time, steps, ahead):
-    """Row-major end of a chunk: add D u, multiply by the gate, round and write."""
-    z, tile = waves.z, chunk.tiles
+    """Row-major end of a chunk: add D u, multiply by the gate, round and write. Takes the place of delta and u."""
+    z, tile, result, gate = waves.z, chunk.tiles, chunk.UR, chunk.DR
     zero = splat(tile.dtype.type(0))
     at_y, at_z = at(y, block, time), at(z, block, time)
-    for t in range(0, steps, TILE):
-        count = min(TILE, steps - t)
-        transpose(Y, TILE * t, TILE, tile, 0, TILE)
+    if z.address != 0:
         for r in range(block.rows):
-            skip = splat(waves.D[block.channel + r])
-            store(tile, TILE * r, fma(skip, load(chunk.UR, TILE * (t + r)), load(tile, TILE * r)))
-        if z.address != 0:
-            for r in range(block.rows):
+            for t in range(0, steps, TILE):
                 here = at_z + r * z.row + t * z.item
                 prefetch(here + ahead * z.item)
-                store(tile, SQUARE + TILE * r, read_row(zero, z, here, count))
-            for k in range(0, SQUARE, TILE * states_per_step(tile)):
-                gate = load_wide(tile, SQUARE + k)
-                store_wide(tile, k, load_wide(tile, k) * (gate * sigmoid(gate)))
+                store(gate, TILE * (t + r), read_row(zero, z, here, min(TILE, steps - t)))
+    for t in range(0, steps, TILE):
+        transpose(Y, TILE * t, TILE, tile, 0, TILE)
         for r in range(block.rows):
+            skip, here = splat(waves.D[block.channel + r]), TILE * (t + r)
+            store(result, here, fma(skip, load(result, here), load(tile, TILE * r)))
+        if z.address != 0:
+            for k in range(TILE * t, TILE * t + SQUARE, TILE * states_per_step(tile)):
+                v = load_wide(gate, k)
+                store_wide(result, k, load_wide(result, k) * (v * sigmoid(v)))
+    for r in range(block.rows):
+        for t in range(0, steps, TILE):
             here = at_y + r * y.row + t * y.item
             prefetch(here + ahead * y.item)
-            write_row(y, here, count, load(tile, TILE * r))
+            write_row(y, here, min(TILE, steps - t), load(result, TILE * (t + r)))
 
 
 @functools.cache
@@ -364,7 +369,7 @@ def forward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                 steps, time = min(chunk, length - t0), begin + t0
                 if checkpoints.size > 0:
                     keep_states(checkpoints, (first_chunk + t0 // chunk) * blocks + task % blocks, own.H)
-                load_delta(inputs, waves, zoh, block, time, steps, chunk)
+                load_delta(inputs, waves, zoh, block, time, steps, chunk, chunk)
                 load_matrices(matrices, chunk, B, C, B_varies, C_varies, block, state, time, steps)
                 walk(own, matrices, inputs, Y, padded, chunk, steps, zoh, B_varies, C_varies)
                 if y.address != 0:
@@ -693,7 +698,7 @@ def backward_kernel(zoh: bool, B_varies: bool, C_varies: bool) -> Any:
                     for number in range(block0, block1):
                         block, offset = block_of(number, batch, groups, dim), (number - block0) * size
                         kept = ((first_chunk + t0 // T) * groups * blocks + number) * size
-                        load_delta(inputs, waves, zoh, block, time, steps, -T)
+                        load_delta(inputs, waves, zoh, block, time, steps, -T, TILE)
                         load_cotangent(adjoint.GY, adjoint.GR, inputs.tiles, waves, dy, block, time, steps)
                         for n in range(0, padded, step):
                             here, h = offset + n * TILE, load_wide(checkpoints, kept + n * TILE)
@@ -796,7 +801,7 @@ def carry_kernel(C_varies: bool) -> Any:
             CARRY[:] = 0
             for t0 in range((length - 1) // CHUNK * CHUNK, -1, -CHUNK):
                 steps, time = min(CHUNK, length - t0), begin + t0
-                load_delta(chunk, waves, False, block, time, steps, -CHUNK)
+                load_delta(chunk, waves, False, block, time, steps, -CHUNK, CHUNK)
                 load_cotangent(GY, GR, chunk.tiles, waves, dy, block, time, steps)
                 if C_varies:
                     load_varying(CS, CHUNK, C, block, state, time, steps, True)
