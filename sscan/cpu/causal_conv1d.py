@@ -21,6 +21,7 @@ from sscan.cpu._vector import (
     lane_sums,
     load,
     load_wide,
+    prefetch,
     repeat,
     scratch,
     splat,
@@ -66,6 +67,13 @@ def load_window(X, at, x, address, t0, count, halo, initial_state, initial, d):
 
 
 @register_jitable
+def ask_for(x, address, count):
+    """Ask memory for what comes ``count`` elements after an address, as many again: the next chunk or the next row."""
+    for at in range(address + count * x.item, address + 2 * count * x.item, 64):
+        prefetch(at)
+
+
+@register_jitable
 def weighted(X, at, weight, bias, d):
     """The sums of the taps of a vector of steps, whose inputs begin at X[at]: before the activation."""
     like, halo = load_wide(X, 0), weight.shape[1] - 1
@@ -100,6 +108,8 @@ def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, channels, 
                     steps = min(CHUNK, end - t0)
                     here = start(x, batch, 0, d, begin + t0)
                     load_window(X, at, x, here, t0, steps, halo, initial_state, initial, d)
+                    ask_for(x, here, steps)
+                    ask_for(y, start(y, batch, 0, d, begin + t0), steps)
                     for t in range(0, steps, wide):
                         total = weighted(X, at + t, weight, bias, d)
                         if silu:
@@ -229,6 +239,9 @@ def backward(
                     load_window(X, at, x, here, t0, count, halo, initial_state, initial, d)
                     X[at + count : at + count + wide] = 0
                     read_numbers(G, 0, dy, start(dy, batch, 0, d, begin + t0), count)
+                    ask_for(x, here, steps)
+                    ask_for(dy, start(dy, batch, 0, d, begin + t0), steps)
+                    ask_for(dx, start(dx, batch, 0, d, begin + t0), steps)
                     if silu:
                         through_activation(G, X, at, weight, bias, d, count)
                     G[count : steps + halo + wide] = 0
