@@ -454,6 +454,7 @@ def test_sampler() -> None:
     for arguments, message in [
         ({"temperature": -1}, "temperature"), ({"temperature": np.nan}, "temperature"), ({"top_k": 0}, "top_k"),
         ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_p": np.nan}, "top_p"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             nn.Sampler(**arguments)

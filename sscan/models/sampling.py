@@ -55,6 +55,8 @@ class Sampler:
         if min_p is not None and not 0 <= min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {min_p}")
         check_number("Sampler", "repetition_penalty", repetition_penalty, positive=True)
+        if not isinstance(seed, np.random.Generator):
+            check_integer("Sampler", "seed", seed, 0)
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty = repetition_penalty
         self.rng = np.random.default_rng(seed)
