@@ -424,3 +424,12 @@ def test_lane_sums_have_a_fixed_order(dtype: Any) -> None:
         half = rows.shape[1] // 2
         rows = rows[:, :half] + rows[:, half:]
     np.testing.assert_array_equal(sums, rows[:, 0])
+
+
+@DTYPES
+def test_transpose_where_it_lies(dtype: Any) -> None:
+    x, sums = np.arange(20 * 16, dtype=dtype), np.empty(16, dtype)
+    expected = x.reshape(16, 20).copy()
+    expected[:, :16] = expected[:, :16].T.copy()
+    shuffle(x, 0, 20, x, 0, 20, sums)
+    np.testing.assert_array_equal(x.reshape(16, 20), expected)
