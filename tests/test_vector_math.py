@@ -257,6 +257,7 @@ def test_complex_ends(dtype: Any) -> None:
 PORTABLE = """
 import sys
 from sscan.cpu import _vector_math
+assert isinstance(_vector_math._AVX512, bool)
 _vector_math._AVX512 = False  # read when code is generated
 sys.path.insert(0, sys.argv[1])
 import test_vector_math

@@ -16,7 +16,7 @@ from numba.extending import intrinsic, overload, register_jitable
 
 from sscan.cpu._vector import (
     _I32,
-    AVX512,
+    FEATURES,
     Complex,
     _call,
     _common,
@@ -34,6 +34,7 @@ from sscan.cpu._vector import (
 )
 
 LOG2_E = math.log2(math.e)
+_AVX512 = "+avx512dq" in FEATURES
 
 
 def _literal(ty, element, number):
@@ -147,7 +148,7 @@ def _nearest(typingctx, x):
 
     def codegen(context, builder, sig, args):
         value, ty = args[0], args[0].type
-        if AVX512:
+        if _AVX512:
             rest = _avx512(builder, "reduce", value, ir.Constant(_I32, 8))  # 8: to nearest, no exceptions
             k = s = builder.fsub(value, rest)
         else:
@@ -170,7 +171,7 @@ def _scale(typingctx, x, s):
 
     def codegen(context, builder, sig, args):
         value, ty = args[0], args[0].type
-        if AVX512:
+        if _AVX512:
             return _avx512(builder, "scalef", value, args[1])
         mantissa, _, bits = _float_format(x.element)
         integers = ir.VectorType(ir.IntType(bits), ty.count)
