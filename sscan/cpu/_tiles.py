@@ -19,7 +19,7 @@ def pieces(count, size):
 @register_jitable
 def padded(count: int) -> int:
     """A number of numbers in whole vectors."""
-    return (count + TILE - 1) // TILE * TILE
+    return pieces(count, TILE) * TILE
 
 
 class View(NamedTuple):

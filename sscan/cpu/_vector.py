@@ -352,6 +352,12 @@ def _element_pointer(context, builder, array_type, array, offset, plane=0):
     return builder.gep(data, [offset], inbounds=True)
 
 
+def _piece_pointer(context, builder, array_type, array, offset, stride, row, lane=0):
+    """Address of one lane of one of the rows that begin at ``offset`` and are ``stride`` apart."""
+    index = builder.add(offset, builder.mul(stride, ir.Constant(_I64, row)))
+    return _element_pointer(context, builder, array_type, array, builder.add(index, ir.Constant(_I64, lane)))
+
+
 def _load(builder, pointer, ty):
     return builder.load(builder.bitcast(pointer, ty.as_pointer()), align=4 if ty.element == _FLOAT else 8)
 
@@ -423,7 +429,8 @@ def load_column(typingctx, array, offset, stride):
 
     def codegen(context, builder, sig, args):
         value = ir.Constant(_llvm_vector(array.dtype, WIDTH), ir.Undefined)
-        for k, pointer in enumerate(_column_pointers(context, builder, array, *args)):
+        for k in range(WIDTH):
+            pointer = _piece_pointer(context, builder, array, *args, k)
             value = builder.insert_element(value, builder.load(pointer), ir.Constant(_I32, k))
         return value
 
@@ -435,17 +442,12 @@ def store_column(typingctx, array, offset, stride, x):
     """The inverse of ``load_column``."""
 
     def codegen(context, builder, sig, args):
-        for k, pointer in enumerate(_column_pointers(context, builder, array, *args[:3])):
+        for k in range(WIDTH):
+            pointer = _piece_pointer(context, builder, array, *args[:3], k)
             builder.store(builder.extract_element(args[3], ir.Constant(_I32, k)), pointer)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp, x), codegen
-
-
-def _column_pointers(context, builder, array_type, array, offset, stride):
-    for k in range(WIDTH):
-        index = builder.add(offset, builder.mul(stride, ir.Constant(_I64, k)))
-        yield _element_pointer(context, builder, array_type, array, index)
 
 
 @intrinsic
@@ -777,10 +779,7 @@ def prefetch(typingctx, address):
 
 # In squares of 256 bits by as many lanes, with shuffles that every processor does in one instruction, or in none: first
 # halves of registers are joined, and what is left to do stays in 128 bits. LLVM finds no such way by itself.
-
-
-def _lanes_of_square(element):
-    return 256 // (64 if element == _DOUBLE else 32)
+SQUARE_BITS = 256
 
 
 def _square(builder, rows):
@@ -799,12 +798,6 @@ def _square(builder, rows):
     return columns
 
 
-def _piece_pointer(context, builder, array_type, array, offset, stride, row, lane):
-    """Address of one lane of one of the rows that begin at ``offset`` and are ``stride`` apart."""
-    index = builder.add(offset, builder.mul(stride, ir.Constant(_I64, row)))
-    return _element_pointer(context, builder, array_type, array, builder.add(index, ir.Constant(_I64, lane)))
-
-
 @intrinsic
 def transpose(typingctx, source, start, stride, destination, to, step):
     """destination[to + k step + r] = source[start + r stride + k] for r, k in 0..15.
@@ -813,7 +806,7 @@ def transpose(typingctx, source, start, stride, destination, to, step):
     """
 
     def codegen(context, builder, sig, args):
-        size = _lanes_of_square(_llvm_vector(source.dtype, WIDTH).element)
+        size = SQUARE_BITS // source.dtype.bitwidth
         piece = _llvm_vector(source.dtype, size)
 
         def transposed(row, lane):
@@ -841,7 +834,7 @@ def lane_sums(typingctx, source, start, stride):
     result = Vector(source.dtype, WIDTH)
 
     def codegen(context, builder, sig, args):
-        size = _lanes_of_square(_llvm_vector(source.dtype, WIDTH).element)
+        size = SQUARE_BITS // source.dtype.bitwidth
         piece = _llvm_vector(source.dtype, size)
 
         def folded(row):

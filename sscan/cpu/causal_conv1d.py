@@ -108,14 +108,15 @@ def forward(counter, tasks, x, y, weight, bias, silu, parts, bundles, channels, 
                     steps = min(CHUNK, end - t0)
                     here = start(x, batch, 0, d, begin + t0)
                     load_window(X, at, x, here, t0, steps, halo, initial_state, initial, d)
+                    there = start(y, batch, 0, d, begin + t0)
                     ask_for(x, here, steps)
-                    ask_for(y, start(y, batch, 0, d, begin + t0), steps)
+                    ask_for(y, there, steps)
                     for t in range(0, steps, wide):
                         total = weighted(X, at + t, weight, bias, d)
                         if silu:
                             total = total * sigmoid(total)
                         store_wide(Y, t, total)
-                    write_numbers(Y, 0, y, start(y, batch, 0, d, begin + t0), steps)
+                    write_numbers(Y, 0, y, there, steps)
                 if final >= 0 and end == length:
                     here = start(x, batch, 0, d, begin + length)
                     load_window(X, at, x, here, length, 0, halo, initial_state, initial, d)
@@ -235,13 +236,14 @@ def backward(
                 for t0 in range(offset, max(end, offset + 1), CHUNK):  # also once for an empty segment: its states
                     steps = min(CHUNK, end - t0)
                     count = min(steps + halo, length - t0)
-                    here = start(x, batch, 0, d, begin + t0)
+                    here, of_dy = start(x, batch, 0, d, begin + t0), start(dy, batch, 0, d, begin + t0)
+                    there = start(dx, batch, 0, d, begin + t0)
                     load_window(X, at, x, here, t0, count, halo, initial_state, initial, d)
                     X[at + count : at + count + wide] = 0
-                    read_numbers(G, 0, dy, start(dy, batch, 0, d, begin + t0), count)
+                    read_numbers(G, 0, dy, of_dy, count)
                     ask_for(x, here, steps)
-                    ask_for(dy, start(dy, batch, 0, d, begin + t0), steps)
-                    ask_for(dx, start(dx, batch, 0, d, begin + t0), steps)
+                    ask_for(dy, of_dy, steps)
+                    ask_for(dx, there, steps)
                     if silu:
                         through_activation(G, X, at, weight, bias, d, count)
                     G[count : steps + halo + wide] = 0
@@ -251,7 +253,7 @@ def backward(
                         add_final(DX, dfinal_state, final, d, t0 - (length - halo), steps)
                     if initial >= 0 and t0 == 0:
                         store_initial(dinitial_state, initial, dfinal_state, final, G, weight, d, length)
-                    write_numbers(DX, 0, dx, start(dx, batch, 0, d, begin + t0), steps)
+                    write_numbers(DX, 0, dx, there, steps)
             store_sums(partials, bundle, d, S, F)
 
 

@@ -41,9 +41,10 @@ def cut(rows, length):
 
 
 @register_jitable
-def chunk_of(i, chunks, length, descending):
-    """Where the i-th chunk on the way begins, and how many tiles it has."""
-    t0 = STEPS * (chunks - 1 - i if descending else i)
+def chunk_of(i, length, descending):
+    """Where the i-th chunk on the way begins, and how many tiles it has: the only one of an empty line none."""
+    last = max(0, pieces(length, STEPS) - 1)
+    t0 = STEPS * (last - i if descending else i)
     return t0, min(STEPS, length - t0) // TILE
 
 
@@ -147,7 +148,7 @@ def scan(counter, tasks, a, b, h, first, last, product, like_a, lines, per_task,
             for of, array in ((of_a, a), (of_b, b), (of_h, h)):
                 place(places, of, array, line0, count, shape, reals_per(nothing))
             for i in range(chunks):
-                t0, tiles = chunk_of(i, chunks, shape[2], descending)
+                t0, tiles = chunk_of(i, shape[2], descending)
                 load_chunk(nothing, T, A, a, places, of_a, count, steps, t0, tiles, ahead, ONE)
                 load_chunk(nothing, T, B, b, places, of_b, count, steps, t0, tiles, ahead, ZERO)
                 for k in range(TILE * tiles):
@@ -197,15 +198,15 @@ def backward(counter, tasks, dh, a, h, da, db, first, last, before, like_a, line
             store_lanes(T, BEFORE, read_lanes(nothing, before, start(before, 0, 0, 0, at), count))
             for of, array in ((of_dh, dh), (of_a, a), (of_h, h), (of_da, da), (of_db, db)):
                 place(places, of, array, line0, count, shape, reals_per(nothing))
-            t0, tiles = chunk_of(0, chunks, shape[2], descending) if chunks > 0 else (0, 0)
+            t0, tiles = chunk_of(0, shape[2], descending)
             load_chunk(nothing, T, H, h, places, of_h, count, steps, t0, tiles, ahead, BEFORE)
             for i in range(chunks):
-                t0, tiles = chunk_of(i, chunks, shape[2], descending)
+                t0, tiles = chunk_of(i, shape[2], descending)
                 load_chunk(nothing, T, DH, dh, places, of_dh, count, steps, t0, tiles, ahead, ZERO)
                 load_chunk(nothing, T, A, a, places, of_a, count, steps, t0, tiles, ahead, ONE)
                 beyond = load_lanes(nothing, T, BEFORE)
                 if i + 1 < chunks:
-                    then, more = chunk_of(i + 1, chunks, shape[2], descending)
+                    then, more = chunk_of(i + 1, shape[2], descending)
                     load_chunk(nothing, T, NEXT, h, places, of_h, count, steps, then, more, ahead, BEFORE)
                     beyond = load_lanes(nothing, T, NEXT + at_step(nothing, TILE * more - 1 if descending else 0))
                 for k in range(TILE * tiles):
