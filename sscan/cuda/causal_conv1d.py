@@ -9,7 +9,8 @@ from sscan.cuda._launch import Kernel
 from sscan.cuda._sums import over_parts
 
 LAST = "causal_conv1d_last"
-WARP, CHANNELS = 32, 4  # channels of a block, a warp for each
+WARP, CHANNEL_BITS = 32, 2
+CHANNELS = 1 << CHANNEL_BITS  # of a block, a warp for each
 PART = 2048  # steps of a warp, if that leaves enough
 WARPS = 32  # of a multiprocessor, that are enough
 STEPS = 2048  # of a warp of `wide_dweight`

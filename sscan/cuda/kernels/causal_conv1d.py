@@ -40,7 +40,7 @@ from sscan.cuda._primitives import (
     writer,
 )
 from sscan.cuda._target import device
-from sscan.cuda.causal_conv1d import AGES, BLOCK, CHANNELS, STEPS, WARP
+from sscan.cuda.causal_conv1d import AGES, BLOCK, CHANNEL_BITS, CHANNELS, STEPS, WARP
 from sscan.cuda.kernels._segments import segment
 from sscan.cuda.kernels._warp import lane_sum
 
@@ -97,19 +97,38 @@ def activations(real, silu):
 # --- small widths ----------------------------------------------------------------------------------------------------
 
 
-def group_reader(storage, real, group):
-    """``make()``, ``ask(raw, address, row, t, length)`` and ``take(into, raw)``: steps t, ..., t + group - 1 of a row.
+# Steps are counted from the start of a warp's part of a row, in 32 bits, since those of 64 are two instructions each.
+# Groups that begin from `low` to `high` are all inside of the row.
+short = np.int32
+FAR = short(1 << 30)
 
-    ``row`` is the row's first element. A group that is not all inside of 0 ... length is 0. What is asked for is waited
-    for where it is taken.
+
+def whole_groups(ends):
+    """Whether the group at step ``t`` is inside of the row; none is partly outside at its begin without ``ends``."""
+    return device((lambda t, low, high: (t >= low) & (t <= high)) if ends else (lambda t, low, high: t <= high))
+
+
+@device
+def borders(start, length, group):
+    """``low`` and ``high`` of a part that begins at step ``start`` of a row, unless ``length`` is 0."""
+    left = length - start
+    left = select(left > 0, select(left < FAR, short(left), FAR), short(-FAR))
+    return select(start == 0, short(0), short(-FAR)), short(left - group)
+
+
+def group_reader(storage, real, group, ends):
+    """``make()``, ``ask(raw, address, t, ahead, low, high)`` and ``take(into, raw)``: a group of a row.
+
+    It lies ``ahead`` steps behind that of step ``t``, which ``address`` is of. If it is not all inside of the row, it
+    is 0. What is asked for is waited for where it is taken.
     """
-    dtype = dtype_of(storage)
+    dtype, whole = dtype_of(storage), whole_groups(ends)
     if group == 1:
         load_one = reader(dtype, real, 1)
 
         @device
-        def ask_one(raw, address, row, t, length):
-            load_one(raw, address, row + t, select((t >= 0) & (t < length), 1, 0))
+        def ask_one(raw, address, t, ahead, low, high):
+            load_one(raw, address, ahead, select(whole(short(t + ahead), low, high), 1, 0))
 
         @device
         def take_one(into, raw):
@@ -119,8 +138,8 @@ def group_reader(storage, real, group):
     load, widen = stored_reader(dtype, group, True), widener(dtype, real, group)
 
     @device
-    def ask(raw, address, row, t, length):
-        load(raw, 0, address, row + t, select((t >= 0) & (t + group <= length), group, 0))
+    def ask(raw, address, t, ahead, low, high):
+        load(raw, 0, address, ahead, select(whole(short(t + ahead), low, high), group, 0))
 
     @device
     def take(into, raw):
@@ -141,23 +160,25 @@ def phase_of(storage, group):
 
 
 def ends_of_rows(storage, real, group):
-    """``add(into, address, row, t, length)`` and ``write(address, row, t, values, length)``: groups partly outside."""
+    """``add(into, address, t, low, high)`` and ``write(address, t, values, low, high)``: groups partly outside.
+
+    ``address`` is of step ``t``.
+    """
     read_one, write_one = element_reader(storage, real), element_writer(storage, real)
 
     @device
-    def inside(t, k, length):
-        partly = (t < 0) | (t + group > length)
-        return partly & (t + k >= 0) & (t + k < length)
+    def inside(t, k, low, high):
+        return ((t < low) | (t > high)) & (t + k >= low) & (t + k < high + group)
 
     @device
-    def add(into, address, row, t, length):
+    def add(into, address, t, low, high):
         for k in range(group):
-            into[k] = into[k] + read_one(address, row + t + k, inside(t, k, length))
+            into[k] = into[k] + read_one(address, k, inside(t, k, low, high))
 
     @device
-    def write(address, row, t, values, length):
+    def write(address, t, values, low, high):
         for k in range(group):
-            write_one(address, row + t + k, values[k], inside(t, k, length))
+            write_one(address, k, values[k], inside(t, k, low, high))
 
     return add, write
 
@@ -251,7 +272,7 @@ def sums_of_taps(real, width, mask):
 @device
 def place(dim):
     """(part, channel, whether there is one) of a warp."""
-    blocks = (dim + CHANNELS - 1) // CHANNELS
+    blocks = (dim + CHANNELS - 1) >> CHANNEL_BITS
     part = quotient(block_index(), blocks)
     d = (block_index() - part * blocks) * CHANNELS + (thread_index() >> 5)
     return part, select(d < dim, d, 0), d < dim
@@ -277,13 +298,14 @@ def forward(storage, width, group, ends, silu, mask):
     """A warp has ``tiles_of_part`` tiles of one row. ``ends``: groups may be partly outside of their rows."""
     real, halo, tile_steps = real_of_storage(storage), width - 1, WARP * group
     back, phase, read_taps = -(-halo // group), phase_of(storage, group), taps_reader(real, width)
-    make_raw, ask, take = group_reader(storage, real, group)
+    make_raw, ask, take = group_reader(storage, real, group, ends)
     add_ends, write_ends = ends_of_rows(storage, real, group)
     before, _ = neighbours(group, halo)
     add_initial, (first_state, weighted) = initial_adder(real, halo, group), sums_of_taps(real, width, mask)
     read_age, write = element_reader(AGES, real), writer(dtype_of(storage), real, group, group > 1)
     window, numbers, taps = local_array(halo + group, real), local_array(group, real), local_array(width, real)
     (activate, _), oldest, masked, states = activations(real, silu), real.type(halo), mask != "", mask == "states"
+    whole, shift = whole_groups(ends), dtype_of(storage).itemsize.bit_length() - 1
 
     def kernel(
         x, y, weight, bias, initial_state, ages, sequences, dim, length, tiles, parts, tiles_of_part, x_batch, x_dim,
@@ -293,40 +315,45 @@ def forward(storage, width, group, ends, silu, mask):
         lane, (rest, d, inside) = thread_index() & (WARP - 1), place(dim)
         batch, steps = quotient(rest, parts), select(inside, length, 0)
         first = (rest - batch * parts) * tiles_of_part
+        start = first * tile_steps
+        low, high = borders(start, steps, group)
+        tiles_left, t = short(min(tiles - first, FAR)), short(lane * group)
+        turns = min(short(tiles_of_part), tiles_left)
         row, y_row, state_row = batch * x_batch + d * x_dim, batch * y_batch + d * y_dim, (batch * dim + d) * halo
-        t, last = first * tile_steps + lane * group, min(first + tiles_of_part, tiles)
         if ends:
-            t = t - phase(x, row)
-        ask(raw, x, row, t - tile_steps, select((lane >= WARP - back) & (first > 0), steps, 0))
+            t = short(t - phase(x, row))
+        x_at, y_at = x + ((row + start + t) << shift), y + ((y_row + start + t) << shift)
+        ask(raw, x_at, t, -tile_steps, low, select((lane >= WARP - back) & (first > 0), high, short(-FAR)))
         take(P, raw)
-        ask(raw, x, row, t, steps)
-        b = read_taps(W, weight, bias, d)
-        for tile in range(first, last):
+        ask(raw, x_at, t, 0, low, high)
+        b, tile = read_taps(W, weight, bias, d), short(0)
+        while tile < turns:
             take(V, raw)
             if ends:
-                if (tile == 0) | (tile + 2 >= tiles):
-                    add_ends(V, x, row, t, steps)
-            if tile + 1 < last:
-                ask(raw, x, row, t + tile_steps, steps)
-            if (initial_state != 0) & (tile == 0) & (not states):
+                if ((first == 0) & (tile == 0)) | (short(tile + 2) >= tiles_left):
+                    add_ends(V, x_at, t, low, high)
+            if short(tile + 1) < turns:
+                ask(raw, x_at, t, tile_steps, low, high)
+            if (initial_state != 0) & (first == 0) & (tile == 0) & (not states):
                 add_initial(V, P, initial_state, state_row, t)
             for k in range(group):
                 X[halo + k] = V[k]
             before(X, P, lane)
             converge()
             for j in range(group):
-                age = oldest
+                age, at = oldest, start + np.int64(t) + j
                 if masked:
-                    age = read_age(ages, batch * length + t + j, (t + j >= 0) & (t + j < steps))
-                state, head = first_state(age, t + j, steps, sequences, True, dim, d)
+                    age = read_age(ages, batch * length + at, (at >= 0) & (at < steps))
+                state, head = first_state(age, at, steps, sequences, True, dim, d)
                 Y[j] = activate(weighted(X, W, b, age, j, initial_state, state, head))
-            write(y, y_row + t, Y, select((t >= 0) & (t + group <= steps), group, 0))
+            write(y_at, 0, Y, select(whole(t, low, high), group, 0))
             if ends:
-                if (tile == 0) | (tile + 2 >= tiles):
-                    write_ends(y, y_row, t, Y, steps)
+                if ((first == 0) & (tile == 0)) | (short(tile + 2) >= tiles_left):
+                    write_ends(y_at, t, Y, low, high)
             for k in range(group):
                 P[k] = V[k]
-            t = t + tile_steps
+            tile, t = short(tile + 1), short(t + tile_steps)
+            x_at, y_at = x_at + (tile_steps << shift), y_at + (tile_steps << shift)
 
     lean = real.itemsize == 4 and width <= 4 and not masked
     return kernel, Shape(CHANNELS * WARP, (12 if group <= 4 else 10) if lean else 4)
@@ -429,7 +456,7 @@ def backward(storage, width, group, ends, silu, mask):
     """
     real, halo, tile_steps = real_of_storage(storage), width - 1, WARP * group
     back, phase, read_taps = -(-halo // group), phase_of(storage, group), taps_reader(real, width)
-    make_raw, ask, take = group_reader(storage, real, group)
+    make_raw, ask, take = group_reader(storage, real, group, ends)
     add_ends, write_ends = ends_of_rows(storage, real, group)
     before, after = neighbours(group, halo)
     read_ages, gradients_of_sums, add_gradients, gradients_of_inputs = gradients_of_steps(
@@ -439,6 +466,8 @@ def backward(storage, width, group, ends, silu, mask):
     window, numbers, taps = local_array(halo + group, real), local_array(group, real), local_array(width, real)
     add_initial, zero = initial_adder(real, halo, group), real.type(0)
     sum_over_warp, masked, states = lane_sum(WARP), mask != "", mask == "states"
+    whole, shift = whole_groups(ends), dtype_of(storage).itemsize.bit_length() - 1
+    tile_bytes = tile_steps << shift
 
     def kernel(
         dy, x, dx, weight, bias, initial_state, dfinal_state, ages, sequences, dweight, dbias, batches, dim, length,
@@ -452,56 +481,70 @@ def backward(storage, width, group, ends, silu, mask):
             DW[k] = zero
         rows = quotient(part, parts)
         first, rows = (part - rows * parts) * tiles_of_part, rows * rows_of_part
-        last = min(first + tiles_of_part, tiles)
-        lookers = select(lane >= WARP - back, steps, 0)
+        start, tiles_left = first * tile_steps, short(min(tiles - first, FAR))
+        count, (low, high) = min(short(tiles_of_part), tiles_left), borders(start, steps, group)
+        latest, begin = (
+            min(count, short(tiles_left - 1)),
+            select(first == 0, short(0), short(-1)),
+        )  # the row's first tile
+        lookers = select(lane >= WARP - back, high, short(-FAR))
         for batch in range(rows, min(rows + rows_of_part, batches)):
             row, dy_row, age_row = batch * x_batch + d * x_dim, batch * dy_batch + d * dy_dim, batch * length
             dx_row, state_row = batch * dx_batch + d * dx_dim, (batch * dim + d) * halo
-            tile = min(last, tiles - 1)
-            t = tile * tile_steps + lane * group
+            t = short(latest * tile_steps + lane * group)
             if ends:
-                t = t - phase(x, row)
-            wanted = select((lane < back) | (tile < last), steps, 0)
-            ask(raw, x, row, t, wanted)
-            ask(raw_dy, dy, dy_row, t, wanted)
-            ask(raw_before, x, row, t - tile_steps, lookers)
+                t = short(t - phase(x, row))
+            x_at, dy_at, dx_at = (
+                x + ((row + start + t) << shift),
+                dy + ((dy_row + start + t) << shift),
+                dx + ((dx_row + start + t) << shift),
+            )
+            wanted = select((lane < back) | (latest < count), high, short(-FAR))
+            ask(raw, x_at, t, 0, low, wanted)
+            ask(raw_dy, dy_at, t, 0, low, wanted)
+            ask(raw_before, x_at, t, -tile_steps, low, select(latest > begin, lookers, short(-FAR)))
             for k in range(group):
                 N[k] = zero
-            while tile >= first:
+            tile = latest
+            while tile >= 0:
                 take(V, raw)
                 take(E, raw_dy)
                 take(P, raw_before)
                 if ends:
-                    if (tile == 0) | (tile + 2 >= tiles):
-                        add_ends(V, x, row, t, steps)
-                        add_ends(E, dy, dy_row, t, steps)
-                if tile > first:
-                    ask(raw, x, row, t - tile_steps, steps)
-                    ask(raw_dy, dy, dy_row, t - tile_steps, steps)
-                    ask(raw_before, x, row, t - 2 * tile_steps, lookers)
-                if (initial_state != 0) & (tile == 0) & (not states):
+                    if (tile == begin) | (short(tile + 2) >= tiles_left):
+                        add_ends(V, x_at, t, low, high)
+                        add_ends(E, dy_at, t, low, high)
+                if tile > 0:
+                    ask(raw, x_at, t, -tile_steps, low, high)
+                    ask(raw_dy, dy_at, t, -tile_steps, low, high)
+                    ask(
+                        raw_before, x_at, t, -2 * tile_steps, low, select(short(tile - 1) > begin, lookers, short(-FAR))
+                    )
+                if (initial_state != 0) & (tile == begin) & (not states):
                     add_initial(V, P, initial_state, state_row, t)
                 for k in range(group):
                     X[halo + k] = V[k]
                 before(X, P, lane)
                 converge()
-                read_ages(A, ages, age_row, t, steps)
-                gradients_of_sums(G, E, X, A, W, b, t, steps, sequences, initial_state, dim, d)
+                at = start + np.int64(t)
+                read_ages(A, ages, age_row, at, steps)
+                gradients_of_sums(G, E, X, A, W, b, at, steps, sequences, initial_state, dim, d)
                 after(G, N, lane)
                 converge()
-                if tile < last:
-                    db = add_gradients(DW, db, G, X, A, t, steps, sequences, initial_state, dim, d)
+                if tile < count:
+                    db = add_gradients(DW, db, G, X, A, at, steps, sequences, initial_state, dim, d)
                     gradients_of_inputs(
-                        E, G, A, W, dfinal_state, sequences, ages, age_row, state_row, t, tile, steps, length, dim, d
-                    )
-                    write_dx(dx, dx_row + t, E, select((t >= 0) & (t + group <= steps), group, 0))
+                        E, G, A, W, dfinal_state, sequences, ages, age_row, state_row, at, first + tile, steps, length,
+                        dim, d,
+                    )  # fmt: skip
+                    write_dx(dx_at, 0, E, select(whole(t, low, high), group, 0))
                     if ends:
-                        if (tile == 0) | (tile + 2 >= tiles):
-                            write_ends(dx, dx_row, t, E, steps)
+                        if (tile == begin) | (short(tile + 2) >= tiles_left):
+                            write_ends(dx_at, t, E, low, high)
                 for k in range(group):
                     N[k] = G[k]
-                tile -= 1
-                t = t - tile_steps
+                tile, t = short(tile - 1), short(t - tile_steps)
+                x_at, dy_at, dx_at = x_at - tile_bytes, dy_at - tile_bytes, dx_at - tile_bytes
         for k in range(width):
             write(dweight, (part * dim + d) * width + k, sum_over_warp(DW[k]), inside & (lane == 0))
         if dbias != 0:
