@@ -69,6 +69,14 @@ def test_a_stack_is_one_call(cublas: Cublas) -> None:
     assert cublas.calls[1:] == [("product", 5, 3, 4, 6)]
 
 
+@pytest.mark.parametrize("leading", [(7, 2), (2, 7), (1, 7, 2)])
+def test_the_longest_axis_of_stacks_is_one_call(leading: tuple[int, ...], cublas: Cublas) -> None:
+    """As of rows and heads of attention, which do not lie one behind the other."""
+    a, b = normal(*leading, 3, 4), normal(*leading[::-1], 4, 5).swapaxes(0, -3)
+    np.testing.assert_allclose(_products.matmul(a, b), a @ b, rtol=1e-5)
+    assert cublas.calls[1::2] == 2 * [("product", 5, 3, 4, 7)]
+
+
 def test_a_recorded_product_has_a_workspace_of_its_own(cublas: Cublas) -> None:
     """It is set behind the stream, which would make cuBLAS take the common one again."""
     with _products.recorded():

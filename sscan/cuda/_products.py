@@ -92,8 +92,13 @@ def matmul(a, b):
     if not out.size:
         return out
     a, b = (cupy.broadcast_to(x, leading + x.shape[-2:]) for x in (a, b))
-    for index in np.ndindex(*leading[:-1]):
-        into(out[index], a[index], b[index])
+    if not leading:
+        into(out, a, b)
+        return out
+    most = max(range(len(leading)), key=leading.__getitem__)  # along this axis, cuBLAS goes by itself
+    several = [x.swapaxes(0, most) for x in (out, a, b)]
+    for index in np.ndindex(*several[0].shape[1:-2]):
+        into(*(x[(slice(None), *index)] for x in several))
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sscan._arrays import array_module
+from sscan._arrays import array_module, on_gpu
 from sscan._segments import check_packing
 from sscan.models.arguments import check_floats, check_integer
 from sscan.nn import ops
@@ -17,7 +17,7 @@ from sscan.nn.modules import Linear
 from sscan.nn.recurrent import Stateless
 
 BLOCK = 1024  # queries whose scores are held at once, or fewer:
-SCORES = 1 << 26  # of all rows and heads together
+SCORES, SCORES_ON_GPU = 1 << 26, 1 << 28  # of all rows and heads together
 BASE = 10000.0  # of the wavelengths of positions
 SCALE, GAMMA = 512.0, 0.4  # of xPos: over SCALE tokens the first pair falls to GAMMA / (1 + GAMMA), the last hardly
 
@@ -39,9 +39,9 @@ class Attention(Stateless):
 
     Notes
     -----
-    Scores are held for 1024 queries at a time, or for fewer if there are more than 2^26 of them. If that is in
-    several blocks, the backward forms them again, so memory grows linearly with the length. Positions are counted from
-    the first query of a block, which changes no product and keeps the factors of xPos in range.
+    Scores are held for 1024 queries at a time, or for fewer if there are more than 2^26 of them, on a GPU 2^28. If that
+    is in several blocks, the backward forms them again, so memory grows linearly with the length. Positions are counted
+    from the first query of a block, which changes no product and keeps the factors of xPos in range.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class Attention(Stateless):
         runs = None if seq_idx is None else _runs(seq_idx, batch, length)
         qkv = self.in_proj(hidden).reshape(batch, length, 3 * self.heads, self.width).swapaxes(1, 2)
         q, k, v = ops.split(qkv, (self.heads,) * 3, axis=1)
-        y = self._in_blocks(q, k, v, runs, max(min(BLOCK, SCORES // max(batch * self.heads * length, 1)), 1))
+        scores = SCORES_ON_GPU if on_gpu(q.data) else SCORES
+        y = self._in_blocks(q, k, v, runs, max(min(BLOCK, scores // max(batch * self.heads * length, 1)), 1))
         return self.out_proj(y.swapaxes(1, 2).reshape(batch, length, d_model))
 
     def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, runs: Array | None, queries: int) -> Tensor:
