@@ -33,7 +33,7 @@ def test(session: nox.Session) -> None:
 def compiled(session: nox.Session) -> None:
     """Every CUDA kernel, compiled and assembled for three generations of GPUs."""
     install(session, "test")
-    session.run("pytest", COMPILED, *session.posargs)
+    session.run("pytest", COMPILED, *session.posargs, env={"SSCAN_COMPILE": "1"})
 
 
 @nox.session

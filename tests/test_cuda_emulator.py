@@ -12,7 +12,9 @@ import pytest
 
 from sscan import testing
 from sscan.cuda._primitives import (
+    await_previous,
     local_array,
+    prefetch,
     reader,
     select,
     shared_array,
@@ -111,6 +113,36 @@ def test_array_that_is_absent(run: Run) -> None:
 
     with pytest.raises(AssertionError, match="no array at address"):
         run(body, None)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_nothing_is_read_before_the_kernel_has_waited(run: Run, early: bool) -> None:
+    def body(x: int, out: int) -> None:
+        value = one_number()
+        if early:
+            read_one(value, x, thread_index(), 1)
+        prefetch(x + 4 * thread_index())
+        await_previous()
+        if not early:
+            read_one(value, x, thread_index(), 1)
+        write_one(out, thread_index(), value, 1)
+
+    x, out = np.arange(THREADS, dtype=F32), np.zeros(THREADS, F32)
+    if early:
+        with pytest.raises(AssertionError, match="read or written before the kernel had waited"):
+            run(body, x, out)
+    else:
+        run(body, x, out)
+        np.testing.assert_array_equal(out, x)
+
+
+@pytest.mark.parametrize("shift", [-4, 4])
+def test_what_is_sent_for_is_there(run: Run, shift: int) -> None:
+    def body(x: int) -> None:
+        prefetch(x + 4 * thread_index() + shift)
+
+    with pytest.raises(AssertionError, match=r"no array at address|outside the array"):
+        run(body, np.zeros(THREADS, F32))
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 4])

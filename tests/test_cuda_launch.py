@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import gc
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from driver_double import Driver, Launch
 
 from sscan import _cache
 from sscan.cuda import _inspect, _launch, _target, _workspace
@@ -128,6 +130,22 @@ def test_other_kernels_have_other_files(
     _launch.cached(KERNEL, (9, 0))
     assert _launch.cached(kernel, capability)[0] == CUBIN + bytes(capability)
     assert len(compilations) == len(files(folder)) == 2
+
+
+def test_the_folder_is_named_by_all_that_kernels_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants too, which kernels share with what launches them."""
+    read: list[bytes] = []
+    sources = _cache._sources
+    monkeypatch.setattr(_cache, "_sources", lambda *arguments: read.extend(sources(*arguments)) or read)
+    _launch.cache_folder.cache_clear()
+    _launch.cache_folder()
+    files = [path for path in (ROOT / "sscan" / "cuda").rglob("*.py") if path.name != "__init__.py"]
+    assert not [path for path in files if path.read_bytes() not in read]
+    for path in files:
+        if path.parent.name == "kernels":
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sscan"):
+                    assert (node.module or "").startswith("sscan.cuda"), path
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 32, 36, 37, -1])
@@ -334,45 +352,36 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     _launch.capability_of.cache_clear()
 
 
-class DriverError(Exception):
-    def __init__(self, status: int) -> None:
-        super().__init__(f"CUDA error {status}")
-        self.status = status
-
-
 @pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a launch asks of CuPy; ``calls`` are the launches, ``statuses`` the errors that they end with."""
-    double = SimpleNamespace(calls=[], statuses=[], freed=[])
-
-    def launch(*call: Any) -> None:
-        description = (ctypes.c_void_p * 5).from_address(call[-1])
-        size = ctypes.c_size_t.from_address(description[3]).value
-        values = (ctypes.c_int64 * (size // 8)).from_address(description[1])
-        assert (description[0], description[2], description[4]) == (1, 2, None)  # buffer, its size, end
-        double.calls.append((call[:-1], list(values)))
-        if double.statuses:
-            raise DriverError(double.statuses.pop(0))
-
-    double.cuda = SimpleNamespace(
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A driver, and what a launch asks of CuPy."""
+    double = Driver()
+    cuda = SimpleNamespace(
         runtime=SimpleNamespace(getDevice=lambda: 1, free=double.freed.append),
         get_current_stream=lambda: SimpleNamespace(ptr=77),
-        driver=SimpleNamespace(launchKernel=launch, CUDADriverError=DriverError),
     )
-    monkeypatch.setitem(sys.modules, "cupy", double)
-    monkeypatch.setattr(_launch, "_functions", {(KERNEL, 1): _launch.Function(KERNEL.name, 4242, 128)})
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(_launch, "_driver", lambda: double)
+    monkeypatch.setattr(_launch, "_functions", {(KERNEL, 1): _launch.Function(KERNEL.name, 4242, 128, False)})
     return double
 
 
-def test_what_a_launch_hands_over(cupy: Any) -> None:
+def test_what_a_launch_hands_over(driver: Driver) -> None:
     """Function, blocks and threads, current stream; addresses, 0 for None, and integers of 64 bits."""
     array = SimpleNamespace(data=SimpleNamespace(ptr=2**46 + 16))
     _launch.launch(KERNEL, 2**31 - 1, array, None, 2**62, -5, 0)
-    call = (4242, 2**31 - 1, 1, 1, 128, 1, 1, 0, 77, 0)
-    assert cupy.calls == [(call, [2**46 + 16, 0, 2**62, -5, 0])]
+    parameters = [2**46 + 16, 0, 2**62, -5, 0]
+    assert driver.launches == [Launch(4242, (2**31 - 1, 1, 1), (128, 1, 1), 0, 77, [], parameters)]
 
 
-def test_products_of_a_repeated_call_are_told_the_stream_once(cupy: Any) -> None:
+def test_a_kernel_that_waits_by_itself_may_come_early(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6."""
+    monkeypatch.setitem(_launch._functions, (KERNEL, 1), _launch.Function(KERNEL.name, 4242, 128, True))
+    _launch.launch(KERNEL, 3, 1)
+    assert driver.launches == [Launch(4242, (3, 1, 1), (128, 1, 1), 0, 77, [(6, 1)], [1])]
+
+
+def test_products_of_a_repeated_call_are_told_the_stream_once(driver: Driver) -> None:
     streams, seen = [], []
 
     class Product:
@@ -385,12 +394,12 @@ def test_products_of_a_repeated_call_are_told_the_stream_once(cupy: Any) -> None
     assert (streams, seen) == ([7], [(first, (10, 11, 12)), (second, (12, 11, 10))])
 
 
-def test_no_blocks_no_launch(cupy: Any) -> None:
+def test_no_blocks_no_launch(driver: Driver) -> None:
     _launch.launch(KERNEL, 0, 1, 2)
-    assert not cupy.calls
+    assert not driver.launches
 
 
-def test_parameters_of_each_thread(cupy: Any) -> None:
+def test_parameters_of_each_thread(driver: Driver) -> None:
     """Many launches at once do not mix their parameters."""
 
     def work(number: int) -> None:
@@ -402,20 +411,20 @@ def test_parameters_of_each_thread(cupy: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(cupy.calls) == 1600
-    assert all(values == [call[1]] * call[1] for call, values in cupy.calls)
+    assert len(driver.launches) == 1600
+    assert all(launch.parameters == [launch.blocks[0]] * launch.blocks[0] for launch in driver.launches)
 
 
-def test_a_thread_without_a_context(cupy: Any) -> None:
-    cupy.statuses.append(_launch.NO_CONTEXT)
+def test_a_thread_without_a_context(driver: Driver) -> None:
+    driver.statuses.append(_launch.NO_CONTEXT)
     _launch.launch(KERNEL, 3, 1)
-    assert len(cupy.calls) == 2
-    assert cupy.freed == [0]
+    assert len(driver.launches) == 2
+    assert driver.freed == [0]
 
 
-def test_a_launch_that_fails(cupy: Any) -> None:
-    cupy.statuses.append(700)
-    with pytest.raises(RuntimeError, match="sscan: launching _sums_over_parts: CUDA error 700"):
+def test_a_launch_that_fails(driver: Driver) -> None:
+    driver.statuses.append(700)
+    with pytest.raises(RuntimeError, match=r"launching _sums_over_parts: error 700 of the driver \(CUDA error 700\)"):
         _launch.launch(KERNEL, 3, 1)
 
 

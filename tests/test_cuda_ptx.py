@@ -43,6 +43,38 @@ def test_lines_for_older_gpus_are_for_them_alone() -> None:
     assert _launch.assemble(with_line, (8, 0))[0] != _launch.assemble(without, (8, 0))[0]
 
 
+OF_SUMS = _launch.Kernel("_sums", "over_parts", ("float32", "float32", 1))
+PROJECTION = ("bfloat16", "float32", 8, 6, True, 1, 1, 1, False, False)
+COME, AWAIT = "griddepcontrol.launch_dependents", "griddepcontrol.wait"
+
+
+@pytest.mark.parametrize("kernel", [OF_SUMS, _launch.Kernel("decode", "projection", PROJECTION)], ids=lambda k: k.name)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
+def test_kernels_wait_for_the_one_before_them_where_they_come_early(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: _launch.Kernel
+) -> None:
+    """At once, or when they have sent for weights. Nothing is read before; no read is marked as free to be."""
+    asked: list[tuple[str, Any]] = []
+    monkeypatch.setattr("cuda.core.Linker", _Linker("", asked))
+    _launch.assemble(_launch.compile_ptx(kernel)[0], capability)
+    instructions = re.findall(r"^\s+(?:@\S+ )?([a-z][\w.]*).*;", asked[0][0].split("{", 1)[1], re.MULTILINE)
+    if capability < (9, 0):
+        assert not {COME, AWAIT} & set(instructions)
+        return
+    assert instructions[0] == COME
+    before = instructions[1 : instructions.index(AWAIT)]
+    assert ("prefetch.global.L2" in before) == bool(before) == (kernel is not OF_SUMS)
+    assert not [x for x in before if x.startswith(("ld.global", "st."))]
+    assert not [x for x in instructions if ".nc" in x]
+    assert instructions.count(COME) == instructions.count(AWAIT) == 1
+
+
+@pytest.mark.parametrize("ptx", ["", 2 * ".entry f() .minnctapersm 1 {ret;}"])
+def test_what_is_no_kernel_is_not_assembled(ptx: str) -> None:
+    with pytest.raises(ValueError, match=f"expected PTX of one kernel, got {ptx.count('entry')}"):
+        _launch.assemble(".minnctapersm 1" + ptx, (9, 0))
+
+
 class _Linker:
     """In the place of cuda.core's: says what it is told to, and keeps what it was asked for."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import sys
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from driver_double import Driver
 
 from sscan import _arrays, _plans, _recording
 from sscan._recording import Address
@@ -41,23 +41,26 @@ class Array:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What reaches the driver: function, blocks and arguments."""
+
+    class Seen(Driver):
+        def cuLaunchKernelEx(self, *call: Any) -> int:
+            status = super().cuLaunchKernelEx(*call)
+            launch = self.launches.pop()
+            seen.append((launch.function, launch.blocks[0], launch.parameters))
+            return status
+
     seen: list[Any] = []
-
-    def launch(*call: Any) -> None:
-        description = (ctypes.c_void_p * 5).from_address(call[-1])
-        count = ctypes.c_size_t.from_address(description[3]).value // 8
-        seen.append((call[0], call[1], list((ctypes.c_int64 * count).from_address(description[1]))))
-
-    double = SimpleNamespace(
-        ndarray=Array, empty=Array,
-        cuda=SimpleNamespace(
-            runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: SimpleNamespace(ptr=77),
-            driver=SimpleNamespace(launchKernel=launch, CUDADriverError=RuntimeError),
-        ),
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "cupy", double)
+    driver = Seen()
+    cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: SimpleNamespace(ptr=77)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Array, empty=Array, cuda=cuda))
     monkeypatch.setitem(_arrays._known, Array, _arrays.CUPY)
-    functions = {(KERNEL, 0): _launch.Function("kernel", 1, 128), (OTHER, 0): _launch.Function("other", 2, 64)}
+    monkeypatch.setattr(_launch, "_driver", lambda: driver)
+    functions = {
+        (KERNEL, 0): _launch.Function("kernel", 1, 128, False),
+        (OTHER, 0): _launch.Function("other", 2, 64, False),
+    }
     monkeypatch.setattr(_launch, "_functions", functions)
     return seen
 

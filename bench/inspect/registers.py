@@ -1,6 +1,7 @@
 """Registers and memory of every CUDA kernel that stands for its kind; no GPU needed.
 
-``python bench/inspect/registers.py`` writes docs/registers.md, which names the compilers: numbers depend on them.
+``python bench/inspect/registers.py`` writes docs/registers.md. Numbers depend on the compilers, so the page names them,
+and the state of sources and compilers, by which the tests know whether it is of what they find.
 """
 
 from __future__ import annotations
@@ -8,26 +9,30 @@ from __future__ import annotations
 import importlib.metadata
 import multiprocessing
 import os
+import re
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sscan.cuda._inspect import Usage, architecture, shipped, usages
+from sscan.cuda._inspect import Usage, architecture, machine_code, shipped, usage_of
+from sscan.cuda._launch import OVERLAPPING, assemble, cache_folder, compile_ptx
 
 if TYPE_CHECKING:
     from sscan.cuda._launch import Kernel
 
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 PAGE = Path(__file__).parents[2] / "docs" / "registers.md"
+WAIT = "ACQBULK"  # what griddepcontrol.wait becomes
 COMPILERS = ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvvm", "nvidia-nvjitlink")
 
 
 class Compiled(NamedTuple):
-    """A kernel for all architectures."""
+    """A kernel for all architectures; ``waits``: where it comes early, it reads nothing before it has waited."""
 
     threads: int
     usages: tuple[Usage, ...]
+    waits: bool
 
 
 def kernels() -> list[Kernel]:
@@ -38,7 +43,16 @@ def kernels() -> list[Kernel]:
 
 def compiled(kernel: Kernel) -> Compiled:
     """PTX once, assembled for every architecture."""
-    return Compiled(*usages(kernel, *CAPABILITIES))
+    ptx, threads = compile_ptx(kernel)
+    made = {capability: assemble(ptx, capability) for capability in CAPABILITIES}
+    early = [machine_code(cubin) for capability, (cubin, _) in made.items() if capability >= OVERLAPPING]
+    return Compiled(threads, tuple(usage_of(log) for _, log in made.values()), all(map(waits_first, early)))
+
+
+def waits_first(code: str) -> bool:
+    """Whether no memory but the parameters is read or written before the wait, in machine code for a GPU."""
+    before, wait, _ = code.partition(WAIT)
+    return bool(wait) and not re.search(r"\b(LD|ST|LDG|STG|ATOM|ATOMG|RED|REDG)[. ]", before)
 
 
 def workers() -> ProcessPoolExecutor:
@@ -58,6 +72,12 @@ def label(kernel: Kernel) -> str:
     return f"| `{kernel.module}.{kernel.factory}` | {key} |"
 
 
+def state() -> str | None:
+    """A digest of the kernels' sources and of the compilers, as the cache of compiled kernels has it."""
+    folder = cache_folder()
+    return None if folder is None else f"{folder.name}, Python {sys.version_info.major}.{sys.version_info.minor}"
+
+
 def row(kernel: Kernel, result: Compiled) -> str:
     registers = " | ".join(f"{usage.registers}" for usage in result.usages)
     local = ", ".join(
@@ -65,7 +85,8 @@ def row(kernel: Kernel, result: Compiled) -> str:
         for capability, usage in zip(CAPABILITIES, result.usages, strict=True)
         if usage.local
     )
-    return f"{label(kernel)} {result.threads} | {registers} | {result.usages[0].shared} | {local or 0} |"
+    last = f"{local or 0} | {'yes' if result.waits else 'no'} |"
+    return f"{label(kernel)} {result.threads} | {registers} | {result.usages[0].shared} | {last}"
 
 
 def page(results: dict[Kernel, Compiled]) -> str:
@@ -82,14 +103,35 @@ def page(results: dict[Kernel, Compiled]) -> str:
 What the CUDA kernels take of a multiprocessor, which has 65,536 registers and from 100 to 228 kB of shared memory. Each
 kernel is shown in the specialisations that the tests compile, which stand for all; what the parts of a specialisation
 mean, its factory in `sscan/cuda/kernels/` says. Local memory is where a thread keeps what its registers do not hold;
-which kernels need it, and why, is listed in `tests/compiled/test_registers.py`, and no other may.
+which kernels need it, and why, is listed in `tests/compiled/test_registers.py`, and no other may. From sm_90 on kernels
+come while the one before them ends; the last column says that the machine code touches no memory before it has waited
+for that one.
 
-Written by `python bench/inspect/registers.py` with {", ".join(versions)}.
+Written by `python bench/inspect/registers.py` with {", ".join(versions)}, of `{state()}`.
 
-| kernel | specialisation | threads | {architectures} | shared bytes | local bytes |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| kernel | specialisation | threads | {architectures} | shared bytes | local bytes | waits |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 """
+
+
+def recorded() -> dict[Kernel, Compiled] | None:
+    """What the page says, if it is of these sources and compilers."""
+    text = PAGE.read_text(encoding="utf-8")
+    if state() is None or f"`{state()}`" not in text:
+        return None
+    return {kernel: of_row(label(kernel), text) for kernel in kernels()}
+
+
+def of_row(head: str, text: str) -> Compiled:
+    """A row of the page read back: of what a thread has in local memory, the whole."""
+    (line,) = (line for line in text.split("\n") if line.startswith(head))
+    threads, *registers, shared, local, waits = line[len(head) :].strip("| ").split(" | ")
+    bytes_of = {name: int(count) for count, name in re.findall(r"(\d+) on (sm_\d+)", local)}
+    names = map(architecture, CAPABILITIES)
+    of_each = zip(registers, names, strict=True)
+    usages = tuple(Usage(int(count), int(shared), bytes_of.get(name, 0), 0, 0) for count, name in of_each)
+    return Compiled(int(threads), usages, waits == "yes")
 
 
 def main() -> None:

@@ -71,6 +71,14 @@ def usages(kernel: _launch.Kernel, *capabilities: Capability) -> tuple[int, tupl
     return threads, tuple(usage_of(_launch.assemble(code, capability)[1]) for capability in capabilities)
 
 
+def machine_code(cubin: bytes) -> str:
+    """What a cubin has of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([disassembler(), "-c", str(path)], check=True, capture_output=True, text=True).stdout
+
+
 def disassembler() -> str:
     """The path of nvdisasm; FileNotFoundError says how to get it."""
     if found := shutil.which("nvdisasm"):
@@ -85,8 +93,4 @@ def disassembler() -> str:
 
 def sass(kernel: _launch.Kernel, capability: Capability) -> str:
     """Its machine code for a GPU."""
-    cubin, _ = _launch.assemble(ptx(kernel), capability)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        return subprocess.run([disassembler(), "-c", str(path)], check=True, capture_output=True, text=True).stdout
+    return machine_code(_launch.assemble(ptx(kernel), capability)[0])

@@ -27,7 +27,10 @@ import numpy as np
 from sscan import _cache, _recording
 
 OLDEST = (8, 0)  # Ampere: the first with bfloat16
-BEFORE_SM_90 = "// before sm_90"  # ends a line of PTX that later GPUs do without
+OVERLAPPING = (9, 0)  # Hopper: the first that puts a kernel's blocks in place while the kernel before it ends
+# These end lines of PTX, which are for older GPUs only, or for later ones.
+BEFORE_SM_90, FROM_SM_90 = "// before sm_90", "// from sm_90"
+LET_NEXT_COME, AWAIT_PREVIOUS = "griddepcontrol.launch_dependents;", "griddepcontrol.wait;"
 
 
 class Kernel(NamedTuple):
@@ -66,6 +69,21 @@ def compile_ptx(kernel):
     return _target.compile_ptx(function, kernel.name, shape.threads, shape.blocks_per_processor), shape.threads
 
 
+def _overlapping(ptx):
+    """PTX of a kernel that lets the next one come at once and waits for the one before: first of all, or by itself.
+
+    Reads marked as of what nobody writes are made before the wait by the assembler, so none is marked.
+    """
+    ptx = re.sub(f".*{BEFORE_SM_90}\n", "", ptx).replace(".target sm_80", ".target sm_90")
+    ptx, first = ptx.replace("ld.global.nc.", "ld.global."), f"\n\t{LET_NEXT_COME}\n"
+    if AWAIT_PREVIOUS not in ptx:
+        first += f"\t{AWAIT_PREVIOUS}\n"
+    ptx, kernels = re.subn(r"\.entry [^{]*{", lambda entry: entry[0] + first, ptx)
+    if kernels != 1:
+        raise ValueError(f"sscan: expected PTX of one kernel, got {kernels}")
+    return ptx
+
+
 def assemble(ptx, capability):
     """A cubin for a compute capability such as (9, 0), and what the assembler says of registers and spills.
 
@@ -74,8 +92,7 @@ def assemble(ptx, capability):
     """
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    if capability >= (9, 0):
-        ptx = re.sub(f".*{BEFORE_SM_90}\n", "", ptx)
+    ptx = _overlapping(ptx) if capability >= OVERLAPPING else re.sub(f".*{FROM_SM_90}\n", "", ptx)
     # nvJitLink's own cache, on machines with a driver, gives the cubin back but not what the assembler said of it.
     options = LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", ptxas_options=["-v"], no_cache=True)
     wanted = re.search(r"\.minnctapersm (\d+)", ptx)
@@ -95,7 +112,7 @@ def cache_folder():
     for package in ("numba-cuda", "llvmlite", "nvidia-cuda-nvvm", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    return _cache.folder("cuda", "_*.py", "kernels/*.py", versions=" ".join(versions))
+    return _cache.folder("cuda", "*.py", "kernels/*.py", versions=" ".join(versions))
 
 
 def cached(kernel, capability):
@@ -114,11 +131,12 @@ def cached(kernel, capability):
 
 
 class Function(NamedTuple):
-    """A loaded kernel."""
+    """A loaded kernel, and whether it may come early, as it waits by itself for the kernel before it."""
 
     name: str
     handle: int
     threads: int
+    waits: bool
 
 
 @functools.cache
@@ -126,9 +144,11 @@ def _driver():
     """The driver's library; RuntimeError if there is none."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        return ctypes.CDLL(name)
+        driver = ctypes.CDLL(name)
     except OSError as error:
         raise RuntimeError(f"sscan: no NVIDIA driver ({name}) on this machine: {error}") from None
+    driver.cuLaunchKernelEx.argtypes = 4 * (ctypes.c_void_p,)
+    return driver
 
 
 def _check(status, doing):
@@ -176,7 +196,7 @@ def _load(kernel, capability):
         f"loading the kernel {kernel.name}",
     )
     _check(_driver().cuLibraryGetKernel(ctypes.byref(handle), library, kernel.name.encode()), f"finding {kernel.name}")
-    return Function(kernel.name, handle.value, threads)
+    return Function(kernel.name, handle.value, threads, capability >= OVERLAPPING)
 
 
 def address(array):
@@ -213,20 +233,27 @@ def to_host(array):
     return array.get()
 
 
-class _Parameters(threading.local):
-    """Memory for the parameters of this thread's next launch, and where the driver finds it described."""
+class _Call(threading.local):
+    """Memory for this thread's next launch: the parameters, where the driver finds them described, and the rest."""
 
     MOST = 127
 
     def __init__(self):
-        self.memory = (ctypes.c_int64 * (1 + self.MOST))()  # their size in bytes, then they
-        size = ctypes.addressof(self.memory)
+        self.parameters = (ctypes.c_int64 * (1 + self.MOST))()  # their size in bytes, then they
+        size = ctypes.addressof(self.parameters)
         self._description = (ctypes.c_void_p * 5)(1, size + 8, 2, size, 0)  # buffer, its size, end
         self.description = ctypes.addressof(self._description)
+        self.config = ctypes.create_string_buffer(_pack_config.size)
+        self.address_of_config = ctypes.addressof(self.config)
 
 
-_parameters = _Parameters()
-_packers = [struct.Struct(f"{1 + count}q").pack_into for count in range(1 + _Parameters.MOST)]
+# CUlaunchConfig: blocks, threads, shared memory, stream, attributes and how many; and the one attribute that there is,
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
+_pack_config = struct.Struct("7I4xQQI4x")
+_overlaps = (ctypes.c_uint32 * 18)(6, 0, 1)
+_address_of_overlaps = ctypes.addressof(_overlaps)
+_call = _Call()
+_packers = [struct.Struct(f"{1 + count}q").pack_into for count in range(1 + _Call.MOST)]
 NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
@@ -242,20 +269,21 @@ def launch(kernel, blocks, *arguments):
     loaded = _functions.get((kernel, device)) or function(kernel, device)
     _recording.launched(kernel, blocks, arguments)
     values = [x if isinstance(x, int) else 0 if x is None else x.data.ptr for x in arguments]
-    _packers[len(values)](_parameters.memory, 0, 8 * len(values), *values)
-    _start(cuda, loaded, blocks, cuda.get_current_stream().ptr, _parameters.description)
+    _packers[len(values)](_call.parameters, 0, 8 * len(values), *values)
+    _start(cuda, loaded, blocks, cuda.get_current_stream().ptr, _call)
 
 
-def _start(cuda, loaded, blocks, stream, parameters):
+def _start(cuda, loaded, blocks, stream, call):
     """Start a function of CuPy's current device with the parameters that are described there."""
-    call = (loaded.handle, blocks, 1, 1, loaded.threads, 1, 1, 0, stream, 0, parameters)
-    try:
-        cuda.driver.launchKernel(*call)  # a tenth of what it costs through ctypes
-    except cuda.driver.CUDADriverError as error:
-        if error.status != NO_CONTEXT:
-            raise RuntimeError(f"sscan: launching {loaded.name}: {error}") from error
+    name, handle, threads, waits = loaded
+    _pack_config.pack_into(call.config, 0, blocks, 1, 1, threads, 1, 1, 0, stream, _address_of_overlaps, waits)
+    start, arguments = _driver().cuLaunchKernelEx, (call.address_of_config, handle, None, call.description)
+    status = start(*arguments)
+    if status == NO_CONTEXT:
         cuda.runtime.free(0)  # brings up the current device's, which a new thread has not
-        cuda.driver.launchKernel(*call)
+        status = start(*arguments)
+    if status:
+        _check(status, f"launching {name}")
 
 
 class Repeatable(NamedTuple):
@@ -279,13 +307,14 @@ def repeatable(launched, blocks, places):
 
 def repeat(launches, pool, stream):
     """Launch, with arguments from the pool, on a stream of the current device."""
-    cuda, memory, description = sys.modules["cupy"].cuda, _parameters.memory, _parameters.description
+    cuda, call = sys.modules["cupy"].cuda, _call
+    parameters = call.parameters
     start = None  # of products, whose library is told the stream once
     for launch in launches:
         if type(launch) is Repeatable:
             loaded, blocks, pick, pack, size = launch
-            pack(memory, 0, size, *pick(pool))
-            _start(cuda, loaded, blocks, stream, description)
+            pack(parameters, 0, size, *pick(pool))
+            _start(cuda, loaded, blocks, stream, call)
         else:
             product, pick = launch
             start = start or product.starter(stream)

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from llvmlite import ir
 
-from sscan.cuda._launch import BEFORE_SM_90
+from sscan.cuda._launch import AWAIT_PREVIOUS, BEFORE_SM_90, FROM_SM_90
 from sscan.cuda._target import cgutils, intrinsic, types
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -263,6 +263,32 @@ def converge(typingctx):
             ir.FunctionType(ir.VoidType(), []), f"bar.sync 1, 32; {BEFORE_SM_90}", "~{memory}", side_effect=True
         )
         builder.call(barrier, [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@primitive("prefetch")
+def prefetch(typingctx, address):
+    """Bring the 128 bytes around an address nearer: to the L2 cache, which every read of later goes through."""
+
+    def codegen(context, builder, sig, args):
+        _assembly(builder, "prefetch.global.L2 [$0];", "l", ir.VoidType(), args, volatile=True)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@primitive("await_previous")
+def await_previous(typingctx):
+    """Wait until the kernel before this one is through, where kernels come early. Without it, a kernel waits at once.
+
+    Nothing may be read or written before.
+    """
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(ir.InlineAsm(kind, f"{AWAIT_PREVIOUS} {FROM_SM_90}", "~{memory}", side_effect=True), [])
         return context.get_dummy_value()
 
     return types.void(), codegen

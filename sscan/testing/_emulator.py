@@ -151,6 +151,7 @@ class Emulator:
         self.home = home  # the module of the kernel, whose functions are device code as ours are
         self.lane, self.warp = self.thread % WARP, self.thread // WARP
         self.block = 0
+        self.touched = False  # memory, by this block
         self.warp_epoch = self.block_epoch = 0
         self.synchronize()
         self.memory = [(a.ctypes.data, _bytes(a), a) for a in arrays if a.size]
@@ -229,6 +230,15 @@ class Emulator:
     def converge(self) -> None:
         """Nothing, as on newer GPUs: memory is not waited for."""
 
+    def await_previous(self) -> None:
+        """Kernels are run one after the other; on a GPU, what was read before would be older."""
+        assert not self.touched, "memory was read or written before the kernel had waited for the one before it"
+
+    def prefetch(self, address: Any) -> None:
+        address, touched = self.of_each(address), self.touched
+        self._elements(address[None], np.int64(0), np.dtype(np.uint8), np.ones((1, self.threads), bool), 1)
+        self.touched = touched
+
     def of_each(self, x: Any) -> Any:
         """What each thread has, also if all have the same."""
         x = np.asarray(x)
@@ -262,6 +272,7 @@ class Emulator:
         word, size = np.dtype(f"u{storage.itemsize}"), storage.itemsize
         if not valid.any():
             return np.zeros(1, word), np.zeros(valid.shape, np.int64)
+        self.touched = True
         at = address + index * size
         assert not (at % size)[valid].any(), "access to global memory is not aligned"
         assert align == size or not (at[0] % align)[valid[0]].any(), "access to global memory is not aligned"
@@ -532,6 +543,7 @@ def _run(function: Callable[..., None], threads: int, blocks: int, *arguments: A
     body = emulator.rebound(function, {})
     with np.errstate(all="ignore"):
         for emulator.block in range(blocks):
+            emulator.touched = False
             emulator.synchronize()
             body(*values)
 

@@ -318,7 +318,8 @@ def forward(storage, width, group, ends, silu, mask):
         start = first * tile_steps
         low, high = borders(start, steps, group)
         tiles_left, t = short(min(tiles - first, FAR)), short(lane * group)
-        turns = min(short(tiles_of_part), tiles_left)
+        turns, begins = min(short(tiles_of_part), tiles_left), first == 0
+        last_two = short(turns - tiles_left + 2)  # turns of the row's last two tiles: this and less
         row, y_row, state_row = batch * x_batch + d * x_dim, batch * y_batch + d * y_dim, (batch * dim + d) * halo
         if ends:
             t = short(t - phase(x, row))
@@ -326,15 +327,15 @@ def forward(storage, width, group, ends, silu, mask):
         ask(raw, x_at, t, -tile_steps, low, select((lane >= WARP - back) & (first > 0), high, short(-FAR)))
         take(P, raw)
         ask(raw, x_at, t, 0, low, high)
-        b, tile = read_taps(W, weight, bias, d), short(0)
-        while tile < turns:
+        b = read_taps(W, weight, bias, d)
+        while turns > 0:
             take(V, raw)
             if ends:
-                if ((first == 0) & (tile == 0)) | (short(tile + 2) >= tiles_left):
+                if begins | (turns <= last_two):
                     add_ends(V, x_at, t, low, high)
-            if short(tile + 1) < turns:
+            if turns > 1:
                 ask(raw, x_at, t, tile_steps, low, high)
-            if (initial_state != 0) & (first == 0) & (tile == 0) & (not states):
+            if (initial_state != 0) & begins & (not states):
                 add_initial(V, P, initial_state, state_row, t)
             for k in range(group):
                 X[halo + k] = V[k]
@@ -348,11 +349,11 @@ def forward(storage, width, group, ends, silu, mask):
                 Y[j] = activate(weighted(X, W, b, age, j, initial_state, state, head))
             write(y_at, 0, Y, select(whole(t, low, high), group, 0))
             if ends:
-                if ((first == 0) & (tile == 0)) | (short(tile + 2) >= tiles_left):
+                if begins | (turns <= last_two):
                     write_ends(y_at, t, Y, low, high)
             for k in range(group):
                 P[k] = V[k]
-            tile, t = short(tile + 1), short(t + tile_steps)
+            begins, turns, t = False, short(turns - 1), short(t + tile_steps)
             x_at, y_at = x_at + (tile_steps << shift), y_at + (tile_steps << shift)
 
     lean = real.itemsize == 4 and width <= 4 and not masked
@@ -476,7 +477,7 @@ def backward(storage, width, group, ends, silu, mask):
         X, G, A, V, P, N, E = window(), window(), window(), numbers(), numbers(), numbers(), numbers()
         W, DW, raw, raw_before, raw_dy = taps(), taps(), make_raw(), make_raw(), make_raw()
         lane, (part, d, inside) = thread_index() & (WARP - 1), place(dim)
-        steps, b, db = select(inside, length, 0), read_taps(W, weight, bias, d), zero
+        steps, db = select(inside, length, 0), zero
         for k in range(width):
             DW[k] = zero
         rows = quotient(part, parts)
@@ -488,6 +489,7 @@ def backward(storage, width, group, ends, silu, mask):
             select(first == 0, short(0), short(-1)),
         )  # the row's first tile
         lookers = select(lane >= WARP - back, high, short(-FAR))
+        b = read_taps(W, weight, bias, d)
         for batch in range(rows, min(rows + rows_of_part, batches)):
             row, dy_row, age_row = batch * x_batch + d * x_dim, batch * dy_batch + d * dy_dim, batch * length
             dx_row, state_row = batch * dx_batch + d * dx_dim, (batch * dim + d) * halo

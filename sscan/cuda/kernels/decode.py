@@ -1,7 +1,8 @@
 """One decoding step of a Mamba language model on the GPU, in the phases of ``sscan.cpu.decode``.
 
 It is bound by reading the weights and by the time between launches, so a kernel does with its products at once what it
-can: norm before them, convolution, addition to the residual stream behind them.
+can: norm before them, convolution, addition to the residual stream behind them. While the kernel before it ends, it
+sends for its weights, as far as the L2 cache.
 
 *Few rows* of a batch: a warp has some rows of a weight, lane by lane in pieces of up to 16 bytes, which are all asked
 for before anything else, and multiplies them with every row of the batch. All arithmetic is float32 (float64).
@@ -18,11 +19,13 @@ from sscan.cuda._math import real_functions
 from sscan.cuda._primitives import (
     INTEGER_READERS,
     as_real,
+    await_previous,
     block_index,
     dtype_of,
     fma,
     local_array,
     matrix_multiplier,
+    prefetch,
     product_adder,
     quotient,
     reader,
@@ -45,6 +48,7 @@ from sscan.cuda.kernels.causal_conv1d import element_reader, element_writer, rea
 from sscan.cuda.kernels.rms_norm import reciprocal_root
 
 read_token = INTEGER_READERS[64]
+LINE = 128  # bytes that come together
 
 
 def piece_reader(storage, real, each, whole, constant=True):
@@ -66,6 +70,20 @@ def piece_reader(storage, real, each, whole, constant=True):
                 into[k] = select(inside, into[k], zero)
 
     return read
+
+
+def sender(storage, threads):
+    """``send_for(weight, row, stop, rows, size, thread)``: rows of a weight, by so many threads; none from ``stop``."""
+    itemsize, apart = dtype_of(storage).itemsize, LINE * threads
+
+    @device
+    def send_for(weight, row, stop, rows, size, thread):
+        count, start = min(rows, stop - row) * size * itemsize, weight + row * size * itemsize
+        for turn in range((count + apart - 1) // apart):
+            at = turn * apart + thread * LINE
+            prefetch(start + select(at < count, at, 0))
+
+    return send_for
 
 
 # --- few rows of a batch ---------------------------------------------------------------------------------------------
@@ -188,6 +206,7 @@ def in_projection(storage, each, pieces, whole, rows, batch, width):
     )
     make_past, ask_past, convolve = convolver(storage, width)
     totals, squares, warps = local_array(rows * batch, real), local_array(batch, real), THREADS // WARP
+    send_for = sender(storage, THREADS)
 
     def kernel(
         stream, norm, eps, inverse_size, weight, bias, state, taps, conv_bias, x, z, count, model, inner,
@@ -199,6 +218,9 @@ def in_projection(storage, each, pieces, whole, rows, batch, width):
         channel, b = row + lane // batch, group * batch + lane % batch
         mine = (lane < rows * batch) & (b < count) & (channel < 2 * inner)
         of_x, at = mine & (channel < inner), b * inner + channel
+        of_block = (block_index() - group * over_rows) * warps * rows
+        send_for(weight, of_block, 2 * inner, warps * rows, model, thread_index())
+        await_previous()
         ask_past(past, state, at, taps, channel, of_x)
         products(total, square, weight, row, 2 * inner, stream, group * batch, count, norm, model)
         value = own(total, square, inverse_size, eps) + read_bias(bias, channel, mine & (bias != 0))
@@ -215,6 +237,7 @@ def projection(storage, source, each, pieces, whole, rows, batch, warps, normed,
     own, read_bias = own_product(real, rows, batch, normed), element_reader(storage, real)
     read_out, write = element_reader(real.name, real, constant=False), element_writer(real.name, real)
     totals, squares = local_array(rows * batch, real), local_array(batch, real)
+    send_for = sender(storage, WARP * warps)
 
     def kernel(X, norm, eps, inverse_size, weight, bias, out, count, size, height):
         total, square = totals(), squares()
@@ -223,6 +246,9 @@ def projection(storage, source, each, pieces, whole, rows, batch, warps, normed,
         row = ((block_index() - group * over_rows) * warps + (thread_index() >> 5)) * rows
         own_row, b = row + lane // batch, group * batch + lane % batch
         mine = (lane < rows * batch) & (b < count) & (own_row < height)
+        of_block = (block_index() - group * over_rows) * warps * rows
+        send_for(weight, of_block, height, warps * rows, size, thread_index())
+        await_previous()
         products(total, square, weight, row, height, X, group * batch, count, norm, size)
         value = own(total, square, inverse_size, eps) + read_bias(bias, own_row, mine & (bias != 0))
         if added:
@@ -286,6 +312,14 @@ def advance(storage, between, of_A, of_D, of_state, lanes, each, vectors, exact,
         first = quotient(block_index(), over_dim)
         d = (block_index() - first * over_dim) * channels + thread_index() // lanes
         first, lane, present, width = first * rows, thread_index() & (lanes - 1), d < inner, rank + 2 * size
+        here, share = select(present, d, 0), lane * (size // lanes)
+        prefetch(A_log + (here * size + share) * dtype_of(of_A).itemsize)
+        for r in unroll(rows):
+            row = select(first + r < count, first + r, 0) * inner + here
+            prefetch(state + (row * size + share) * kept.itemsize)
+        if rank > 0 and not projected:
+            prefetch(weight + here * rank * own.itemsize)
+        await_previous()
         for n in unroll(vectors):
             at = n * apart + lane * each
             for r in unroll(rows):
@@ -459,12 +493,15 @@ def in_projection_tiles(storage, m, splits, tiles, depth, whole, width):
     read_bias, write = element_reader(storage, real), element_writer(storage, real)
     make_past, ask_past, convolve = convolver(storage, width)
     (threads, outputs, turns), height = tile_threads(m, splits, tiles), ROWS * tiles
+    send_for = sender(storage, threads)
 
     def kernel(X, weight, bias, state, taps, conv_bias, x, z, count, model, inner):
         shared, past = memory(), make_past()
         over_rows = (2 * inner + height - 1) // height
         group = quotient(block_index(), over_rows)
         row, first = (block_index() - group * over_rows) * height, group * 8 * m
+        send_for(weight, row, 2 * inner, height, model, thread_index())
+        await_previous()
         products(shared, weight, row, 2 * inner, X, first, count, model)
         for turn in range(turns):
             i = turn * threads + thread_index()
@@ -486,12 +523,15 @@ def projection_tiles(storage, m, splits, tiles, depth, whole, added):
     read_bias, read_out = element_reader(storage, real), element_reader(real.name, real, constant=False)
     write, write_rounded = element_writer(real.name, real), element_writer(storage, real)
     (threads, outputs, turns), side = tile_threads(m, splits, tiles), ROWS * tiles
+    send_for = sender(storage, threads)
 
     def kernel(X, weight, bias, out, rounded, columns, count, size, height):
         shared = memory()
         over_rows = (height + side - 1) // side
         group = quotient(block_index(), over_rows)
         row, first = (block_index() - group * over_rows) * side, group * 8 * m
+        send_for(weight, row, height, side, size, thread_index())
+        await_previous()
         products(shared, weight, row, height, X, first, count, size)
         for turn in range(turns):
             i = turn * threads + thread_index()

@@ -16,6 +16,7 @@ from sscan.cuda._primitives import (
     dtype_of,
     exp2_approx,
     local_array,
+    quotient,
     reader,
     reciprocal_approx,
     select,
@@ -97,9 +98,9 @@ def compute(name, of, to, each):
         A row has ``chunks`` blocks.
         """
         x, y = numbers(), numbers()
-        chunk, row = block_index() % chunks, block_index() // chunks
-        row, plane = row % rows, row // rows
-        at = (chunk * THREADS + thread_index()) * each
+        row = quotient(block_index(), chunks)
+        plane, chunk = quotient(row, rows), block_index() - row * chunks
+        row, at = row - plane * rows, (chunk * THREADS + thread_index()) * each
         read(x, a, plane * a_jump + row * a_step + at, columns - at)
         if two:
             read(y, b, plane * b_jump + row * b_step + at, columns - at)

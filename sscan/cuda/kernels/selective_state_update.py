@@ -11,10 +11,12 @@ from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._math import number_functions
 from sscan.cuda._primitives import (
     INTEGER_READERS,
+    await_previous,
     block_index,
     dtype_of,
     local_array,
     planes,
+    prefetch,
     quotient,
     reader,
     real_of,
@@ -109,6 +111,10 @@ def update(storage, state_storage, number, slot_bits, lanes, each, vectors, rows
         at_B, at_C = group_of(d, channels_B, dim) * B_group, group_of(d, channels_C, dim) * C_group
         for r in range(rows):
             total[r] = none
+            row = select((first + r < batch) & (first + r < available), first + r, 0)
+            if not slot_bits:  # states may be sent for, the numbers of slots have to be waited for
+                prefetch(state + (row * state_slot + (d * state_dim + lane * (count // lanes)) * present) * of_state)
+        await_previous()
         for tile in range(1 if exact else (count + vectors * apart - 1) // (vectors * apart)):
             begin = tile * vectors * apart + lane * each
             for r in range(rows):
