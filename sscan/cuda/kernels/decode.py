@@ -292,6 +292,7 @@ def advance(storage, between, of_A, of_D, of_state, lanes, each, vectors, exact,
     f, total_of = real_functions(real), lane_sum(lanes)
     decay, rate, softplus, sigmoid = f.decay, f.rate, f.softplus, f.sigmoid
     kept, own, zero, unit = dtype_of(of_state), dtype_of(storage), real.type(0), real.type(1)
+    bytes_of_A, bytes_of_state, bytes_of_weight = dtype_of(of_A).itemsize, kept.itemsize, own.itemsize
     stride, stride_dt, apart = max(2, each), max(2, each_dt), lanes * each
     make_states, make_A = stored_array(rows * vectors * stride, kept), stored_array(vectors * stride, dtype_of(of_A))
     ask_states, widen_states = stored_reader(kept, each, each > 1, constant=False), widener(kept, real, each)
@@ -313,12 +314,12 @@ def advance(storage, between, of_A, of_D, of_state, lanes, each, vectors, exact,
         d = (block_index() - first * over_dim) * channels + thread_index() // lanes
         first, lane, present, width = first * rows, thread_index() & (lanes - 1), d < inner, rank + 2 * size
         here, share = select(present, d, 0), lane * (size // lanes)
-        prefetch(A_log + (here * size + share) * dtype_of(of_A).itemsize)
+        prefetch(A_log + (here * size + share) * bytes_of_A)
         for r in unroll(rows):
             row = select(first + r < count, first + r, 0) * inner + here
-            prefetch(state + (row * size + share) * kept.itemsize)
+            prefetch(state + (row * size + share) * bytes_of_state)
         if rank > 0 and not projected:
-            prefetch(weight + here * rank * own.itemsize)
+            prefetch(weight + here * rank * bytes_of_weight)
         await_previous()
         for n in unroll(vectors):
             at = n * apart + lane * each
