@@ -138,16 +138,18 @@ MODULES = {
 LENGTH = 2048
 
 
-def eager_milliseconds(run: Run, repeats: int = 9, calls: int = 10) -> float:
+def eager_milliseconds(
+    run: Run, wait: Callable[[Any], Any] = lambda _: torch.cuda.synchronize(), repeats: int = 9, calls: int = 10
+) -> float:
+    """Of one of several calls in a row; ``wait`` waits for the result of the last one."""
     for _ in range(5):
-        run()
+        wait(run())
     times = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(calls - 1):
             run()
-        torch.cuda.synchronize()
+        wait(run())
         times.append(1e3 * (time.perf_counter() - start) / calls)
     return statistics.median(times)
 
@@ -222,6 +224,32 @@ def without_framework(report: Report) -> None:
     report.row(64, f"{host_microseconds(lambda: mamba(x), 50):.1f}", f"{host_microseconds(both, 50):.1f}")
 
 
+def with_jax(report: Report) -> None:
+    """Compiled calls, each handed over before the one before is computed; what one costs that only multiplies, too."""
+    import jax
+
+    import sscan.jax
+
+    given = {name: x.get() if isinstance(x, cupy.ndarray) else x for name, x in scan_problem(SHAPE).items()}
+    arrays = {name: jax.numpy.asarray(x) for name, x in given.items() if not isinstance(x, bool)}
+    options = {name: x for name, x in given.items() if isinstance(x, bool)}
+
+    def scan(arrays: Any) -> Any:
+        return sscan.jax.selective_scan(**arrays, **options)
+
+    calls = {
+        "a product": jax.jit(lambda arrays: 2 * arrays["u"]), "selective_scan, forward": jax.jit(scan),
+        "selective_scan, forward and backward": jax.jit(jax.grad(lambda arrays: scan(arrays).sum())),
+    }  # fmt: skip
+    exact = sscan.selective_scan(**given)
+    if not abs(calls["selective_scan, forward"](arrays) - exact).max() < 1e-4:
+        report.fail("selective_scan of JAX arrays is off")
+    report.add("", "## sscan.jax, the same tiny scan, compiled, microseconds of the host")
+    report.table("call", "us")
+    for name, call in calls.items():
+        report.row(name, f"{1e3 * eager_milliseconds(lambda call=call: call(arrays), jax.block_until_ready):.1f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the report there as well")
@@ -235,6 +263,7 @@ def main() -> int:
     steps(report, options.profile)
     modules(report, options.profile)
     without_framework(report)
+    with_jax(report)
     missed = sum("**missed**" in line for line in report.lines)
     report.add("", f"Rows with a bar that was missed: {missed}.")
     return 1 if report.failures else 0

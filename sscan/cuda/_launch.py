@@ -28,6 +28,7 @@ from sscan import _cache, _recording
 
 OLDEST = (8, 0)  # Ampere: the first with bfloat16
 OVERLAPPING = (9, 0)  # Hopper: the first that puts a kernel's blocks in place while the kernel before it ends
+RECORDS_OVERLAPPING = 12030  # CUDA: the first whose graphs do so too
 # These end lines of PTX, which are for older GPUs only, or for later ones.
 BEFORE_SM_90, FROM_SM_90 = "// before sm_90", "// from sm_90"
 LET_NEXT_COME, AWAIT_PREVIOUS = "griddepcontrol.launch_dependents;", "griddepcontrol.wait;"
@@ -159,6 +160,14 @@ def _check(status, doing):
 
 
 @functools.cache
+def _version():
+    """The version of CUDA that the driver is of: 1000 times the major number plus 10 times the minor one."""
+    version = ctypes.c_int()
+    _check(_driver().cuDriverGetVersion(ctypes.byref(version)), "asking for the driver's version")
+    return version.value
+
+
+@functools.cache
 def capability_of(device):
     """Compute capability of a device by its number; RuntimeError if it is too old."""
     driver, major, minor = _driver(), ctypes.c_int(), ctypes.c_int()
@@ -196,7 +205,7 @@ def _load(kernel, capability):
         f"loading the kernel {kernel.name}",
     )
     _check(_driver().cuLibraryGetKernel(ctypes.byref(handle), library, kernel.name.encode()), f"finding {kernel.name}")
-    return Function(kernel.name, handle.value, threads, capability >= OVERLAPPING)
+    return Function(kernel.name, handle.value, threads, capability >= OVERLAPPING and _version() >= RECORDS_OVERLAPPING)
 
 
 def address(array):
