@@ -306,12 +306,44 @@ def forward(storage, width, group, ends, silu, mask):
     window, numbers, taps = local_array(halo + group, real), local_array(group, real), local_array(width, real)
     (activate, _), oldest, masked, states = activations(real, silu), real.type(halo), mask != "", mask == "states"
     whole, shift = whole_groups(ends), dtype_of(storage).itemsize.bit_length() - 1
+    tile_bytes = tile_steps << shift
+
+    @device
+    def work(
+        raw, X, V, P, Y, W, b, x_at, y_at, t, low, high, turns, begins, at_end, start, steps, d, dim, lane, ages,
+        age_row, sequences, initial_state, state_row,
+    ):  # fmt: skip
+        """A tile: what was asked for is taken, the tile after the next asked for, y written, and P set for the next."""
+        take(V, raw)
+        if ends:
+            if begins | at_end:
+                add_ends(V, x_at, t, low, high)
+        if turns > 2:
+            ask(raw, x_at, t, 2 * tile_steps, low, high)
+        if (initial_state != 0) & begins & (not states):
+            add_initial(V, P, initial_state, state_row, t)
+        for k in range(group):
+            X[halo + k] = V[k]
+        before(X, P, lane)
+        converge()
+        for j in range(group):
+            age, at = oldest, start + np.int64(t) + j
+            if masked:
+                age = read_age(ages, age_row + at, (at >= 0) & (at < steps))
+            state, head = first_state(age, at, steps, sequences, True, dim, d)
+            Y[j] = activate(weighted(X, W, b, age, j, initial_state, state, head))
+        write(y_at, 0, Y, select(whole(t, low, high), group, 0))
+        if ends:
+            if begins | at_end:
+                write_ends(y_at, t, Y, low, high)
+        for k in range(group):
+            P[k] = V[k]
 
     def kernel(
         x, y, weight, bias, initial_state, ages, sequences, dim, length, tiles, parts, tiles_of_part, x_batch, x_dim,
         y_batch, y_dim,
     ):  # fmt: skip
-        X, V, P, Y, W, raw = window(), numbers(), numbers(), numbers(), taps(), make_raw()
+        X, V, P, Y, W, raw, following = window(), numbers(), numbers(), numbers(), taps(), make_raw(), make_raw()
         lane, (rest, d, inside) = thread_index() & (WARP - 1), place(dim)
         batch, steps = quotient(rest, parts), select(inside, length, 0)
         first = (rest - batch * parts) * tiles_of_part
@@ -327,34 +359,23 @@ def forward(storage, width, group, ends, silu, mask):
         ask(raw, x_at, t, -tile_steps, low, select((lane >= WARP - back) & (first > 0), high, short(-FAR)))
         take(P, raw)
         ask(raw, x_at, t, 0, low, high)
-        b = read_taps(W, weight, bias, d)
+        if turns > 1:
+            ask(following, x_at, t, tile_steps, low, high)
+        b, age_row = read_taps(W, weight, bias, d), batch * length
         while turns > 0:
-            take(V, raw)
-            if ends:
-                if begins | (turns <= last_two):
-                    add_ends(V, x_at, t, low, high)
-            if turns > 1:
-                ask(raw, x_at, t, tile_steps, low, high)
-            if (initial_state != 0) & begins & (not states):
-                add_initial(V, P, initial_state, state_row, t)
-            for k in range(group):
-                X[halo + k] = V[k]
-            before(X, P, lane)
-            converge()
-            for j in range(group):
-                age, at = oldest, start + np.int64(t) + j
-                if masked:
-                    age = read_age(ages, batch * length + at, (at >= 0) & (at < steps))
-                state, head = first_state(age, at, steps, sequences, True, dim, d)
-                Y[j] = activate(weighted(X, W, b, age, j, initial_state, state, head))
-            write(y_at, 0, Y, select(whole(t, low, high), group, 0))
-            if ends:
-                if begins | (turns <= last_two):
-                    write_ends(y_at, t, Y, low, high)
-            for k in range(group):
-                P[k] = V[k]
+            work(
+                raw, X, V, P, Y, W, b, x_at, y_at, t, low, high, turns, begins, turns <= last_two, start, steps, d, dim,
+                lane, ages, age_row, sequences, initial_state, state_row,
+            )  # fmt: skip
             begins, turns, t = False, short(turns - 1), short(t + tile_steps)
-            x_at, y_at = x_at + (tile_steps << shift), y_at + (tile_steps << shift)
+            x_at, y_at = x_at + tile_bytes, y_at + tile_bytes
+            if turns > 0:
+                work(
+                    following, X, V, P, Y, W, b, x_at, y_at, t, low, high, turns, False, turns <= last_two, start,
+                    steps, d, dim, lane, ages, age_row, sequences, initial_state, state_row,
+                )  # fmt: skip
+                turns, t = short(turns - 1), short(t + tile_steps)
+                x_at, y_at = x_at + tile_bytes, y_at + tile_bytes
 
     lean = real.itemsize == 4 and width <= 4 and not masked
     return kernel, Shape(CHANNELS * WARP, (12 if group <= 4 else 10) if lean else 4)
@@ -553,7 +574,7 @@ def backward(storage, width, group, ends, silu, mask):
             write(dbias, part * dim + d, sum_over_warp(db), inside & (lane == 0))
 
     lean = real.itemsize == 4 and width <= 4 and not masked
-    return kernel, Shape(CHANNELS * WARP, 6 if lean else 3 if real.itemsize == 4 else 2)
+    return kernel, Shape(CHANNELS * WARP, (7 if group <= 4 else 6) if lean else 3 if real.itemsize == 4 else 2)
 
 
 # --- tables and states -----------------------------------------------------------------------------------------------
