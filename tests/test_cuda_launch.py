@@ -105,7 +105,7 @@ def test_numba_is_as_it_was_after_a_kernel_that_does_not_compile() -> None:
 
 def test_a_kernel_is_compiled_once(folder: Path, compilations: list[Any]) -> None:
     for _ in range(2):
-        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128)
+        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128, False)
     assert compilations == [KERNEL]
     (file,) = files(folder)
     assert file.parent == _launch.cache_folder()
@@ -219,7 +219,7 @@ def test_a_user_without_a_home(compilations: list[Any], monkeypatch: pytest.Monk
     _launch.cache_folder.cache_clear()
     assert _launch.cache_folder() is None
     for _ in range(2):
-        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128)
+        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128, False)
     assert len(compilations) == 2
 
 
@@ -231,7 +231,7 @@ def test_a_folder_that_cannot_be_written(
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder / "file"))
     _launch.cache_folder.cache_clear()
     for _ in range(2):
-        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128)
+        assert _launch.cached(KERNEL, (9, 0)) == (CUBIN + bytes([9, 0]), 128, False)
     assert len(compilations) == 2
 
 
@@ -292,7 +292,7 @@ def test_the_folder_is_of_the_sources_and_compilers(monkeypatch: pytest.MonkeyPa
 WARM = """
 import hashlib, sys
 from sscan.cuda import _launch
-cubin, threads = _launch.cached(_launch.Kernel("_sums", "over_parts", ("float32", "float32", 1)), (9, 0))
+cubin, threads, early = _launch.cached(_launch.Kernel("_sums", "over_parts", ("float32", "float32", 1)), (9, 0))
 loaded = {"numba", "numba_cuda", "llvmlite", "cuda", "sscan.cuda.kernels", "sscan.cuda._target"} & sys.modules.keys()
 print(threads, hashlib.sha256(cubin).hexdigest(), cubin[:4] == b"\\x7fELF", *sorted(loaded))
 """

@@ -48,31 +48,42 @@ PROJECTION = ("bfloat16", "float32", 8, 6, True, 1, 1, 1, False, False)
 COME, AWAIT = "griddepcontrol.launch_dependents", "griddepcontrol.wait"
 
 
-@pytest.mark.parametrize("kernel", [OF_SUMS, _launch.Kernel("decode", "projection", PROJECTION)], ids=lambda k: k.name)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
-def test_kernels_wait_for_the_one_before_them_where_they_come_early(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: _launch.Kernel
+def test_a_kernel_that_waits_by_itself_comes_early_where_gpus_know_that(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
-    """At once, or when they have sent for weights. Nothing is read before; no read is marked as free to be."""
+    """It has sent for weights before it waits. Nothing is read before; no read is marked as free to be."""
     asked: list[tuple[str, Any]] = []
     monkeypatch.setattr("cuda.core.Linker", _Linker("", asked))
-    _launch.assemble(_launch.compile_ptx(kernel)[0], capability)
+    ptx, _ = _launch.compile_ptx(_launch.Kernel("decode", "projection", PROJECTION))
+    early = capability >= (9, 0)
+    assert _launch.comes_early(ptx, capability) == early
+    _launch.assemble(ptx, capability)
     instructions = re.findall(r"^\s+(?:@\S+ )?([a-z][\w.]*).*;", asked[0][0].split("{", 1)[1], re.MULTILINE)
-    if capability < (9, 0):
-        assert not {COME, AWAIT} & set(instructions)
-        return
-    assert instructions[0] == COME
-    before = instructions[1 : instructions.index(AWAIT)]
-    assert ("prefetch.global.L2" in before) == bool(before) == (kernel is not OF_SUMS)
-    assert not [x for x in before if x.startswith(("ld.global", "st."))]
-    assert not [x for x in instructions if ".nc" in x]
-    assert instructions.count(COME) == instructions.count(AWAIT) == 1
+    assert "prefetch.global.L2" in instructions
+    assert bool([x for x in instructions if ".nc" in x]) != early
+    assert instructions.count(COME) == instructions.count(AWAIT) == early
+    if early:
+        assert instructions[0] == COME
+        before = instructions[1 : instructions.index(AWAIT)]
+        assert "prefetch.global.L2" in before
+        assert not [x for x in before if x.startswith(("ld.global", "st."))]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_other_kernels_do_not(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    asked: list[tuple[str, Any]] = []
+    monkeypatch.setattr("cuda.core.Linker", _Linker("", asked))
+    ptx, _ = _launch.compile_ptx(OF_SUMS)
+    assert not _launch.comes_early(ptx, capability)
+    _launch.assemble(ptx, capability)
+    assert asked[0][0] == ptx
 
 
 @pytest.mark.parametrize("ptx", ["", 2 * ".entry f() .minnctapersm 1 {ret;}"])
 def test_what_is_no_kernel_is_not_assembled(ptx: str) -> None:
     with pytest.raises(ValueError, match=f"expected PTX of one kernel, got {ptx.count('entry')}"):
-        _launch.assemble(".minnctapersm 1" + ptx, (9, 0))
+        _launch.assemble(f".minnctapersm 1 {AWAIT};{ptx}", (9, 0))
 
 
 class _Linker:

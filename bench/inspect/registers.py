@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sscan.cuda._inspect import Usage, architecture, machine_code, shipped, usage_of
-from sscan.cuda._launch import OVERLAPPING, assemble, cache_folder, compile_ptx
+from sscan.cuda._launch import assemble, cache_folder, comes_early, compile_ptx
 
 if TYPE_CHECKING:
     from sscan.cuda._launch import Kernel
@@ -28,11 +28,11 @@ COMPILERS = ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvvm", "nvidia-nvjitlink"
 
 
 class Compiled(NamedTuple):
-    """A kernel for all architectures; ``waits``: where it comes early, it reads nothing before it has waited."""
+    """A kernel for all architectures; ``early``: from sm_90 on, it comes while the kernel ahead of it ends."""
 
     threads: int
     usages: tuple[Usage, ...]
-    waits: bool
+    early: bool
 
 
 def kernels() -> list[Kernel]:
@@ -45,8 +45,10 @@ def compiled(kernel: Kernel) -> Compiled:
     """PTX once, assembled for every architecture."""
     ptx, threads = compile_ptx(kernel)
     made = {capability: assemble(ptx, capability) for capability in CAPABILITIES}
-    early = [machine_code(cubin) for capability, (cubin, _) in made.items() if capability >= OVERLAPPING]
-    return Compiled(threads, tuple(usage_of(log) for _, log in made.values()), all(map(waits_first, early)))
+    early = [cubin for capability, (cubin, _) in made.items() if comes_early(ptx, capability)]
+    if not all(waits_first(machine_code(cubin)) for cubin in early):
+        raise ValueError(f"{kernel} reads or writes memory before it has waited for the kernel ahead of it")
+    return Compiled(threads, tuple(usage_of(log) for _, log in made.values()), bool(early))
 
 
 def waits_first(code: str) -> bool:
@@ -85,7 +87,7 @@ def row(kernel: Kernel, result: Compiled) -> str:
         for capability, usage in zip(CAPABILITIES, result.usages, strict=True)
         if usage.local
     )
-    last = f"{local or 0} | {'yes' if result.waits else 'no'} |"
+    last = f"{local or 0} | {'yes' if result.early else 'no'} |"
     return f"{label(kernel)} {result.threads} | {registers} | {result.usages[0].shared} | {last}"
 
 
@@ -103,13 +105,13 @@ def page(results: dict[Kernel, Compiled]) -> str:
 What the CUDA kernels take of a multiprocessor, which has 65,536 registers and from 100 to 228 kB of shared memory. Each
 kernel is shown in the specialisations that the tests compile, which stand for all; what the parts of a specialisation
 mean, its factory in `sscan/cuda/kernels/` says. Local memory is where a thread keeps what its registers do not hold;
-which kernels need it, and why, is listed in `tests/compiled/test_registers.py`, and no other may. From sm_90 on kernels
-come while the one before them ends; the last column says that the machine code touches no memory before it has waited
-for that one.
+which kernels need it, and why, is listed in `tests/compiled/test_registers.py`, and no other may. From sm_90 on some
+kernels come early, while the one before them ends, and their machine code touches no memory before they have waited for
+that one.
 
 Written by `python bench/inspect/registers.py` with {", ".join(versions)}, of `{state()}`.
 
-| kernel | specialisation | threads | {architectures} | shared bytes | local bytes | waits |
+| kernel | specialisation | threads | {architectures} | shared bytes | local bytes | early |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 """
@@ -126,12 +128,12 @@ def recorded() -> dict[Kernel, Compiled] | None:
 def of_row(head: str, text: str) -> Compiled:
     """A row of the page read back: of what a thread has in local memory, the whole."""
     (line,) = (line for line in text.split("\n") if line.startswith(head))
-    threads, *registers, shared, local, waits = line[len(head) :].strip("| ").split(" | ")
+    threads, *registers, shared, local, early = line[len(head) :].strip("| ").split(" | ")
     bytes_of = {name: int(count) for count, name in re.findall(r"(\d+) on (sm_\d+)", local)}
     names = map(architecture, CAPABILITIES)
     of_each = zip(registers, names, strict=True)
     usages = tuple(Usage(int(count), int(shared), bytes_of.get(name, 0), 0, 0) for count, name in of_each)
-    return Compiled(int(threads), usages, waits == "yes")
+    return Compiled(int(threads), usages, early == "yes")
 
 
 def main() -> None:

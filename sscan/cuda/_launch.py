@@ -70,16 +70,18 @@ def compile_ptx(kernel):
     return _target.compile_ptx(function, kernel.name, shape.threads, shape.blocks_per_processor), shape.threads
 
 
+def comes_early(ptx, capability):
+    """Whether a kernel waits by itself for the one before it, on a GPU where it can be in place before that ends."""
+    return capability >= OVERLAPPING and AWAIT_PREVIOUS in ptx
+
+
 def _overlapping(ptx):
-    """PTX of a kernel that lets the next one come at once and waits for the one before: first of all, or by itself.
+    """PTX of a kernel that comes early: it lets the next one come, too.
 
     Reads marked as of what nobody writes are made before the wait by the assembler, so none is marked.
     """
-    ptx = re.sub(f".*{BEFORE_SM_90}\n", "", ptx).replace(".target sm_80", ".target sm_90")
-    ptx, first = ptx.replace("ld.global.nc.", "ld.global."), f"\n\t{LET_NEXT_COME}\n"
-    if AWAIT_PREVIOUS not in ptx:
-        first += f"\t{AWAIT_PREVIOUS}\n"
-    ptx, kernels = re.subn(r"\.entry [^{]*{", lambda entry: entry[0] + first, ptx)
+    ptx = ptx.replace(".target sm_80", ".target sm_90").replace("ld.global.nc.", "ld.global.")
+    ptx, kernels = re.subn(r"\.entry [^{]*{", lambda entry: f"{entry[0]}\n\t{LET_NEXT_COME}\n", ptx)
     if kernels != 1:
         raise ValueError(f"sscan: expected PTX of one kernel, got {kernels}")
     return ptx
@@ -93,7 +95,9 @@ def assemble(ptx, capability):
     """
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    ptx = _overlapping(ptx) if capability >= OVERLAPPING else re.sub(f".*{FROM_SM_90}\n", "", ptx)
+    ptx = re.sub(f".*{BEFORE_SM_90 if capability >= OVERLAPPING else FROM_SM_90}\n", "", ptx)
+    if comes_early(ptx, capability):
+        ptx = _overlapping(ptx)
     # nvJitLink's own cache, on machines with a driver, gives the cubin back but not what the assembler said of it.
     options = LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", ptxas_options=["-v"], no_cache=True)
     wanted = re.search(r"\.minnctapersm (\d+)", ptx)
@@ -104,6 +108,9 @@ def assemble(ptx, capability):
         if not re.search(r"\b[1-9]\d* bytes spill stores", log):
             break
     return cubin, log
+
+
+_HEAD = struct.Struct("<I?")  # of a file: threads, and whether the kernel comes early
 
 
 @functools.cache
@@ -117,27 +124,27 @@ def cache_folder():
 
 
 def cached(kernel, capability):
-    """(cubin, threads) of a kernel from the cache folder, or made and put there."""
+    """(cubin, threads, whether it comes early) of a kernel from the cache folder, or made and put there."""
     key = hashlib.sha256(repr((*kernel, capability)).encode()).hexdigest()[:24]
     name = f"{kernel.name}-{key}.cubin"
     data = _cache.read(cache_folder(), name)
     if data is None:
         ptx, threads = compile_ptx(kernel)
-        data = threads.to_bytes(4, "little") + assemble(ptx, capability)[0]
+        data = _HEAD.pack(threads, comes_early(ptx, capability)) + assemble(ptx, capability)[0]
         _cache.write(cache_folder(), name, data)
-    return data[4:], int.from_bytes(data[:4], "little")
+    return data[_HEAD.size :], *_HEAD.unpack_from(data)
 
 
 # --- the driver ------------------------------------------------------------------------------------------------------
 
 
 class Function(NamedTuple):
-    """A loaded kernel, and whether it may come early, as it waits by itself for the kernel before it."""
+    """A loaded kernel."""
 
     name: str
     handle: int
     threads: int
-    waits: bool
+    early: bool  # in place before the kernel ahead of it has ended
 
 
 @functools.cache
@@ -197,7 +204,7 @@ def function(kernel, device):
 
 
 def _load(kernel, capability):
-    cubin, threads = cached(kernel, capability)
+    cubin, threads, early = cached(kernel, capability)
     library, handle = ctypes.c_void_p(), ctypes.c_void_p()
     nothing = (None, None, 0)
     _check(
@@ -205,7 +212,7 @@ def _load(kernel, capability):
         f"loading the kernel {kernel.name}",
     )
     _check(_driver().cuLibraryGetKernel(ctypes.byref(handle), library, kernel.name.encode()), f"finding {kernel.name}")
-    return Function(kernel.name, handle.value, threads, capability >= OVERLAPPING and _version() >= RECORDS_OVERLAPPING)
+    return Function(kernel.name, handle.value, threads, early and _version() >= RECORDS_OVERLAPPING)
 
 
 def address(array):
@@ -284,8 +291,8 @@ def launch(kernel, blocks, *arguments):
 
 def _start(cuda, loaded, blocks, stream, call):
     """Start a function of CuPy's current device with the parameters that are described there."""
-    name, handle, threads, waits = loaded
-    _pack_config.pack_into(call.config, 0, blocks, 1, 1, threads, 1, 1, 0, stream, _address_of_overlaps, waits)
+    name, handle, threads, early = loaded
+    _pack_config.pack_into(call.config, 0, blocks, 1, 1, threads, 1, 1, 0, stream, _address_of_overlaps, early)
     start, arguments = _driver().cuLaunchKernelEx, (call.address_of_config, handle, None, call.description)
     status = start(*arguments)
     if status == NO_CONTEXT:

@@ -281,9 +281,10 @@ def prefetch(typingctx, address):
 
 @primitive("await_previous")
 def await_previous(typingctx):
-    """Wait until the kernel before this one is through, where kernels come early. Without it, a kernel waits at once.
+    """Wait until the kernel before this one is through: a kernel with this comes early, where GPUs know that.
 
-    Nothing may be read or written before.
+    Nothing may be read or written before. It is for short blocks: those of a kernel that has room for all of its blocks
+    at once go where there is room early, and some multiprocessors get too many.
     """
 
     def codegen(context, builder, sig, args):

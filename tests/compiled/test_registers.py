@@ -74,9 +74,8 @@ def compiled() -> Iterator[Compile]:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.name} {kernel.key}")
 def test_stays_in_registers(kernel: Kernel, compiled: Compile) -> None:
-    """No local memory and no more registers than make its blocks fit, but for what is known. And it waits its turn."""
-    threads, usages, waits = compiled(kernel)
-    assert waits
+    """No local memory and no more registers than make its blocks fit, but for what is known."""
+    threads, usages, _ = compiled(kernel)
     _, shape = _launch.build(kernel)
     assert threads == shape.threads
     of = {

@@ -24,6 +24,7 @@ from sscan.cuda._math import real_functions
 from sscan.cuda._primitives import (
     INTEGER_READERS,
     as_real,
+    await_previous,
     block_index,
     converge,
     dtype_of,
@@ -343,6 +344,7 @@ def forward(storage, width, group, ends, silu, mask):
         x, y, weight, bias, initial_state, ages, sequences, dim, length, tiles, parts, tiles_of_part, x_batch, x_dim,
         y_batch, y_dim,
     ):  # fmt: skip
+        await_previous()
         X, V, P, Y, W, raw, following = window(), numbers(), numbers(), numbers(), taps(), make_raw(), make_raw()
         lane, (rest, d, inside) = thread_index() & (WARP - 1), place(dim)
         batch, steps = quotient(rest, parts), select(inside, length, 0)
@@ -495,6 +497,7 @@ def backward(storage, width, group, ends, silu, mask):
         dy, x, dx, weight, bias, initial_state, dfinal_state, ages, sequences, dweight, dbias, batches, dim, length,
         tiles, parts, tiles_of_part, rows_of_part, dy_batch, dy_dim, x_batch, x_dim, dx_batch, dx_dim,
     ):  # fmt: skip
+        await_previous()
         X, G, A, V, P, N, E = window(), window(), window(), numbers(), numbers(), numbers(), numbers()
         W, DW, raw, raw_before, raw_dy = taps(), taps(), make_raw(), make_raw(), make_raw()
         lane, (part, d, inside) = thread_index() & (WARP - 1), place(dim)
@@ -846,6 +849,7 @@ def update(storage, of_state, of_weight, width, kept, together, silu):
     activate, _ = activations(real, silu)
 
     def kernel(x, state, weight, bias, y, batches, dim, x_batch, x_dim, state_batch, state_dim):
+        await_previous()
         S, W = states(), taps()
         i = block_index() * BLOCK + thread_index()
         batch = quotient(i, dim)

@@ -13,6 +13,7 @@ import numpy as np
 from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._primitives import (
     INTEGER_READERS,
+    await_previous,
     block_index,
     dtype_of,
     fma,
@@ -167,6 +168,7 @@ def forward(storage, width, group, silu, mask):
         x, y, weight, bias, initial_state, ages, sequences, batches, dim, length, chunks, chunk, bits, x_batch, x_time,
         y_batch, y_time,
     ):  # fmt: skip
+        await_previous()
         X, W, b, Y, raw = window(), taps(), numbers(), numbers(), make_raw()
         batch, own, d = of_thread(dim, chunks, bits)
         inside, begin = (d < dim) & (batch < batches), own * chunk
@@ -299,6 +301,7 @@ def backward(storage, width, group, silu, mask):
         dy, x, dx, weight, bias, initial_state, dfinal_state, ages, sequences, dweight, dbias, batches, dim, length,
         chunks, chunk, bits, dy_batch, dy_time, x_batch, x_time, dx_batch, dx_time,
     ):  # fmt: skip
+        await_previous()
         X, G, A, W, DW, b, db, E = window(), window(), of_steps(), taps(), taps(), numbers(), numbers(), numbers()
         raw, raw_dy = make_raw(), make_raw()
         batch, own, d = of_thread(dim, chunks, bits)

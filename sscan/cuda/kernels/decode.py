@@ -268,6 +268,7 @@ def embed(storage, each):
     numbers = local_array(each, real)
 
     def kernel(tokens, embedding, stream, count, model, vocabulary):
+        await_previous()
         values = numbers()
         across = (model + each - 1) // each
         i = block_index() * THREADS + thread_index()
@@ -384,6 +385,7 @@ def normalise(storage, pieces):
     zero, number, warps = real.type(0), real.type, THREADS // WARP
 
     def kernel(stream, norm, eps, inverse_size, X, count, size):
+        await_previous()
         s, values = registers(), numbers()
         row, lane = block_index() * warps + (thread_index() >> 5), thread_index() & (WARP - 1)
         length, square = select(row < count, size, 0), zero
@@ -411,6 +413,7 @@ def convolution(storage, width):
     make_past, ask_past, convolve = convolver(storage, width)
 
     def kernel(xz, state, taps, conv_bias, x, count, inner):
+        await_previous()
         past = make_past()
         at = block_index() * THREADS + thread_index()
         b = quotient(at, inner)

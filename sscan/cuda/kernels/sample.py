@@ -11,6 +11,7 @@ from sscan.cuda._math import real_functions
 from sscan.cuda._primitives import (
     INTEGER_READERS,
     as_real,
+    await_previous,
     block_index,
     local_array,
     rank_of,
@@ -169,6 +170,7 @@ def sample(each, drawn, top_k, top_p):
     most = SINGLE.type(np.finfo(SINGLE).max)
 
     def kernel(logits, tokens, seeds, turns, vocabulary, count, inverse_temperature, k, p, min_p):
+        await_previous()
         shared, values, b = memory(), numbers(), block_index() + thread_index() * 0
         row, warp, lane = b * vocabulary, thread_index() >> 5, thread_index() & (WARP - 1)
         steps = (count + THREADS * each - 1) // (THREADS * each)
