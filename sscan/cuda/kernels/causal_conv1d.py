@@ -380,7 +380,7 @@ def forward(storage, width, group, ends, silu, mask):
                 x_at, y_at = x_at + tile_bytes, y_at + tile_bytes
 
     lean = real.itemsize == 4 and width <= 4 and not masked
-    return kernel, Shape(CHANNELS * WARP, (12 if group <= 4 else 10) if lean else 4)
+    return kernel, Shape(CHANNELS * WARP, 10 if lean else 4)
 
 
 def final_gradients(real, width, mask):
