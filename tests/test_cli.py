@@ -609,6 +609,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["train", "--resume", "missing", "--out", "other"], "--out: a resumed run stays in the folder"),
         (["generate", "missing"], "missing/config.json: No such file or directory"),
         (["generate", "missing", "--prompt", ""], "--prompt: one byte at least"),
+        (["generate", "missing", "-n", "9" * 20], "--tokens and --samples: that is 2^63 tokens or more"),
+        (["generate", "missing", "--samples", "9" * 20], "--tokens and --samples: that is 2^63 tokens or more"),
         (["generate", "missing", "--prompt", "\udcff"], "--prompt: not valid text"),
         (["generate", ""], "invalid path value: ''"),
         (["train", "--out", ""], "invalid path value: ''"),
@@ -649,6 +651,47 @@ def test_runs_that_do_not_fit(checkpoint: Path, text: Path, tmp_path: Path, caps
     assert "was trained on another text" in mistake(capsys, "train", "--resume", checkpoint, "--text", other)
     text.unlink()
     assert f"{text}: No such file" in mistake(capsys, "train", "--resume", checkpoint)
+
+
+@pytest.mark.parametrize("again", ["new", "resumed"])
+def test_one_command_at_a_time(
+    again: str, checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of a run that has no checkpoint yet is taken, too."""
+    folder = checkpoint if again == "resumed" else tmp_path / "new"
+    folder.mkdir(exist_ok=True)
+    how = ["--resume", folder, "--steps", 4] if again == "resumed" else ["--text", text, "--out", folder, "--steps", 2]
+    arguments = ["train", *map(str, how), *([] if again == "resumed" else TINY)]
+    lock, before = os.open(folder, os.O_RDONLY), contents_of(folder)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert f"{folder}: another command is at it" in mistake(capsys, *arguments)
+    assert contents_of(folder) == before
+    os.close(lock)
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "log.jsonl", "best"])
+def test_what_lies_in_a_folder_is_not_written_over(
+    name: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does it pass for a part of the new run."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).mkdir() if name == "best" else (folder / name).write_text("mine")
+    line = mistake(capsys, "train", "--text", text, "--out", folder, *TINY)
+    assert f"{folder} holds {name} of something else; remove that, or name another folder" in line
+    assert os.listdir(folder) == [name]
+
+
+def test_a_folder_in_which_nothing_was_done_is_removed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(run: TrainingRun) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingRun, "warm_up", stopped)
+    assert main(["train", "--text", str(text), "--out", str(tmp_path / "run"), "--steps", "2", *TINY]) == 130
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoints_that_are_broken(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -523,11 +523,12 @@ def test_from_training_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["train", "species", "{maf}", "--resume", "x", "--from", "y"], "--from: a resumed run has its model"),
         (["train", "rna"], "invalid choice: 'rna'"),
         (["score", "{model}", "{fasta}", "--both-strands"], "--both-strands: goes with --variant"),
+        (["score", "{model}", "{fasta}", "--context", "5"], "--context: goes with --variant"),
         (["score", "{model}", "{fasta}", "--variant", "z:1:A:C"], "has no record z"),
         (["score", "{model}", "{maf}"], "Expected '>'"),
         (["score", "{bytes}", "{fasta}"], "a model of DNA has 12 tokens, this one 256"),
         (["generate", "{model}", "--prompt", "protein"], "is no base"),
-        (["generate", "{model}"], "the prompt has no token to start from"),
+        (["generate", "{model}"], "the prompt has no token to start from; give --prompt"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

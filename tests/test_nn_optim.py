@@ -242,3 +242,12 @@ def test_an_update_before_the_first_step_changes_nothing() -> None:
         optimiser.update()
     np.testing.assert_array_equal(layer.weight.data, before)
     assert not optimiser.moments["weight"][0].any()
+
+
+def test_parameters_that_are_no_groups() -> None:
+    """What one would write for PyTorch."""
+    model = nn.Linear(2, 3)
+    with pytest.raises(TypeError, match=r"AdamW: a group is a dict, as `decay_groups\(model\)` makes, got Parameter"):
+        nn.AdamW(list(model.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"decay_groups: module must be a module of sscan\.nn, got int"):
+        nn.decay_groups(5)  # type: ignore[arg-type]

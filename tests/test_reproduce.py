@@ -250,13 +250,14 @@ def test_unfinished_runs_go_on_with_their_own_options_only(tmp_path: Path) -> No
 
 
 def test_a_run_is_of_one_command_at_a_time(tmp_path: Path) -> None:
-    """The other rows of the second go on; a lock that was left behind locks nothing."""
+    """The other rows of the second go on."""
     todo = jobs(table(), "small", [], [], [], [0], {})
     folder = tmp_path / "runs" / todo[0].name
     folder.mkdir(parents=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert run(todo, tmp_path) == {todo[0].name: "another command is at it"}
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert run(todo, tmp_path) == {todo[0].name: "another command is at it"}
+    os.close(lock)
     assert finished(tmp_path, table(), "small") == {todo[1].name}
     assert run(todo[:1], tmp_path) == {}
     assert finished(tmp_path, table(), "small") == {job.name for job in todo}

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from sscan.cli._devices import array_module
 from sscan.cli._failures import Mistake
+from sscan.tasks.lock import alone_in
 
 if TYPE_CHECKING:
     import argparse
+    from contextlib import ExitStack
 
     from sscan.tasks.training import TrainingRun
 
 
-def open_run(options: argparse.Namespace) -> tuple[TrainingRun[Any], Path]:
-    """The run to continue, or a new one, and its folder."""
-    from sscan.tasks.training import STATE_FILE, TrainingRun
+def open_run(options: argparse.Namespace, claims: ExitStack) -> tuple[TrainingRun[Any], Path]:
+    """The run to continue, or a new one, and its folder, which nobody else gets until the end of `claims`."""
+    from sscan.tasks.training import TrainingRun
 
     task, data = _task_and_data(options)
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(task.Options)}
@@ -31,6 +33,8 @@ def open_run(options: argparse.Namespace) -> tuple[TrainingRun[Any], Path]:
     if options.resume is not None:
         if options.out is not None:
             raise Mistake("--out: a resumed run stays in the folder of --resume")
+        if options.resume.is_dir():
+            _claim(options.resume, claims)
         run = TrainingRun.load(options.resume, task, xp, given, **data)
         return run, _prepared(options.resume)
     files, *_ = data.values()
@@ -38,9 +42,10 @@ def open_run(options: argparse.Namespace) -> tuple[TrainingRun[Any], Path]:
         raise Mistake(f"{task.name}: files to train on must be named")
     run = TrainingRun(task(task.Options(**given), **data), xp)
     folder = options.out or _new_folder((options.text or files)[0].resolve().stem)
-    if (folder / STATE_FILE).exists():
-        raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
+    _check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, claims)
+    _check_free(folder)
     return run, _prepared(folder)
 
 
@@ -77,13 +82,34 @@ def _task_and_data(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return Species, {"maf": options.maf, "pretrained": Path(pretrained)}
 
 
+def _check_free(folder: Path) -> None:
+    """Mistake if there is anything in a folder that a new run would write over, or that would pass for its own."""
+    from sscan.models.pretrained import CONFIG, WEIGHTS
+    from sscan.tasks.loop import BEST_FOLDER, LOG_FILE
+    from sscan.tasks.training import STATE_FILE
+
+    if (folder / STATE_FILE).exists():
+        raise Mistake(f"{folder} holds a run already; continue it with --resume {folder}, or name another folder")
+    there = [name for name in (CONFIG, WEIGHTS, LOG_FILE, BEST_FOLDER) if (folder / name).exists()]
+    if there:
+        raise Mistake(f"{folder} holds {', '.join(there)} of something else; remove that, or name another folder")
+
+
+def _claim(folder: Path, claims: ExitStack) -> None:
+    """Keep other commands out of a folder, which then can be written to."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    try:
+        claims.enter_context(alone_in(folder))
+    except BlockingIOError as error:
+        raise Mistake(f"{folder}: {error}") from error
+
+
 def _prepared(folder: Path) -> Path:
-    """The folder, which then can be written to, without what a run that was killed left there."""
+    """The folder, without what a run that was killed left there."""
     from sscan.models.files import remove_leftovers
     from sscan.tasks.loop import BEST_FOLDER
 
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     remove_leftovers(folder)
     remove_leftovers(folder / BEST_FOLDER)
     return folder

@@ -106,12 +106,14 @@ def _generate_text(options: argparse.Namespace) -> int:
     temperature = TEMPERATURE if options.temperature is None else options.temperature
     tokens = options.tokens or SAMPLE_TOKENS
     drawing = (temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    if options.samples * tokens >= 2**63:
+        raise Mistake("--tokens and --samples: that is 2^63 tokens or more")
     prompt = _prompt(options)
     with mistakes():
         model, vocabulary = model_and_vocabulary(options)
         ids = vocabulary.encode(prompt)
         if not ids:
-            raise Mistake("the prompt has no token to start from")
+            raise Mistake("the prompt has no token to start from" + "; give --prompt" * (prompt == b"\n"))
         # What is wrong with them is said before anything is written.
         Sampler(*drawing, seed=options.seed)
         eos = vocabulary.token(options.eos or END_OF_TEXT)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sscan.nn import MambaLM
     from sscan.tasks.sequences import Record
 
+CONTEXT = 1024  # letters on each side of a variant
+
 
 def add_to(commands: Any) -> None:
     """Add the command to those that there are."""
@@ -28,8 +30,8 @@ def add_to(commands: Any) -> None:
         help="log p(ALT) - log p(REF) in place of every base's log p; positions begin with 1; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--context", type=positive_int, default=1024, metavar="N",
-        help="letters that are read before and behind a variant (default %(default)s)",
+        "--context", type=positive_int, metavar="N",
+        help=f"letters that are read before and behind a variant (default {CONTEXT})",
     )  # fmt: skip
     parser.add_argument("--both-strands", action="store_true", help="the mean of both strands, for variants")
 
@@ -41,8 +43,9 @@ def _score(options: argparse.Namespace) -> int:
     from sscan.tasks.sequences import read_fasta
 
     with mistakes():
-        if options.both_strands and not options.variant:
-            raise Mistake("--both-strands: goes with --variant")
+        for name, value in {"--both-strands": options.both_strands, "--context": options.context}.items():
+            if value and not options.variant:
+                raise Mistake(f"{name}: goes with --variant")
         variants = [Variant.parse(text) for text in options.variant]
         model, vocabulary = model_and_vocabulary(options)
         if not isinstance(vocabulary, Bases):
@@ -53,7 +56,7 @@ def _score(options: argparse.Namespace) -> int:
         for variant in variants:
             if variant.record not in records:
                 raise Mistake(f"{variant}: {options.fasta} has no record {variant.record}")
-            pairs.append((variant, *variant.both(records[variant.record], options.context)))
+            pairs.append((variant, *variant.both(records[variant.record], options.context or CONTEXT)))
     if variants:
         _score_variants(model, pairs, both_strands=options.both_strands)
     else:

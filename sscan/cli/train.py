@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -136,9 +137,10 @@ def _add_run_options(parser: argparse.ArgumentParser, default: RunOptions, targe
 def _train(options: argparse.Namespace) -> int:
     from sscan.tasks.progress import Phase
 
-    with mistakes(), Phase("loading", sys.stderr):
-        run, folder = open_run(options)
-    return _train_and_report(run, folder, options)
+    with contextlib.ExitStack() as claims:
+        with mistakes(), Phase("loading", sys.stderr):
+            run, folder = open_run(options, claims)
+        return _train_and_report(run, folder, options)
 
 
 def _train_and_report(run: TrainingRun[Any], folder: Path, options: argparse.Namespace) -> int:

@@ -46,8 +46,9 @@ class Sampler:
         repetition_penalty: float = 1.0,
         seed: int | np.random.Generator = 0,
     ) -> None:
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        given: Any = temperature
+        if isinstance(given, str) or not given >= 0:
+            raise ValueError(f"temperature must be at least 0, got {given!r}")
         if top_k is not None:
             check_integer("Sampler", "top_k", top_k)
         if top_p is not None and not 0 < top_p <= 1:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from sscan._arrays import array_module
+from sscan.models.arguments import check_integer
 from sscan.models.files import load_arrays, save_arrays
 from sscan.models.generation import GenerationMixin
 from sscan.models.pretrained import open_model, save_model
@@ -231,6 +232,7 @@ class MambaLM(GenerationMixin, LanguageModel):
 
     def new_states(self, batch: int) -> States:
         """The states before the first token of `batch` sequences: their size is all that decoding ever needs."""
+        check_integer("new_states", "batch", batch, least=0)
         return States(layer.mixer.new_state(batch) for layer in self.backbone.layers)
 
     @no_grad()

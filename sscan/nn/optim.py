@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from sscan.nn.autodiff import Array, move
 from sscan.nn.products import one_blas_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from sscan.nn.autodiff import Tensor
     from sscan.nn.modules import Module, Parameter
@@ -25,6 +26,8 @@ def decay_groups(module: Module, weight_decay: float = 0.1) -> list[dict[str, An
     A_log, D, biases and norms do not decay. Step sizes and A of :class:`sscan.nn.S4D` have a highest learning rate.
     Each group is a dict with "parameters" (by name), "weight_decay", and "max_lr" if there is one.
     """
+    if not hasattr(module, "named_parameters"):
+        raise TypeError(f"decay_groups: module must be a module of sscan.nn, got {type(module).__name__}")
     named = list(module.named_parameters())
     kinds = dict.fromkeys([(True, math.inf), (False, math.inf), *((p.decay, p.max_lr) for _, p in named)])
     return [
@@ -43,6 +46,8 @@ def _check_groups(groups: Any) -> None:
     if not groups:
         raise ValueError("AdamW: there are no groups of parameters")
     for group in groups:
+        if not isinstance(group, Mapping):
+            raise TypeError(f"AdamW: a group is a dict, as `decay_groups(model)` makes, got {type(group).__name__}")
         if not {"parameters", "weight_decay"} <= group.keys() <= {"parameters", "weight_decay", "max_lr"}:
             raise ValueError(f"AdamW: a group has parameters, weight_decay and perhaps max_lr, got {', '.join(group)}")
         if not isinstance(group["parameters"], dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import platform
@@ -21,18 +20,19 @@ import numpy as np
 
 import sscan
 from sscan.models.files import content_of, read_object, remove_leftovers, write_atomically
+from sscan.tasks.lock import alone_in
 from sscan.tasks.loop import BEST_FOLDER, train
 from sscan.tasks.progress import Phase
 from sscan.tasks.training import STATE_FILE, Saved, TrainingRun
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence, Sized
+    from collections.abc import Sequence, Sized
     from pathlib import Path
 
     from sscan.tasks.tables import Row, Table
     from sscan.tasks.task import RunOptions
 
-RUNS_FOLDER, LOCK_FILE = "runs", "lock"
+RUNS_FOLDER = "runs"
 RESULT = {"name", "table", "row", "scale", "generator", "options", "steps", "seconds", "finished", "measures"}
 
 
@@ -88,7 +88,7 @@ class Job:
         if len(stop):
             return
         folder = out / RUNS_FOLDER / self.name
-        with _alone_in(folder):
+        with alone_in(folder):
             with Phase("loading", stream):
                 run = self._begin(folder, array_module, texts)
             if len(stop):  # to read the data may have taken long
@@ -238,18 +238,6 @@ def run_all(
                     reason = f"{type(error).__name__}: {reason}"
                 failures[futures[future].name] = reason
     return failures
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other commands out of a run's folder, which is made; the lock of a process ends with it, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError("another command is at it") from error
-        yield
 
 
 def _as_json(options: RunOptions) -> dict[str, Any]:
