@@ -198,12 +198,7 @@ class Recorder:
             values = [pool[place] for place in places]
             if isinstance(launched, _launch.Kernel):
                 function, shape = _launch.build(launched)
-                emulator = Emulator(shape.threads, memory, function.__module__)
-                body = emulator.rebound(function, {})
-                with np.errstate(all="ignore"):
-                    for emulator.block in range(blocks):
-                        emulator.synchronize()
-                        body(*values)
+                Emulator(shape.threads, memory, function.__module__).run(function, blocks, values)
             else:
                 launched.starter(stream)(launched, *values)
 

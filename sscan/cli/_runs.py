@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sscan.cli._devices import array_module
 from sscan.cli._failures import Mistake
-from sscan.tasks.lock import alone_in
+from sscan.tasks._lock import alone_in
 
 if TYPE_CHECKING:
     import argparse

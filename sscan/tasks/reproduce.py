@@ -20,7 +20,7 @@ import numpy as np
 
 import sscan
 from sscan.models.files import content_of, read_object, remove_leftovers, write_atomically
-from sscan.tasks.lock import alone_in
+from sscan.tasks._lock import alone_in
 from sscan.tasks.loop import BEST_FOLDER, train
 from sscan.tasks.progress import Phase
 from sscan.tasks.training import STATE_FILE, Saved, TrainingRun

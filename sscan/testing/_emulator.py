@@ -454,6 +454,15 @@ class Emulator:
 
     # functions
 
+    def run(self, function: Callable[..., None], blocks: int, values: list[int]) -> None:
+        """A kernel, one block after the other."""
+        body = self.rebound(function, {})
+        with np.errstate(all="ignore"):
+            for self.block in range(blocks):
+                self.touched = False
+                self.synchronize()
+                body(*values)
+
     def rebound(self, value: Any, known: dict[int, Any]) -> Any:
         """A primitive's twin, a device function or kernel that uses twins, or the value itself."""
         if id(value) in known:
@@ -539,13 +548,7 @@ def _run(function: Callable[..., None], threads: int, blocks: int, *arguments: A
     """Run a kernel, one block after the other."""
     arrays = [a for a in arguments if isinstance(a, np.ndarray)]
     values = [0 if a is None else a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
-    emulator = Emulator(threads, arrays, function.__module__)
-    body = emulator.rebound(function, {})
-    with np.errstate(all="ignore"):
-        for emulator.block in range(blocks):
-            emulator.touched = False
-            emulator.synchronize()
-            body(*values)
+    Emulator(threads, arrays, function.__module__).run(function, blocks, values)
 
 
 def empty(shape: Any, dtype: Any) -> Any:
