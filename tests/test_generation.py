@@ -299,6 +299,11 @@ def test_what_a_streamer_raises_ends_it(model: Any) -> None:
 # States (check 7 of paper.md section 7)
 
 
+def test_what_is_no_temperature(model: Any) -> None:
+    with pytest.raises(ValueError, match="temperature must be at least 0, got 'a'"):
+        model.generate([[1]], 3, temperature="a")
+
+
 @pytest.mark.parametrize("pieces", [(1, 1, 1, 18), (5, 16), (20, 1), (2, 9, 10), (21,)])
 def test_pieces_and_steps_equal_the_whole(model: Any, pieces: tuple[int, ...]) -> None:
     """Any number of tokens behind a state, also fewer than the convolution is wide; then token by token."""
