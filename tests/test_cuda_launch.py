@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for path in (ROOT / "sscan" / "cuda").rglob("*.py") if path.name != "__init__.py")
 KERNEL = Kernel("_sums", "over_parts", ("float32", "float32", 1))
 CUBIN = bytes(range(256)) * 40
 
@@ -130,22 +131,6 @@ def test_other_kernels_have_other_files(
     _launch.cached(KERNEL, (9, 0))
     assert _launch.cached(kernel, capability)[0] == CUBIN + bytes(capability)
     assert len(compilations) == len(files(folder)) == 2
-
-
-def test_the_folder_is_named_by_all_that_kernels_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Constants too, which kernels share with what launches them."""
-    read: list[bytes] = []
-    sources = _cache._sources
-    monkeypatch.setattr(_cache, "_sources", lambda *arguments: read.extend(sources(*arguments)) or read)
-    _launch.cache_folder.cache_clear()
-    _launch.cache_folder()
-    files = [path for path in (ROOT / "sscan" / "cuda").rglob("*.py") if path.name != "__init__.py"]
-    assert not [path for path in files if path.read_bytes() not in read]
-    for path in files:
-        if path.parent.name == "kernels":
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sscan"):
-                    assert (node.module or "").startswith("sscan.cuda"), path
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 32, 36, 37, -1])
@@ -282,11 +267,21 @@ def test_the_folder_is_of_the_sources_and_compilers(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", lambda name: "0" if name == "numba-cuda" else version(name))
         assert folder_now() != before
-    with monkeypatch.context() as patch:
-        read = Path.read_bytes
-        edited = "_primitives.py"
-        patch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == edited))
-        assert folder_now() != before
+    read = Path.read_bytes
+    for edited in SOURCES:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, edited=edited: read(path) + b"#" * (path == edited))
+            assert folder_now() != before, edited
+
+
+def test_kernels_are_made_of_these_sources_alone() -> None:
+    """Constants too, which kernels share with what launches them."""
+    kernels = [path for path in SOURCES if path.parent.name == "kernels"]
+    assert kernels
+    for path in kernels:
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sscan"):
+                assert (node.module or "").startswith("sscan.cuda"), path
 
 
 WARM = """

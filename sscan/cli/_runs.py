@@ -43,9 +43,8 @@ def open_run(options: argparse.Namespace, claims: ExitStack) -> tuple[TrainingRu
     run = TrainingRun(task(task.Options(**given), **data), xp)
     folder = options.out or _new_folder((options.text or files)[0].resolve().stem)
     _check_free(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, claims)
-    _check_free(folder)
+    _check_free(folder)  # again: another command may have come to its end in between
     return run, _prepared(folder)
 
 
@@ -96,8 +95,8 @@ def _check_free(folder: Path) -> None:
 
 
 def _claim(folder: Path, claims: ExitStack) -> None:
-    """Keep other commands out of a folder, which then can be written to."""
-    if not os.access(folder, os.W_OK | os.X_OK):
+    """Keep other commands out of a folder, which is made and then can be written to."""
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     try:
         claims.enter_context(alone_in(folder))
