@@ -37,7 +37,7 @@ HELD_OUT = 0.1  # the share of every record, at its end, that no model is traine
 MEASURED_BATCHES = 16  # of held-out windows
 HIGHEST_ORDER = 12  # of Markov models
 # Blocks of a Transformer, each with about as many parameters as two of Mamba.
-TRANSFORMER = ({"layer": "attention", "positions": "rotary"}, {"layer": "glu", "expand": 10 / 3})
+TRANSFORMER = ({"layer": "attention", "heads": 2, "positions": "rotary"}, {"layer": "glu", "expand": 10 / 3})
 
 
 @dataclass(frozen=True)
