@@ -61,6 +61,8 @@ CONVOLUTIONS = [
     convolution_of((8, 5120, 2048), 104.7, 353.8, last=True),
     convolution_of((8, 5120, 2048), 199.3, 555.8, "float32", last=True),
     convolution_of((8, 1536, 2048), 34.8, 116.3, last=True),
+    convolution_of((8, 1536, 2048), 65.5, 181.8, "float32", last=True),
+    convolution_of((1, 1536, 2048), 6.2, 17.9, last=True),
     convolution_of((64, 1536, 512), 63.3, 255.4, last=True),
 ]
 CONVOLUTION_STEPS = [

@@ -399,6 +399,19 @@ shuffle_up = _shuffle("shuffle_up", "up", 0)  # of lane - distance; the own valu
 shuffle_from = _shuffle("shuffle_from", "idx", 31)  # of the lane given
 
 
+@primitive("in_all_lanes")
+def in_all_lanes(typingctx, condition):
+    """Whether a condition holds in all lanes of the warp; all 32 take part."""
+
+    def codegen(context, builder, sig, args):
+        condition = args[0] if args[0].type == _I1 else builder.trunc(args[0], _I1)
+        kind = ir.FunctionType(_I1, [_I32, _I1])
+        vote = cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.vote.all.sync")
+        return builder.call(vote, [ir.Constant(_I32, 0xFFFFFFFF), condition])
+
+    return types.boolean(types.boolean), codegen
+
+
 # --- global memory ---------------------------------------------------------------------------------------------------
 
 

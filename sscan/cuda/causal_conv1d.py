@@ -11,12 +11,13 @@ from sscan.cuda._sums import over_parts
 LAST = "causal_conv1d_last"
 WARP, CHANNEL_BITS = 32, 2
 CHANNELS = 1 << CHANNEL_BITS  # of a block, a warp for each
-PART = 2048  # steps of a warp, if that leaves enough
-WARPS = 32  # of a multiprocessor, that are enough
+# Bytes that a lane has of a part of a row; warps of a multiprocessor that are enough, for which parts are made shorter.
+PART, PART_BACKWARD, WARPS, WARPS_BACKWARD = 64, 256, 32, 16
 STEPS = 2048  # of a warp of `wide_dweight`
-BLOCK = 128  # threads of the other kernels
+BLOCK, BLOCK_OF_STEP = 128, 256  # threads of the other kernels, and of `update`
 LONGEST = 16  # inputs in the state of a step that do not matter yet
-CHUNKS, THREADS = (256, 64, 16), 1024  # steps of threads with neighbouring channels; threads of a multiprocessor
+# Of threads with neighbouring channels: blocks that a multiprocessor runs at once, and what a chunk costs at its begin.
+RESIDENT, RESIDENT_BACKWARD, BEGIN, WAVES = 5, 4, 7, 8
 AGES = "float16"  # ages are whole numbers below the width
 
 
@@ -72,16 +73,24 @@ def _in_order(wave, like):
     return wave.transpose(0, 2, 1).copy().transpose(0, 2, 1)
 
 
-def _chunks(x, group):
+def _chunks(x, group, resident):
     """Chunks of time, the steps of each, how many threads are neighbours along the channels, as a power of 2; blocks.
 
-    Shorter ones, if the GPU has room for more threads.
+    So many chunks that the GPU runs all blocks at once, or in a few whole waves: whatever takes the fewest steps one
+    after the other, of which a chunk takes ``BEGIN`` before its first.
     """
     batch, dim, length = x.shape
-    across = -(-dim // group)
-    chunk = next((c for c in CHUNKS if batch * across * (length // c) >= THREADS * _launch.processors()), CHUNKS[-1])
-    chunks, bits = -(-length // chunk), min(BLOCK.bit_length() - 1, (across - 1).bit_length())
-    return chunks, chunk, bits, -(-batch * chunks * -(-across >> bits) // (BLOCK >> bits))
+    across, room = -(-dim // group), resident * _launch.processors()
+    bits = min(BLOCK.bit_length() - 1, (across - 1).bit_length())
+    in_row, rows_of_block = -(-across >> bits), BLOCK >> bits
+
+    def cut(chunks):
+        chunk = 4 * -(-length // (4 * chunks))  # whole turns
+        chunks = -(-length // chunk)
+        return chunks, chunk, bits, -(-batch * chunks * in_row // rows_of_block)
+
+    cuts = [cut(max(1, wave * room * rows_of_block // (batch * in_row))) for wave in range(1, WAVES + 1)]
+    return min(cuts, key=lambda cut: -(-cut[3] // room) * (cut[1] + BEGIN))
 
 
 def _steps_of_last(array):
@@ -106,15 +115,15 @@ def _tiling(*arrays):
     return group, -(-(length + (group - 1) * shifted) // (WARP * group)), ends
 
 
-def _parts(batch, dim, tiles, group):
-    """Parts of each row and tiles of a part; and rows of a part, if it has all tiles of them.
+def _parts(batch, dim, tiles, most, warps):
+    """Parts of each row and tiles of a part, ``most`` or fewer; and rows of a part, if it has all tiles of them.
 
     Smaller parts, if the GPU has room for more warps.
     """
-    wanted, tiles_of_part = WARPS * _launch.processors(), max(1, PART // (WARP * group))
-    while tiles_of_part > 1 and batch * dim * -(-tiles // tiles_of_part) < wanted:
-        tiles_of_part //= 2
-    rows = min(tiles_of_part // max(1, tiles), batch * dim // wanted, batch)
+    wanted = warps * _launch.processors()
+    parts = max(-(-tiles // most), min(tiles, -(-wanted // max(1, batch * dim))), 1)
+    tiles_of_part = max(1, -(-tiles // parts))
+    rows = min(most // max(1, tiles), batch * dim // wanted, batch)
     return max(1, -(-tiles // tiles_of_part)), tiles_of_part, max(1, rows)
 
 
@@ -150,7 +159,7 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
     elif channels_last(x, width):
         x = _in_order(x, x)
         group = _group_of_last(x.itemsize)
-        chunks, chunk, bits, blocks = _chunks(x, group)
+        chunks, chunk, bits, blocks = _chunks(x, group, RESIDENT)
         _launch.launch(
             _kernel("forward", x.dtype, width, group, silu, tables.mask, module=LAST), blocks, x, y, weight, bias,
             before, tables.ages, tables.sequences, batch, dim, length, chunks, chunk, bits, *_steps_of_last(x),
@@ -158,7 +167,7 @@ def causal_conv1d_forward(x, weight, bias, silu, segments, initial_state, y, fin
         )  # fmt: skip
     elif _is_small(width, x.dtype, tables.mask):
         group, tiles, ends = _tiling(x, y)
-        parts, tiles_of_part, _ = _parts(batch, dim, tiles, group)
+        parts, tiles_of_part, _ = _parts(batch, dim, tiles, PART // (group * x.itemsize), WARPS)
         _launch.launch(
             _kernel("forward", x.dtype, width, group, ends, silu, tables.mask), batch * parts * -(-dim // CHANNELS),
             x, y, weight, bias, before, tables.ages, tables.sequences, dim, length, tiles, parts, tiles_of_part,
@@ -219,7 +228,7 @@ def _partials(parts, weight, with_bias):
 def _small_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, tables, with_bias):
     (batch, dim, length), width = x.shape, weight.shape[1]
     group, tiles, ends = _tiling(x, dy, dx)
-    parts, *of_part = _parts(batch, dim, tiles, group)
+    parts, *of_part = _parts(batch, dim, tiles, PART_BACKWARD // (group * x.itemsize), WARPS_BACKWARD)
     all_parts = parts * -(-batch // of_part[1])
     dweights, dbiases = _partials(all_parts, weight, with_bias)
     _launch.launch(
@@ -233,7 +242,7 @@ def _small_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, 
 def _last_backward(dy, x, dx, weight, bias, silu, initial_state, dfinal_state, tables, with_bias):
     (batch, dim, length), width = x.shape, weight.shape[1]
     group = _group_of_last(x.itemsize) // 2  # which leaves room for the sums
-    chunks, chunk, bits, blocks = _chunks(x, group)
+    chunks, chunk, bits, blocks = _chunks(x, group, RESIDENT_BACKWARD)
     dweights, dbiases = _partials(batch * chunks, weight, with_bias)
     _launch.launch(
         _kernel("backward", x.dtype, width, group, silu, tables.mask, module=LAST), blocks, dy, x, dx, weight, bias,
@@ -276,6 +285,6 @@ def causal_conv1d_update(x, conv_state, weight, bias, silu, y):
     together = kept in (2, 4, 8) and _launch.aligned(kept, conv_state)
     _launch.launch(
         _kernel("update", x.dtype, conv_state.dtype.name, weight.dtype.name, width, kept, together, silu),
-        -(-batch * dim // BLOCK), x, conv_state, weight, bias, y, batch, dim, *_steps(x[..., None]),
+        -(-batch * dim // BLOCK_OF_STEP), x, conv_state, weight, bias, y, batch, dim, *_steps(x[..., None]),
         *_steps(conv_state),
     )  # fmt: skip

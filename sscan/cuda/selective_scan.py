@@ -12,7 +12,7 @@ LANES, CHECKPOINT, TILE = 4, 16, 32  # as in kernels/selective_scan.py
 RESIDENT, RESIDENT_BACKWARD = 20, 16  # warps that a multiprocessor runs at once, of float32
 # Steps of a scan that take as long as to walk past a part, for the state that a later one starts from.
 WALKED, WALKED_BACKWARD = 4, 1
-FEW = 16  # packed sequences, so few that they may leave a GPU half empty
+FEW, WAVES = 16, 3  # packed sequences, so few that they may leave a GPU half empty; and then how often it is filled
 WARP_CHANNELS = 8
 ROWS = 2  # channels of a lane in the backward kernel, of float32, if that leaves enough blocks
 
@@ -69,9 +69,10 @@ def parts_of(segments, channel_blocks, resident, walked):
     many parts are made as blocks are ``resident`` on all multiprocessors at once, but no more than what the last one
     has to walk past is worth.
 
-    A few packed sequences are cut as one row would be, since any of them may be nearly all of it; if they are enough to
-    fill the GPU, only where they are longer than the average. Parts are then numbered through all sequences, see
-    ``kernels._segments.part_of``, and this is how many numbers there may be.
+    A few packed sequences are cut as one row would be, since any of them may be nearly all of it; if they would fill
+    the GPU, were they equal, into smaller parts, among which the GPU goes on to the next when it is through with one.
+    Parts are then numbered through all sequences, see ``kernels._segments.part_of``, and this is how many numbers there
+    may be.
     """
     packed, length, fill = segments.cu_seqlens is not None, segments.length, resident * _launch.processors()
     blocks, parts = (1 if packed else segments.count) * channel_blocks, 1
@@ -83,7 +84,7 @@ def parts_of(segments, channel_blocks, resident, walked):
     if 2 * segments.count * channel_blocks > fill:
         if segments.count > FEW:
             return 1, part_length
-        part_length = max(part_length, rounded_up(5 * length, 4 * segments.count))
+        part_length = rounded_up(length, max(1, WAVES * fill // blocks))
     return (1 if part_length >= length else length // part_length + segments.count), part_length
 
 

@@ -247,6 +247,9 @@ class Emulator:
     def _of_lane(self, x: Any, source: Any) -> Any:  # lanes wait for each other, but memory does not
         return self.of_each(x)[self.warp * WARP + source]
 
+    def in_all_lanes(self, condition: Any) -> bool:
+        return bool(np.all(condition))  # of all warps, which only a kernel could tell that depends on it
+
     def shuffle_xor(self, x: Any, mask: int) -> Any:
         return self._of_lane(x, self.lane ^ mask)
 

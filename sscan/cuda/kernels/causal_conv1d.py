@@ -41,7 +41,7 @@ from sscan.cuda._primitives import (
     writer,
 )
 from sscan.cuda._target import device
-from sscan.cuda.causal_conv1d import AGES, BLOCK, CHANNEL_BITS, CHANNELS, STEPS, WARP
+from sscan.cuda.causal_conv1d import AGES, BLOCK, BLOCK_OF_STEP, CHANNEL_BITS, CHANNELS, STEPS, WARP
 from sscan.cuda.kernels._segments import segment
 from sscan.cuda.kernels._warp import lane_sum
 
@@ -851,7 +851,7 @@ def update(storage, of_state, of_weight, width, kept, together, silu):
     def kernel(x, state, weight, bias, y, batches, dim, x_batch, x_dim, state_batch, state_dim):
         await_previous()
         S, W = states(), taps()
-        i = block_index() * BLOCK + thread_index()
+        i = block_index() * BLOCK_OF_STEP + thread_index()
         batch = quotient(i, dim)
         d, inside = i - batch * dim, batch < batches
         at = batch * state_batch + d * state_dim
@@ -868,7 +868,7 @@ def update(storage, of_state, of_weight, width, kept, together, silu):
             S[m] = S[m + 1]
         write_state(state, at, S, select(inside, kept, 0))
 
-    return kernel, Shape(BLOCK, 8)
+    return kernel, Shape(BLOCK_OF_STEP, 4)
 
 
 def shipped():

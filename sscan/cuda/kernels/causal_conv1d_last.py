@@ -1,12 +1,15 @@
 """The causal depthwise convolution on the GPU of arrays whose channels are neighbours in memory.
 
-A thread has ``group`` neighbouring channels, which come in one access, and walks through ``chunk`` steps, a few at a
-time; the next ones are asked for before these are worked on. What the taps see, and backward the gradients, stay in a
-window in registers. Masks and states are those of ``causal_conv1d``.
+A thread has ``group`` neighbouring channels, which come in one access, and walks through ``chunk`` steps, a few in a
+*turn*; those of the next turn are asked for before these are worked on. What the taps see, and backward the gradients,
+stay in a window in registers. Most turns are *whole*: no step of them, nor of the next one, has to be looked at for
+where it lies, which would take as long as the work. Masks and states are those of ``causal_conv1d``.
 
 Memory traffic: forward reads x and writes y, backward reads dy and x and writes dx, everything once but the width - 1
 steps before (and after) a chunk.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from sscan.cuda._primitives import (
     block_index,
     dtype_of,
     fma,
+    in_all_lanes,
     local_array,
     quotient,
     reader,
@@ -29,9 +33,33 @@ from sscan.cuda._primitives import (
 )
 from sscan.cuda._target import device
 from sscan.cuda.causal_conv1d import AGES, BLOCK
-from sscan.cuda.kernels.causal_conv1d import activations, element_reader, element_writer, real_of_storage
+from sscan.cuda.kernels.causal_conv1d import activations, element_reader, element_writer, real_of_storage, short
 
 read_integer = INTEGER_READERS[64]
+TURN = 4  # steps
+
+
+class Row(NamedTuple):
+    """What is known of a thread's batch row and channels, apart from what comes in turns."""
+
+    ages: Any
+    age_row: Any  # of the row's first step, in ages
+    sequences: Any
+    initial_state: Any
+    dfinal_state: Any
+    state: Any  # of the first channel, in states, unless sequences have their own
+    length: Any
+    batch: Any
+    dim: Any
+    d: Any
+
+
+class Waves(NamedTuple):
+    """One thing for each array along time: addresses of a turn's first step (dx: width - 1 before), or bytes a step."""
+
+    x: Any
+    dy: Any
+    dx: Any
 
 
 def place(group):
@@ -54,22 +82,33 @@ def place(group):
 
 
 def steps_reader(storage, real, group, ahead):
-    """``make()``, ``ask(raw, i, address, index, valid)`` and ``take(into, at, raw, i)``: the channels at a step."""
+    """``make()``, ``ask(raw, address, step, left)``, ``ask_all`` and ``take(into, first, raw)``: channels of a turn.
+
+    Its steps are ``step`` bytes apart. Those that are not ``left`` are 0; to ask for all takes less. What is asked for
+    is waited for where it is taken.
+    """
     dtype, numbers = dtype_of(storage), local_array(group, real)
     load, widen = stored_reader(dtype, group, True), widener(dtype, real, group)
 
     @device
-    def ask(raw, i, address, index, valid):
-        load(raw, i * group, address, index, select(valid, group, 0))
+    def ask(raw, address, step, left):
+        for i in range(ahead):
+            load(raw, i * group, address + i * step, 0, select(left > i, group, 0))
 
     @device
-    def take(into, at, raw, i):
-        values = numbers()
-        widen(values, raw, i * group)
-        for c in range(group):
-            into[at + c] = values[c]
+    def ask_all(raw, address, step):
+        for i in range(ahead):
+            load(raw, i * group, address + i * step, 0, group)
 
-    return stored_array(ahead * group, dtype), ask, take
+    @device
+    def take(into, first, raw):
+        values = numbers()
+        for i in range(ahead):
+            widen(values, raw, i * group)
+            for c in range(group):
+                into[(first + i) * group + c] = values[c]
+
+    return stored_array(ahead * group, dtype), ask, ask_all, take
 
 
 def seen_by(real, width, group, mask):
@@ -127,42 +166,68 @@ def taps_reader(real, width, group):
 
 
 def sequence_reader(real, width, mask):
-    """``age(ages, at, valid)`` of a step, and where its sequence begins.
+    """``age_of(row, t, valid)`` of a step, and where its sequence begins.
 
-    ``first_state(age, t, wanted, sequences, state, dim, d)``: where the initial state is whose inputs the taps of a
-    step reach, and whether they reach it; only with "states".
+    ``first_state(row, age, t, wanted)``: where the initial state is whose inputs the taps of a step reach, and whether
+    they reach it; only with "states".
     """
     read_age, halo, oldest, integer = element_reader(AGES, real), width - 1, real.type(width - 1), np.int64
     masked, states = mask != "", mask == "states"
 
     @device
-    def age(ages, at, valid):
-        return read_age(ages, at, valid) if masked else oldest
+    def age_of(row, t, valid):
+        return read_age(row.ages, row.age_row + t, valid) if masked else oldest
 
     @device
-    def first_state(age, t, wanted, sequences, state, dim, d):
+    def first_state(row, age, t, wanted):
         if not states:
-            return state, d < 0
+            return row.state, row.d < 0
         head = wanted & (age < oldest)
-        sequence = read_integer(sequences, t, select(head, 1, 0))
-        return (sequence * dim + d) * halo + integer(age), head
+        sequence = read_integer(row.sequences, t, select(head, 1, 0))
+        return (sequence * row.dim + row.d) * halo + integer(age), head
 
-    return age, first_state
+    return age_of, first_state
+
+
+def forward_turn(storage, width, group, ahead, silu, mask, whole):
+    """``turn(X, W, b, Y, raw, x_at, y_at, x_step, y_step, left, t, row)``: the steps from t on that are left.
+
+    All are if the turn is ``whole``, and those of the next turn, too.
+    """
+    real, halo = real_of_storage(storage), width - 1
+    tap, (age_of, first_state) = seen_by(real, width, group, mask), sequence_reader(real, width, mask)
+    _, ask, ask_all, take = steps_reader(storage, real, group, ahead)
+    write, (activate, _) = writer(dtype_of(storage), real, group, True), activations(real, silu)
+
+    @device
+    def turn(X, W, b, Y, raw, x_at, y_at, x_step, y_step, left, t, row):
+        take(X, halo, raw)
+        if whole:
+            ask_all(raw, x_at + ahead * x_step, x_step)
+        else:
+            ask(raw, x_at + ahead * x_step, x_step, short(left - ahead))
+        for i in range(ahead):
+            there = whole | (left > i)
+            age = age_of(row, t + i, there)
+            state, head = first_state(row, age, t + i, there)
+            for c in range(group):
+                total = b[c]
+                for k in range(width):
+                    total = fma(W[k * group + c], tap(X, i, k, c, age, row.initial_state, state, head), total)
+                Y[c] = activate(total)
+            write(y_at + i * y_step, 0, Y, select(there, group, 0))
+
+    return turn
 
 
 def forward(storage, width, group, silu, mask):
     """A thread writes its channels at the steps of its chunk."""
-    real, halo, ahead = real_of_storage(storage), width - 1, 4
-    of_thread, tap, start = (
-        place(group),
-        seen_by(real, width, group, mask),
-        window_starter(storage, real, width, group, mask),
-    )
-    make_raw, ask, take = steps_reader(storage, real, group, ahead)
-    read_taps, (age_of, first_state) = taps_reader(real, width, group), sequence_reader(real, width, mask)
-    write = writer(dtype_of(storage), real, group, True)
+    real, halo, ahead = real_of_storage(storage), width - 1, TURN
+    of_thread, start = place(group), window_starter(storage, real, width, group, mask)
+    (make_raw, ask, _, _), read_taps = steps_reader(storage, real, group, ahead), taps_reader(real, width, group)
     window, taps, numbers = (local_array(n * group, real) for n in (halo + ahead, width, 1))
-    activate, _ = activations(real, silu)
+    whole_turn, turn = (forward_turn(storage, width, group, ahead, silu, mask, whole) for whole in (True, False))
+    shift = dtype_of(storage).itemsize.bit_length() - 1
 
     def kernel(
         x, y, weight, bias, initial_state, ages, sequences, batches, dim, length, chunks, chunk, bits, x_batch, x_time,
@@ -171,31 +236,25 @@ def forward(storage, width, group, silu, mask):
         await_previous()
         X, W, b, Y, raw = window(), taps(), numbers(), numbers(), make_raw()
         batch, own, d = of_thread(dim, chunks, bits)
-        inside, begin = (d < dim) & (batch < batches), own * chunk
-        end = select(inside, begin + chunk, 0)
-        end = select(end > length, length, end)
-        row, y_row, state = batch * x_batch + d, batch * y_batch + d, (batch * dim + d) * halo
-        for i in range(ahead):
-            ask(raw, i, x, row + (begin + i) * x_time, begin + i < end)
-        start(X, x, row, x_time, begin, inside, initial_state, state)
+        inside, t = (d < dim) & (batch < batches), own * chunk
+        row = Row(ages, batch * length, sequences, initial_state, 0, (batch * dim + d) * halo, length, batch, dim, d)
+        x_row, y_row = batch * x_batch + d, batch * y_batch + d
+        x_at, x_step = x + ((x_row + t * x_time) << shift), x_time << shift
+        y_at, y_step = y + ((y_row + t * y_time) << shift), y_time << shift
+        left = short(select(inside, select(t + chunk < length, chunk, length - t), 0))
+        ask(raw, x_at, x_step, left)
+        start(X, x, x_row, x_time, t, inside, initial_state, row.state)
         read_taps(W, b, weight, bias, d, inside)
-        for turn in range(chunk // ahead):
-            t = begin + turn * ahead
-            for i in range(ahead):
-                take(X, (halo + i) * group, raw, i)
-            for i in range(ahead):
-                ask(raw, i, x, row + (t + ahead + i) * x_time, t + ahead + i < end)
-            for i in range(ahead):
-                age = age_of(ages, batch * length + t + i, t + i < end)
-                from_state, head = first_state(age, t + i, t + i < end, sequences, state, dim, d)
-                for c in range(group):
-                    total = b[c]
-                    for k in range(width):
-                        total = fma(W[k * group + c], tap(X, i, k, c, age, initial_state, from_state, head), total)
-                    Y[c] = activate(total)
-                write(y, y_row + (t + i) * y_time, Y, select(t + i < end, group, 0))
+        while not in_all_lanes(left <= 0):
+            while in_all_lanes(left >= 2 * ahead):
+                whole_turn(X, W, b, Y, raw, x_at, y_at, x_step, y_step, left, t, row)
+                for m in range(halo * group):
+                    X[m] = X[ahead * group + m]
+                x_at, y_at, left, t = x_at + ahead * x_step, y_at + ahead * y_step, short(left - ahead), t + ahead
+            turn(X, W, b, Y, raw, x_at, y_at, x_step, y_step, left, t, row)
             for m in range(halo * group):
                 X[m] = X[ahead * group + m]
+            x_at, y_at, left, t = x_at + ahead * x_step, y_at + ahead * y_step, short(left - ahead), t + ahead
 
     return kernel, Shape(BLOCK, (5 if mask == "" else 4) if real.itemsize == 4 and width <= 4 else 3)
 
@@ -226,48 +285,46 @@ def sum_gradients(real, width, group, silu, mask):
     return of_sums
 
 
-def final_places(real, width, mask):
-    """``find(dfinal_state, A, i, s, there, ages, age_row, sequences, length, batch)``.
+def final_adder(real, width, group, mask):
+    """``add(E, A, i, s, there, row)``: to the gradient of the input at step s, what comes from a final state it is in.
 
-    Whether the input at step s, which is width - 1 steps before step i of the window, is in a final state, in which
-    column, and of which sequence.
+    Step s is width - 1 steps before step i of the window.
     """
     halo, ages_seen, integer = width - 1, tuple(real.type(j) for j in range(width)), np.int64
-    read_age, masked, states = element_reader(AGES, real), mask != "", mask == "states"
+    read, read_age = element_reader(real.name, real), element_reader(AGES, real)
+    masked, states = mask != "", mask == "states"
 
     @device
-    def find(dfinal_state, A, i, s, there, ages, age_row, sequences, length, batch):
-        final, index, number = s < 0, s * 0, batch
-        if dfinal_state != 0:
-            if states:
-                before = there
-                for k in range(1, width):
-                    turns = A[i + k] < ages_seen[k]
-                    final, index = final | (before & turns), select(before & turns, halo - k, index)
-                    before = before & (A[i + k] >= ages_seen[k])
-                final = final & there
-                number = read_integer(sequences, s, select(final, 1, 0))
-            else:
-                index = s - (length - halo)
-                final = (index >= 0) & there
-                if masked:
-                    last_age = read_age(ages, age_row + length - 1, final)
-                    final = final & (integer(last_age) >= halo - 1 - index)
-        return final, index, number
+    def add(E, A, i, s, there, row):
+        final, index, number = s < 0, s * 0, row.batch
+        if states:
+            before = there
+            for k in range(1, width):
+                turns = A[i + k] < ages_seen[k]
+                final, index = final | (before & turns), select(before & turns, halo - k, index)
+                before = before & (A[i + k] >= ages_seen[k])
+            final = final & there
+            number = read_integer(row.sequences, s, select(final, 1, 0))
+        else:
+            index = s - (row.length - halo)
+            final = (index >= 0) & there
+            if masked:
+                last_age = read_age(row.ages, row.age_row + row.length - 1, final)
+                final = final & (integer(last_age) >= halo - 1 - index)
+        state = (number * row.dim + row.d) * halo + index
+        for c in range(group):
+            E[c] = E[c] + read(row.dfinal_state, state + c * halo, final)
 
-    return find
+    return add
 
 
 def input_gradients(real, width, group, mask):
-    """``of_inputs(E, G, A, W, i, dfinal_state, state, index, final)``: at the step in front of what taps see at step i.
-
-    From the gradients of the sums in the window, and of the final state, if the input is in one.
-    """
+    """``of_inputs(E, G, A, W, i)``: at the step in front of what taps see at step i, of the sums in the window."""
     halo, zero, masked = width - 1, real.type(0), mask != ""
-    ages_seen, read = tuple(real.type(j) for j in range(width)), element_reader(real.name, real)
+    ages_seen = tuple(real.type(j) for j in range(width))
 
     @device
-    def of_inputs(E, G, A, W, i, dfinal_state, state, index, final):
+    def of_inputs(E, G, A, W, i):
         for c in range(group):
             total = zero
             for k in range(width):
@@ -275,11 +332,47 @@ def input_gradients(real, width, group, mask):
                 if masked:
                     g = select(A[i + k] >= ages_seen[k], g, zero)
                 total = fma(W[(halo - k) * group + c], g, total)
-            if dfinal_state != 0:
-                total = total + read(dfinal_state, state + c * halo + index, final)
             E[c] = total
 
     return of_inputs
+
+
+def backward_turn(storage, width, group, ahead, silu, mask, whole):
+    """``turn(window, sums, raw, raw_dy, at, step, looked, own, first, t, row)``: ``ahead`` steps from t on.
+
+    Steps of the chunk that are left: ``looked`` at, beyond its end too, and its ``own``; dx there is of steps from
+    ``first`` on. Of a ``whole`` turn all that matters, and no final state.
+    """
+    real, halo = real_of_storage(storage), width - 1
+    of_sums, add_final = sum_gradients(real, width, group, silu, mask), final_adder(real, width, group, mask)
+    of_inputs, (age_of, first_state) = input_gradients(real, width, group, mask), sequence_reader(real, width, mask)
+    _, ask, ask_all, take = steps_reader(storage, real, group, ahead)
+    write, numbers = writer(dtype_of(storage), real, group, True), local_array(group, real)
+
+    @device
+    def turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, looked, own, first, t, row, into_final):
+        E = numbers()
+        take(X, halo, raw)
+        take(G, halo, raw_dy)
+        if whole:
+            ask_all(raw, at.x + ahead * step.x, step.x)
+            ask_all(raw_dy, at.dy + ahead * step.dy, step.dy)
+        else:
+            ask(raw, at.x + ahead * step.x, step.x, short(looked - ahead))
+            ask(raw_dy, at.dy + ahead * step.dy, step.dy, short(looked - ahead))
+        for i in range(ahead):
+            valid = whole | (looked > i)
+            A[halo + i] = age_of(row, t + i, valid)
+            state, head = first_state(row, A[halo + i], t + i, valid & (row.initial_state != 0))
+            of_sums(G, DW, db, X, W, b, i, A[halo + i], whole | (own > i), row.initial_state, state, head)
+            there = whole | ((first <= i) & (own > i - halo))
+            of_inputs(E, G, A, W, i)  # complete, of the step width - 1 before
+            if not whole:
+                if into_final:
+                    add_final(E, A, i, t + i - halo, there, row)
+            write(at.dx + i * step.dx, 0, E, select(there, group, 0))
+
+    return turn
 
 
 def backward(storage, width, group, silu, mask):
@@ -287,34 +380,56 @@ def backward(storage, width, group, silu, mask):
 
     It goes on for width - 1 steps after its chunk, whose gradients the last steps of the chunk look forward to.
     """
-    real, halo, ahead = real_of_storage(storage), width - 1, 2
+    real, halo, ahead = real_of_storage(storage), width - 1, TURN
     of_thread, start = place(group), window_starter(storage, real, width, group, mask)
-    make_raw, ask, take = steps_reader(storage, real, group, ahead)
-    read_taps, (age_of, first_state) = taps_reader(real, width, group), sequence_reader(real, width, mask)
-    of_sums, find = sum_gradients(real, width, group, silu, mask), final_places(real, width, mask)
-    of_inputs, zero, oldest = input_gradients(real, width, group, mask), real.type(0), real.type(halo)
-    write, write_sum = writer(dtype_of(storage), real, group, True), element_writer(real.name, real)
+    (make_raw, ask, _, _), read_taps = steps_reader(storage, real, group, ahead), taps_reader(real, width, group)
     window, taps, numbers = (local_array(n * group, real) for n in (halo + ahead, width, 1))
-    of_steps = local_array(halo + ahead, real)
+    of_steps, write_sum = local_array(halo + ahead, real), element_writer(real.name, real)
+    whole_turn, turn = (backward_turn(storage, width, group, ahead, silu, mask, whole) for whole in (True, False))
+    shift, anywhere = dtype_of(storage).itemsize.bit_length() - 1, mask == "states"
+    zero, oldest = real.type(0), real.type(halo)
+
+    @device
+    def before_final(dfinal_state, t, length):
+        return (dfinal_state == 0) | ((not anywhere) & (t + ahead <= length))
+
+    @device
+    def move_on(X, G, A):
+        for m in range(halo * group):
+            X[m], G[m] = X[ahead * group + m], G[ahead * group + m]
+        for m in range(halo):
+            A[m] = A[ahead + m]
+
+    @device
+    def next_turn(at, step, looked, own, first, t):
+        at = Waves(at.x + ahead * step.x, at.dy + ahead * step.dy, at.dx + ahead * step.dx)
+        return at, short(looked - ahead), short(own - ahead), short(first - ahead), t + ahead
 
     def kernel(
         dy, x, dx, weight, bias, initial_state, dfinal_state, ages, sequences, dweight, dbias, batches, dim, length,
         chunks, chunk, bits, dy_batch, dy_time, x_batch, x_time, dx_batch, dx_time,
     ):  # fmt: skip
         await_previous()
-        X, G, A, W, DW, b, db, E = window(), window(), of_steps(), taps(), taps(), numbers(), numbers(), numbers()
+        X, G, A, W, DW, b, db = window(), window(), of_steps(), taps(), taps(), numbers(), numbers()
         raw, raw_dy = make_raw(), make_raw()
-        batch, own, d = of_thread(dim, chunks, bits)
-        inside, begin = (d < dim) & (batch < batches), own * chunk
-        end = select(inside, begin + chunk, 0)
-        end, last = select(end > length, length, end), select(end + halo > length, length, end + halo)
-        last = select(inside, last, 0)
-        row, dy_row, dx_row = batch * x_batch + d, batch * dy_batch + d, batch * dx_batch + d
-        state = (batch * dim + d) * halo
-        for i in range(ahead):
-            ask(raw, i, x, row + (begin + i) * x_time, begin + i < last)
-            ask(raw_dy, i, dy, dy_row + (begin + i) * dy_time, begin + i < last)
-        start(X, x, row, x_time, begin, inside, initial_state, state)
+        batch, number, d = of_thread(dim, chunks, bits)
+        inside, t = (d < dim) & (batch < batches), number * chunk
+        row = Row(
+            ages, batch * length, sequences, initial_state, dfinal_state, (batch * dim + d) * halo, length, batch, dim,
+            d,
+        )  # fmt: skip
+        x_row, dy_row, dx_row = batch * x_batch + d, batch * dy_batch + d, batch * dx_batch + d
+        at = Waves(
+            x + ((x_row + t * x_time) << shift), dy + ((dy_row + t * dy_time) << shift),
+            dx + ((dx_row + (t - halo) * dx_time) << shift),
+        )  # fmt: skip
+        step = Waves(x_time << shift, dy_time << shift, dx_time << shift)
+        own = select(t + chunk < length, chunk, length - t)
+        looked = select(t + chunk + halo < length, chunk + halo, length - t)
+        own, looked, first = short(select(inside, own, -halo)), short(select(inside, looked, 0)), short(halo)
+        ask(raw, at.x, step.x, looked)
+        ask(raw_dy, at.dy, step.dy, looked)
+        start(X, x, x_row, x_time, t, inside, initial_state, row.state)
         read_taps(W, b, weight, bias, d, inside)
         for c in range(group):
             db[c] = zero
@@ -324,31 +439,18 @@ def backward(storage, width, group, silu, mask):
             A[m] = oldest
             for c in range(group):
                 G[m * group + c] = zero
-        for turn in range((chunk + halo + ahead - 1) // ahead):
-            t = begin + turn * ahead
-            for i in range(ahead):
-                take(X, (halo + i) * group, raw, i)
-                take(G, (halo + i) * group, raw_dy, i)
-            for i in range(ahead):
-                ask(raw, i, x, row + (t + ahead + i) * x_time, t + ahead + i < last)
-                ask(raw_dy, i, dy, dy_row + (t + ahead + i) * dy_time, t + ahead + i < last)
-            for i in range(ahead):
-                A[halo + i] = age_of(ages, batch * length + t + i, t + i < last)
-                wanted = (initial_state != 0) & (t + i < last)
-                from_state, head = first_state(A[halo + i], t + i, wanted, sequences, state, dim, d)
-                of_sums(G, DW, db, X, W, b, i, A[halo + i], t + i < end, initial_state, from_state, head)
-                s = t + i - halo  # the gradient of this step's input is complete
-                there = (s >= begin) & (s < end)
-                final, index, number = find(
-                    dfinal_state, A, i, s, there, ages, batch * length, sequences, length, batch
-                )
-                of_inputs(E, G, A, W, i, dfinal_state, (number * dim + d) * halo, index, final)
-                write(dx, dx_row + s * dx_time, E, select(there, group, 0))
-            for m in range(halo * group):
-                X[m], G[m] = X[ahead * group + m], G[ahead * group + m]
-            for m in range(halo):
-                A[m] = A[ahead + m]
-        part = batch * chunks + own
+        while not in_all_lanes(own <= -halo):
+            into_final = not in_all_lanes(before_final(dfinal_state, t, length))
+            turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, looked, own, first, t, row, into_final)
+            move_on(X, G, A)
+            at, looked, own, first, t = next_turn(at, step, looked, own, first, t)
+            while in_all_lanes(
+                (first <= 0) & (own >= ahead) & (looked >= 2 * ahead) & before_final(dfinal_state, t, length)
+            ):
+                whole_turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, looked, own, first, t, row, False)
+                move_on(X, G, A)
+                at, looked, own, first, t = next_turn(at, step, looked, own, first, t)
+        part = batch * chunks + number
         for c in range(group):
             for k in range(width):
                 write_sum(dweight, (part * dim + d + c) * width + k, DW[k * group + c], inside)
