@@ -428,6 +428,7 @@ def test_gpu_handler(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime=SimpleNamespace(
             getDeviceCount=lambda: 2, getDevice=lambda: 0, pointerGetAttributes=lambda _: SimpleNamespace(device=1)
         ),
+        get_current_stream=lambda: SimpleNamespace(ptr=entered[-1]),
         Device=lambda number: Current(number, entered),
         UnownedMemory=lambda address, size, owner, device: (address, size, device),
         MemoryPointer=lambda memory, offset: memory,

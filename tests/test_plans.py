@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from driver_double import Driver
 
+import sscan
 from sscan import _arrays, _plans, _recording
 from sscan._recording import Address
 from sscan.cuda import _launch, _workspace
 from sscan.cuda._launch import Kernel
+from sscan.jax import _frame, _handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,6 +108,51 @@ def test_a_repeated_call_has_addresses_of_its_own(launches: list[Any]) -> None:
         assert (y.shape, y.dtype, state.shape, state.dtype) == ((4,), np.float32, (2, 3), np.float64)
     assert len(runs) == 1, "the others are repeated"
     assert len({tuple(arguments) for _, _, arguments in launches}) == 6, "nothing is used twice"
+
+
+def test_repeated_calls_of_jax_are_on_its_memory(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call takes XLA's memory in the order in which it asks for some, and copies; later ones know better."""
+    regions = [_frame.Region(next(addresses), np.dtype(np.float32), (4,)) for _ in range(12)]
+
+    copied: list[int] = []
+
+    class View(Array):
+        def reshape(self, shape: Any) -> Any:
+            return self
+
+        def copy(self) -> Any:
+            return self
+
+        def __setitem__(self, index: Any, values: Any) -> None:
+            copied.append(self.data.ptr)
+
+    def viewed(memory: _handler.Memory) -> Any:
+        view = View(memory.region.shape, memory.region.dtype)
+        view.data = Memory(memory.region.address)
+        return view
+
+    def second_is_made_first(x: Any) -> Any:
+        caller, (x,) = _arrays.enter("op", x=x)
+        second, first = (caller.empty((4,), np.dtype(np.float32)) for _ in range(2))
+        memory, (work,) = _workspace.take(_workspace.layout(100))
+        _launch.launch(KERNEL, 7, x, first, second, work)
+        del memory
+        return first, second
+
+    op, runs = counted(second_is_made_first)
+    library = dataclasses.replace(_arrays._known[_handler.Memory], view=viewed)
+    monkeypatch.setitem(_arrays._known, _handler.Memory, library)
+    monkeypatch.setattr(_handler, "_view", viewed)
+    monkeypatch.setattr(sscan, "rms_norm", op)
+    call = _handler.Call("rms_norm", ("x",), ())
+    for i in range(0, 12, 3):
+        x, *results = (_handler.Memory(region, "cuda:0") for region in regions[i : i + 3])
+        _handler._run(call, [x], results)
+        (_, _, arguments) = launches[-1]
+        own = [memory.region.address for memory in results]
+        assert arguments[:3] == [x.region.address, *(own if i else own[::-1])]
+    assert len(runs) == 1
+    assert copied == [regions[1].address, regions[2].address], "of the first call only"
 
 
 def test_what_was_not_returned_is_not_returned(launches: list[Any]) -> None:

@@ -11,13 +11,15 @@ import sys
 import threading
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from sscan import _recording
 from sscan.cuda import _launch, _sums
 
+DOUBLE = np.dtype(np.float64)
 # As cuBLAS numbers them: storage; arithmetic, of halves in float32.
-STORAGE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
+STORAGE = {np.dtype(np.float32): 0, DOUBLE: 1, np.dtype(np.float16): 2, np.dtype(ml_dtypes.bfloat16): 14}
 COMPUTE_32F, COMPUTE_64F, DEFAULT_ALGORITHM = 68, 70, -1
 WORKSPACE = 32 << 20  # bytes, what cuBLAS itself takes on Hopper: so a recorded product has the bits of any other
 PARTS = 256 << 20  # bytes of products that are added up afterwards
@@ -170,8 +172,8 @@ def _operand(x):
 
 def _gemm(a, b, c, m, n, k, count, added=False):
     """c = a b in columns, or added: c (m, n), a (m, k) or transposed, b (k, n) or transposed, ``count`` of each."""
-    arrays, stored = (a.array, b.array, c.array), [STORAGE[x.array.dtype.name] for x in (a, b, c)]
-    wide = stored[0] == STORAGE["float64"]
+    arrays, stored = (a.array, b.array, c.array), [STORAGE[x.array.dtype] for x in (a, b, c)]
+    wide = stored[0] == STORAGE[DOUBLE]
     product = Product(
         (a.transposed, b.transposed, m, n, k, _numbers[wide, True]), (stored[0], a.leading, a.stride),
         (stored[1], b.leading, b.stride, _numbers[wide, bool(added)]),

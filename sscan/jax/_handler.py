@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import sscan
-from sscan import _arrays
+from sscan import _arrays, _recording
 from sscan.jax import _frame
 from sscan.jax._frame import Region
 from sscan.jax._gate import Gate
@@ -78,20 +78,30 @@ def _view(memory: Memory) -> Any:
 class _Results(threading.local):
     """Results that the op of this thread has not asked for yet."""
 
-    left: tuple[Any, ...] = ()
+    left: tuple[Memory, ...] = ()
 
 
 _results = _Results()
 
 
-def _empty(device: str, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Memory for a result: XLA's for one of this size and dtype, else, and for workspaces, from the usual allocator."""
+def _place(shape: tuple[int, ...], dtype: Any) -> Memory | None:
+    """XLA's memory for a result of this size and dtype, if there is any left."""
     size = math.prod(shape)
-    for number, array in enumerate(_results.left):
-        if array.size == size and array.dtype == dtype:
+    for number, memory in enumerate(_results.left):
+        if memory.region.dtype == dtype and math.prod(memory.region.shape) == size:
             _results.left = _results.left[:number] + _results.left[number + 1 :]
-            return array if array.shape == shape else array.reshape(shape)
-    return np.empty(shape, dtype) if device == "cpu" else sys.modules["cupy"].empty(shape, dtype)
+            return memory
+    return None
+
+
+def _empty(device: str, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Memory for a result: XLA's, else, and for workspaces, from the usual allocator."""
+    memory = _place(shape, dtype)
+    if device == "cpu":
+        return np.empty(shape, dtype) if memory is None else _view(memory).reshape(shape)
+    array = sys.modules["cupy"].empty(shape, dtype) if memory is None else _view(memory).reshape(shape)
+    _recording.allocated(array, _address(array), array.nbytes)
+    return array
 
 
 @functools.cache
@@ -103,12 +113,60 @@ def _metadata(arrays: tuple[Any, ...]) -> list[Any]:
     return [None if x is None else (x.device, x.region[1:]) for x in arrays]
 
 
+def _seen(arguments: tuple[Any, ...]) -> _arrays.Seen | None:
+    device = arguments[0].device
+    if device == "cpu":
+        return None
+    key: list[Any] = [device]
+    arrays: list[Any] = []
+    addresses: list[int] = []
+    for x in arguments:
+        if type(x) is Memory:
+            address, dtype, shape = x.region
+            if not address:
+                return None
+            arrays.append(x)
+            addresses.append(address)
+            key += dtype, shape, address % 16
+        else:  # an option: an attribute of the call
+            key += type(x), x
+    return key, arrays, addresses, int(device.removeprefix("cuda:"))
+
+
+def _address(array: Any) -> int:
+    if type(array) is Memory:
+        return array.region.address
+    address: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return address
+
+
+def _like(result: Any, arrays: list[Any]) -> tuple[Callable[..., Any], int | None]:
+    """Of results in the order of XLA's, so that each gets the one that is its own."""
+
+    def make() -> Any:
+        memory = _place(result_shape, result_dtype)
+        return sys.modules["cupy"].empty(result_shape, result_dtype) if memory is None else memory
+
+    result_shape, result_dtype = result.shape, result.dtype
+    return make, None
+
+
+def _workspace(size: int, device: int) -> Callable[[], Any]:
+    return functools.partial(sys.modules["cupy"].empty, size, np.uint8)
+
+
+def _stream(device: int) -> int:
+    stream: int = sys.modules["cupy"].cuda.get_current_stream().ptr  # of the device, which is the current one
+    return stream
+
+
 _arrays.register(
     Memory,
     _arrays.Library(
-        lambda op, name, memory: _caller(memory.device), _view, lambda op, memory, arguments: None, _metadata
+        lambda op, name, memory: _caller(memory.device), _view, lambda op, memory, arguments: None, _metadata,
+        planning=_arrays.Planning(_seen, _stream, _address, _like, _workspace),
     ),
-)
+)  # fmt: skip
 
 
 # --- the call ---------------------------------------------------------------------------------------------------------
@@ -119,26 +177,20 @@ def _run(call: Call, arguments: list[Memory], results: list[Memory]) -> None:
     given = {name: memory for name, memory in zip(call.names, arguments, strict=True) if name}
     if call.op in UPDATES:  # XLA has put what is updated where it wants the result
         given[UPDATES[call.op]] = results.pop()
-    places = tuple(map(_view, results))
-    _results.left = places
+    _results.left = tuple(results)
     try:
         made = getattr(sscan, call.op)(**given, **dict(call.options))
     finally:
         _results.left = ()
     made = [x for x in (made if isinstance(made, tuple) else (made,)) if x is not None]
     # Results of which the dtype had to be changed, or that took the place of another one, are copied.
-    elsewhere = [(x.copy(), place) for x, place in zip(made, places, strict=False) if not _is_at(x, place)]
-    for x, place in elsewhere:
-        place[...] = x
+    elsewhere = [(x, place) for x, place in zip(made, results, strict=False) if not _is_at(x, place)]
+    for x, place in [(_arrays.view(x).copy(), place) for x, place in elsewhere]:
+        _view(place)[...] = x
 
 
-def _is_at(array: Any, place: Any) -> bool:
-    return array is place or array.size == 0 or _address(array) == _address(place)
-
-
-def _address(array: Any) -> int:
-    address: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-    return address
+def _is_at(array: Any, place: Memory) -> bool:
+    return array is place or not math.prod(place.region.shape) or _address(array) == place.region.address
 
 
 def _memory(regions: list[Region], device: str) -> list[Memory]:

@@ -36,13 +36,19 @@ class Op:
         self.lower: Callable[..., Any] | None = None  # what autocast makes of the inputs, on a kind of device
 
     def __call__(self, *inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self._is_nobodys(inputs):
+        places = None if torch.compiler.is_compiling() or not is_plain_call() else self._places(inputs)
+        if places is None:
             self._check(inputs)
             return self.registered(*inputs)
-        if self.lower is not None and torch.is_autocast_enabled(device := inputs[0].device.type):
+        # of any device: the question that takes less time comes first
+        if (
+            self.lower is not None
+            and torch._C._is_any_autocast_enabled()
+            and torch.is_autocast_enabled(device := inputs[0].device.type)
+        ):
             with torch.autocast(device, enabled=False):
                 return self(*self.lower(device, *inputs))
-        if self.record is not None and (places := self.recorded(inputs)):
+        if places and self.record is not None:
             return self.record(None, places, inputs)
         return self.kernel(*inputs)
 
@@ -52,19 +58,20 @@ class Op:
             return []
         return [i for i in self.tensors if inputs[i] is not None and inputs[i].requires_grad]
 
-    def _is_nobodys(self, inputs: Any) -> bool:
-        """Whether all tensors are plain ones with data, and nobody else is to be told of the call."""
-        if not is_plain_call():
-            return False
+    def _places(self, inputs: Any) -> list[int] | None:
+        """As ``recorded``; None if a tensor is not a plain one with data, so that somebody else is to be told of it."""
+        recording, places = torch.is_grad_enabled(), []
         for i in self.tensors:
             x = inputs[i]
             kind = type(x)
             if kind is _TENSOR or kind is _PARAMETER:
                 if not (x.is_cuda or x.is_cpu):
-                    return False
+                    return None
+                if recording and x.requires_grad:
+                    places.append(i)
             elif x is not None or i not in self.optional:
-                return False
-        return True
+                return None
+        return places
 
     def _check(self, inputs: Any) -> None:
         named = {i: (self.arguments[i], inputs[i]) for i in self.tensors}

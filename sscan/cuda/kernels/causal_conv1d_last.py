@@ -27,6 +27,7 @@ from sscan.cuda._primitives import (
     select,
     stored_array,
     stored_reader,
+    synchronize_warp,
     thread_index,
     widener,
     writer,
@@ -204,6 +205,7 @@ def forward_turn(storage, width, group, ahead, silu, mask, whole):
         take(X, halo, raw)
         if whole:
             ask_all(raw, x_at + ahead * x_step, x_step)
+            synchronize_warp()  # or the assembler would ask after the work, for the sake of registers
         else:
             ask(raw, x_at + ahead * x_step, x_step, short(left - ahead))
         for i in range(ahead):
