@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,10 +93,34 @@ def test_rms_norm(case):
 )
 @pytest.mark.parametrize("warps", [1, 32])
 def test_causal_conv1d(case, warps, monkeypatch):
-    """With few warps on a GPU, each has several tiles and rows."""
+    """With few warps on a GPU, each has several tiles and rows, and threads have long chunks, with whole turns."""
     monkeypatch.setattr(of_convolution, "WARPS", warps)
+    monkeypatch.setattr(of_convolution, "WARPS_BACKWARD", warps)
+    if warps == 1:
+        monkeypatch.setattr(of_convolution, "_chunks", chunks_of_24)
     check_forward(emulated, case)
     check_backward(emulated, case)
+
+
+def chunks_of_24(x, group, resident):
+    batch, dim, length = x.shape
+    threads = 2 if dim > group else 1
+    runs = batch * -(-length // 24) * -(-dim // (group * threads))
+    return -(-length // 24), 24, threads - 1, -(-runs * threads // of_convolution.BLOCK)
+
+
+def test_chunks_fill_the_gpu(monkeypatch):
+    """All steps are in a chunk, all threads in a block; no chunk is so long that half of a GPU has nothing to do."""
+    monkeypatch.setattr(_launch, "processors", lambda: 132)
+    for shape in itertools.product((1, 8, 300), (4, 36, 1536, 5120), (1, 7, 64, 2048, 100_003)):
+        for group, resident in ((2, 4), (4, 5)):
+            batch, dim, length = shape
+            array = SimpleNamespace(shape=shape)
+            chunks, chunk, bits, blocks = of_convolution._chunks(array, group, resident)
+            assert (chunks - 1) * chunk < length <= chunks * chunk
+            across = -(-dim // (group << bits))
+            assert blocks * of_convolution.BLOCK >= batch * chunks * across << bits
+            assert chunk <= 4 or 2 * blocks > resident * 132, (shape, group)
 
 
 @pytest.mark.parametrize("case", cases_of("causal_conv1d_update"), ids=str)

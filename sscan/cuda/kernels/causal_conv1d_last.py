@@ -55,12 +55,30 @@ class Row(NamedTuple):
     d: Any
 
 
-class Waves(NamedTuple):
-    """One thing for each array along time: addresses of a turn's first step (dx: width - 1 before), or bytes a step."""
+class Forward(NamedTuple):
+    """One thing for each array along time: addresses of a turn's first step, or bytes from one step to the next."""
+
+    x: Any
+    y: Any
+
+
+class Backward(NamedTuple):
+    """The same for the backward; the address in dx is of width - 1 steps before."""
 
     x: Any
     dy: Any
     dx: Any
+
+
+class Left(NamedTuple):
+    """What is left of a chunk in the backward: steps to be ``looked`` at, beyond its end too, and its ``own``.
+
+    And how many steps the dx of its ``first`` step is away.
+    """
+
+    looked: Any
+    own: Any
+    first: Any
 
 
 def place(group):
@@ -82,7 +100,7 @@ def place(group):
     return of_thread
 
 
-def steps_reader(storage, real, group, ahead):
+def steps_reader(storage, real, group):
     """``make()``, ``ask(raw, address, step, left)``, ``ask_all`` and ``take(into, first, raw)``: channels of a turn.
 
     Its steps are ``step`` bytes apart. Those that are not ``left`` are 0; to ask for all takes less. What is asked for
@@ -93,23 +111,23 @@ def steps_reader(storage, real, group, ahead):
 
     @device
     def ask(raw, address, step, left):
-        for i in range(ahead):
+        for i in range(TURN):
             load(raw, i * group, address + i * step, 0, select(left > i, group, 0))
 
     @device
     def ask_all(raw, address, step):
-        for i in range(ahead):
+        for i in range(TURN):
             load(raw, i * group, address + i * step, 0, group)
 
     @device
     def take(into, first, raw):
         values = numbers()
-        for i in range(ahead):
+        for i in range(TURN):
             widen(values, raw, i * group)
             for c in range(group):
                 into[(first + i) * group + c] = values[c]
 
-    return stored_array(ahead * group, dtype), ask, ask_all, take
+    return stored_array(TURN * group, dtype), ask, ask_all, take
 
 
 def seen_by(real, width, group, mask):
@@ -190,25 +208,25 @@ def sequence_reader(real, width, mask):
     return age_of, first_state
 
 
-def forward_turn(storage, width, group, ahead, silu, mask, whole):
-    """``turn(X, W, b, Y, raw, x_at, y_at, x_step, y_step, left, t, row)``: the steps from t on that are left.
+def forward_turn(storage, width, group, silu, mask, whole):
+    """``turn(X, W, b, Y, raw, at, step, left, t, row)``: y at the steps from t on that are left.
 
-    All are if the turn is ``whole``, and those of the next turn, too.
+    If the turn is ``whole``, all of them are, and those of the next turn, too.
     """
     real, halo = real_of_storage(storage), width - 1
     tap, (age_of, first_state) = seen_by(real, width, group, mask), sequence_reader(real, width, mask)
-    _, ask, ask_all, take = steps_reader(storage, real, group, ahead)
+    _, ask, ask_all, take = steps_reader(storage, real, group)
     write, (activate, _) = writer(dtype_of(storage), real, group, True), activations(real, silu)
 
     @device
-    def turn(X, W, b, Y, raw, x_at, y_at, x_step, y_step, left, t, row):
+    def turn(X, W, b, Y, raw, at, step, left, t, row):
         take(X, halo, raw)
         if whole:
-            ask_all(raw, x_at + ahead * x_step, x_step)
+            ask_all(raw, at.x + TURN * step.x, step.x)
             synchronize_warp()  # or the assembler would ask after the work, for the sake of registers
         else:
-            ask(raw, x_at + ahead * x_step, x_step, short(left - ahead))
-        for i in range(ahead):
+            ask(raw, at.x + TURN * step.x, step.x, short(left - TURN))
+        for i in range(TURN):
             there = whole | (left > i)
             age = age_of(row, t + i, there)
             state, head = first_state(row, age, t + i, there)
@@ -217,19 +235,25 @@ def forward_turn(storage, width, group, ahead, silu, mask, whole):
                 for k in range(width):
                     total = fma(W[k * group + c], tap(X, i, k, c, age, row.initial_state, state, head), total)
                 Y[c] = activate(total)
-            write(y_at + i * y_step, 0, Y, select(there, group, 0))
+            write(at.y + i * step.y, 0, Y, select(there, group, 0))
 
     return turn
 
 
 def forward(storage, width, group, silu, mask):
     """A thread writes its channels at the steps of its chunk."""
-    real, halo, ahead = real_of_storage(storage), width - 1, TURN
+    real, halo = real_of_storage(storage), width - 1
     of_thread, start = place(group), window_starter(storage, real, width, group, mask)
-    (make_raw, ask, _, _), read_taps = steps_reader(storage, real, group, ahead), taps_reader(real, width, group)
-    window, taps, numbers = (local_array(n * group, real) for n in (halo + ahead, width, 1))
-    whole_turn, turn = (forward_turn(storage, width, group, ahead, silu, mask, whole) for whole in (True, False))
+    (make_raw, ask, _, _), read_taps = steps_reader(storage, real, group), taps_reader(real, width, group)
+    window, taps, numbers = (local_array(n * group, real) for n in (halo + TURN, width, 1))
+    whole_turn, turn = (forward_turn(storage, width, group, silu, mask, whole) for whole in (True, False))
     shift = dtype_of(storage).itemsize.bit_length() - 1
+
+    @device
+    def move_on(X, at, step, left, t):
+        for m in range(halo * group):
+            X[m] = X[TURN * group + m]
+        return Forward(at.x + TURN * step.x, at.y + TURN * step.y), short(left - TURN), t + TURN
 
     def kernel(
         x, y, weight, bias, initial_state, ages, sequences, batches, dim, length, chunks, chunk, bits, x_batch, x_time,
@@ -241,22 +265,18 @@ def forward(storage, width, group, silu, mask):
         inside, t = (d < dim) & (batch < batches), own * chunk
         row = Row(ages, batch * length, sequences, initial_state, 0, (batch * dim + d) * halo, length, batch, dim, d)
         x_row, y_row = batch * x_batch + d, batch * y_batch + d
-        x_at, x_step = x + ((x_row + t * x_time) << shift), x_time << shift
-        y_at, y_step = y + ((y_row + t * y_time) << shift), y_time << shift
+        at = Forward(x + ((x_row + t * x_time) << shift), y + ((y_row + t * y_time) << shift))
+        step = Forward(x_time << shift, y_time << shift)
         left = short(select(inside, select(t + chunk < length, chunk, length - t), 0))
-        ask(raw, x_at, x_step, left)
+        ask(raw, at.x, step.x, left)
         start(X, x, x_row, x_time, t, inside, initial_state, row.state)
         read_taps(W, b, weight, bias, d, inside)
         while not in_all_lanes(left <= 0):
-            while in_all_lanes(left >= 2 * ahead):
-                whole_turn(X, W, b, Y, raw, x_at, y_at, x_step, y_step, left, t, row)
-                for m in range(halo * group):
-                    X[m] = X[ahead * group + m]
-                x_at, y_at, left, t = x_at + ahead * x_step, y_at + ahead * y_step, short(left - ahead), t + ahead
-            turn(X, W, b, Y, raw, x_at, y_at, x_step, y_step, left, t, row)
-            for m in range(halo * group):
-                X[m] = X[ahead * group + m]
-            x_at, y_at, left, t = x_at + ahead * x_step, y_at + ahead * y_step, short(left - ahead), t + ahead
+            turn(X, W, b, Y, raw, at, step, left, t, row)
+            at, left, t = move_on(X, at, step, left, t)
+            while in_all_lanes(left >= 2 * TURN):
+                whole_turn(X, W, b, Y, raw, at, step, left, t, row)
+                at, left, t = move_on(X, at, step, left, t)
 
     return kernel, Shape(BLOCK, (5 if mask == "" else 4) if real.itemsize == 4 and width <= 4 else 3)
 
@@ -339,35 +359,34 @@ def input_gradients(real, width, group, mask):
     return of_inputs
 
 
-def backward_turn(storage, width, group, ahead, silu, mask, whole):
-    """``turn(window, sums, raw, raw_dy, at, step, looked, own, first, t, row)``: ``ahead`` steps from t on.
+def backward_turn(storage, width, group, silu, mask, whole):
+    """``turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, left, t, row, into_final)``: a turn from step t on.
 
-    Steps of the chunk that are left: ``looked`` at, beyond its end too, and its ``own``; dx there is of steps from
-    ``first`` on. Of a ``whole`` turn all that matters, and no final state.
+    If it is ``whole``, all of its steps and of the next one's matter, and none is in a final state.
     """
     real, halo = real_of_storage(storage), width - 1
     of_sums, add_final = sum_gradients(real, width, group, silu, mask), final_adder(real, width, group, mask)
     of_inputs, (age_of, first_state) = input_gradients(real, width, group, mask), sequence_reader(real, width, mask)
-    _, ask, ask_all, take = steps_reader(storage, real, group, ahead)
+    _, ask, ask_all, take = steps_reader(storage, real, group)
     write, numbers = writer(dtype_of(storage), real, group, True), local_array(group, real)
 
     @device
-    def turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, looked, own, first, t, row, into_final):
+    def turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, left, t, row, into_final):
         E = numbers()
         take(X, halo, raw)
         take(G, halo, raw_dy)
         if whole:
-            ask_all(raw, at.x + ahead * step.x, step.x)
-            ask_all(raw_dy, at.dy + ahead * step.dy, step.dy)
+            ask_all(raw, at.x + TURN * step.x, step.x)
+            ask_all(raw_dy, at.dy + TURN * step.dy, step.dy)
         else:
-            ask(raw, at.x + ahead * step.x, step.x, short(looked - ahead))
-            ask(raw_dy, at.dy + ahead * step.dy, step.dy, short(looked - ahead))
-        for i in range(ahead):
-            valid = whole | (looked > i)
+            ask(raw, at.x + TURN * step.x, step.x, short(left.looked - TURN))
+            ask(raw_dy, at.dy + TURN * step.dy, step.dy, short(left.looked - TURN))
+        for i in range(TURN):
+            valid = whole | (left.looked > i)
             A[halo + i] = age_of(row, t + i, valid)
             state, head = first_state(row, A[halo + i], t + i, valid & (row.initial_state != 0))
-            of_sums(G, DW, db, X, W, b, i, A[halo + i], whole | (own > i), row.initial_state, state, head)
-            there = whole | ((first <= i) & (own > i - halo))
+            of_sums(G, DW, db, X, W, b, i, A[halo + i], whole | (left.own > i), row.initial_state, state, head)
+            there = whole | ((left.first <= i) & (left.own > i - halo))
             of_inputs(E, G, A, W, i)  # complete, of the step width - 1 before
             if not whole:
                 if into_final:
@@ -382,30 +401,34 @@ def backward(storage, width, group, silu, mask):
 
     It goes on for width - 1 steps after its chunk, whose gradients the last steps of the chunk look forward to.
     """
-    real, halo, ahead = real_of_storage(storage), width - 1, TURN
+    real, halo = real_of_storage(storage), width - 1
     of_thread, start = place(group), window_starter(storage, real, width, group, mask)
-    (make_raw, ask, _, _), read_taps = steps_reader(storage, real, group, ahead), taps_reader(real, width, group)
-    window, taps, numbers = (local_array(n * group, real) for n in (halo + ahead, width, 1))
-    of_steps, write_sum = local_array(halo + ahead, real), element_writer(real.name, real)
-    whole_turn, turn = (backward_turn(storage, width, group, ahead, silu, mask, whole) for whole in (True, False))
+    (make_raw, ask, _, _), read_taps = steps_reader(storage, real, group), taps_reader(real, width, group)
+    window, taps, numbers = (local_array(n * group, real) for n in (halo + TURN, width, 1))
+    of_steps, write_sum = local_array(halo + TURN, real), element_writer(real.name, real)
+    whole_turn, turn = (backward_turn(storage, width, group, silu, mask, whole) for whole in (True, False))
     shift, anywhere = dtype_of(storage).itemsize.bit_length() - 1, mask == "states"
     zero, oldest = real.type(0), real.type(halo)
 
     @device
+    def is_whole(left):
+        return (left.first <= 0) & (left.own >= TURN) & (left.looked >= 2 * TURN)
+
+    @device
     def before_final(dfinal_state, t, length):
-        return (dfinal_state == 0) | ((not anywhere) & (t + ahead <= length))
+        return (dfinal_state == 0) | ((not anywhere) & (t + TURN <= length))
 
     @device
     def move_on(X, G, A):
         for m in range(halo * group):
-            X[m], G[m] = X[ahead * group + m], G[ahead * group + m]
+            X[m], G[m] = X[TURN * group + m], G[TURN * group + m]
         for m in range(halo):
-            A[m] = A[ahead + m]
+            A[m] = A[TURN + m]
 
     @device
-    def next_turn(at, step, looked, own, first, t):
-        at = Waves(at.x + ahead * step.x, at.dy + ahead * step.dy, at.dx + ahead * step.dx)
-        return at, short(looked - ahead), short(own - ahead), short(first - ahead), t + ahead
+    def next_turn(at, step, left, t):
+        at = Backward(at.x + TURN * step.x, at.dy + TURN * step.dy, at.dx + TURN * step.dx)
+        return at, Left(short(left.looked - TURN), short(left.own - TURN), short(left.first - TURN)), t + TURN
 
     def kernel(
         dy, x, dx, weight, bias, initial_state, dfinal_state, ages, sequences, dweight, dbias, batches, dim, length,
@@ -421,16 +444,16 @@ def backward(storage, width, group, silu, mask):
             d,
         )  # fmt: skip
         x_row, dy_row, dx_row = batch * x_batch + d, batch * dy_batch + d, batch * dx_batch + d
-        at = Waves(
+        at = Backward(
             x + ((x_row + t * x_time) << shift), dy + ((dy_row + t * dy_time) << shift),
             dx + ((dx_row + (t - halo) * dx_time) << shift),
         )  # fmt: skip
-        step = Waves(x_time << shift, dy_time << shift, dx_time << shift)
+        step = Backward(x_time << shift, dy_time << shift, dx_time << shift)
         own = select(t + chunk < length, chunk, length - t)
         looked = select(t + chunk + halo < length, chunk + halo, length - t)
-        own, looked, first = short(select(inside, own, -halo)), short(select(inside, looked, 0)), short(halo)
-        ask(raw, at.x, step.x, looked)
-        ask(raw_dy, at.dy, step.dy, looked)
+        left = Left(short(select(inside, looked, 0)), short(select(inside, own, -halo)), short(halo))
+        ask(raw, at.x, step.x, left.looked)
+        ask(raw_dy, at.dy, step.dy, left.looked)
         start(X, x, x_row, x_time, t, inside, initial_state, row.state)
         read_taps(W, b, weight, bias, d, inside)
         for c in range(group):
@@ -441,17 +464,15 @@ def backward(storage, width, group, silu, mask):
             A[m] = oldest
             for c in range(group):
                 G[m * group + c] = zero
-        while not in_all_lanes(own <= -halo):
+        while not in_all_lanes(left.own <= -halo):
             into_final = not in_all_lanes(before_final(dfinal_state, t, length))
-            turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, looked, own, first, t, row, into_final)
+            turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, left, t, row, into_final)
             move_on(X, G, A)
-            at, looked, own, first, t = next_turn(at, step, looked, own, first, t)
-            while in_all_lanes(
-                (first <= 0) & (own >= ahead) & (looked >= 2 * ahead) & before_final(dfinal_state, t, length)
-            ):
-                whole_turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, looked, own, first, t, row, False)
+            at, left, t = next_turn(at, step, left, t)
+            while in_all_lanes(is_whole(left) & before_final(dfinal_state, t, length)):
+                whole_turn(X, G, A, W, b, DW, db, raw, raw_dy, at, step, left, t, row, False)
                 move_on(X, G, A)
-                at, looked, own, first, t = next_turn(at, step, looked, own, first, t)
+                at, left, t = next_turn(at, step, left, t)
         part = batch * chunks + number
         for c in range(group):
             for k in range(width):
