@@ -65,6 +65,14 @@ CONVOLUTIONS = {
             **{dtype: {"dtype": dtype, "initial_state": True} for dtype in SPANS},
             **{f"width {width}": {"width": width, "initial_state": True} for width in (1, 2, 3, 8)},
             "many channels": {"dim": 264, "length": 9},
+            # Turns are whole where they are so for all threads of a block, to the emulator, which is 512 channels.
+            **{
+                f"whole turns, {dtype}": {"dtype": dtype, "dim": 512, "length": 77, "batch": 1, "initial_state": True}
+                for dtype in SPANS
+            },
+            "whole turns, seq_idx": {"seq_idx": "int32", "dim": 512, "length": 77, "batch": 1, "initial_state": True},
+            "whole turns, width 8": {"width": 8, "dim": 512, "length": 77, "batch": 1, "initial_state": True},
+            "whole turns, many sequences": {**PACKED, "cu_seqlens": (*BORDERS, 130), "length": 130, "dim": 512},
             "long": {"length": 600, "batch": 1, "dim": 4, "initial_state": True},
             "without bias": {"bias": False, "activation": None},
             "seq_idx": {"seq_idx": "int32", "initial_state": True, "dtype": "bfloat16"},
@@ -104,9 +112,9 @@ def test_causal_conv1d(case, warps, monkeypatch):
 
 def chunks_of_24(x, group, resident):
     batch, dim, length = x.shape
-    threads = 2 if dim > group else 1
-    runs = batch * -(-length // 24) * -(-dim // (group * threads))
-    return -(-length // 24), 24, threads - 1, -(-runs * threads // of_convolution.BLOCK)
+    across, chunks, block = -(-dim // group), -(-length // 24), of_convolution.BLOCK
+    bits = min(block.bit_length() - 1, (across - 1).bit_length())
+    return chunks, 24, bits, -(-batch * chunks * -(-across >> bits) // (block >> bits))
 
 
 def test_chunks_fill_the_gpu(monkeypatch):
