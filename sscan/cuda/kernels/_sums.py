@@ -4,6 +4,7 @@ import numpy as np
 
 from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._primitives import (
+    await_previous,
     block_index,
     dtype_of,
     local_array,
@@ -31,6 +32,7 @@ def over_parts(real, storage, shares):
         sums3, size3, block3, parts4, sums4, size4, block4,
     ):  # fmt: skip
         """Reals throughout: of each pair, parts (count, size) and sums (size,), and the first block that has it."""
+        await_previous()
         block = block_index()
         if block >= block1:
             parts, sums, size, first_block = parts1, sums1, size1, block1
