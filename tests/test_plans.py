@@ -110,9 +110,13 @@ def test_a_repeated_call_has_addresses_of_its_own(launches: list[Any]) -> None:
     assert len({tuple(arguments) for _, _, arguments in launches}) == 6, "nothing is used twice"
 
 
-def test_repeated_calls_of_jax_are_on_its_memory(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("several", [True, False])
+def test_repeated_calls_of_jax_are_on_its_memory(
+    several: bool, launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first call takes XLA's memory in the order in which it asks for some, and copies; later ones know better."""
-    regions = [_frame.Region(next(addresses), np.dtype(np.float32), (4,)) for _ in range(12)]
+    count = 2 if several else 1
+    regions = [_frame.Region(next(addresses), np.dtype(np.float32), (4,)) for _ in range(4 * (1 + count))]
 
     copied: list[int] = []
 
@@ -131,28 +135,28 @@ def test_repeated_calls_of_jax_are_on_its_memory(launches: list[Any], monkeypatc
         view.data = Memory(memory.region.address)
         return view
 
-    def second_is_made_first(x: Any) -> Any:
+    def last_is_made_first(x: Any) -> Any:
         caller, (x,) = _arrays.enter("op", x=x)
-        second, first = (caller.empty((4,), np.dtype(np.float32)) for _ in range(2))
+        made = [caller.empty((4,), np.dtype(np.float32)) for _ in range(count)][::-1]
         memory, (work,) = _workspace.take(_workspace.layout(100))
-        _launch.launch(KERNEL, 7, x, first, second, work)
+        _launch.launch(KERNEL, 7, x, *made, work)
         del memory
-        return first, second
+        return tuple(made) if several else made[0]
 
-    op, runs = counted(second_is_made_first)
+    op, runs = counted(last_is_made_first)
     library = dataclasses.replace(_arrays._known[_handler.Memory], view=viewed)
     monkeypatch.setitem(_arrays._known, _handler.Memory, library)
     monkeypatch.setattr(_handler, "_view", viewed)
     monkeypatch.setattr(sscan, "rms_norm", op)
     call = _handler.Call("rms_norm", ("x",), ())
-    for i in range(0, 12, 3):
-        x, *results = (_handler.Memory(region, "cuda:0") for region in regions[i : i + 3])
+    for i in range(0, len(regions), 1 + count):
+        x, *results = (_handler.Memory(region, "cuda:0") for region in regions[i : i + 1 + count])
         _handler._run(call, [x], results)
         (_, _, arguments) = launches[-1]
         own = [memory.region.address for memory in results]
-        assert arguments[:3] == [x.region.address, *(own if i else own[::-1])]
+        assert arguments[:-1] == [x.region.address, *(own if i else own[::-1])]
     assert len(runs) == 1
-    assert copied == [regions[1].address, regions[2].address], "of the first call only"
+    assert copied == [region.address for region in regions[1:3] if several], "of the first call only"
 
 
 def test_what_was_not_returned_is_not_returned(launches: list[Any]) -> None:

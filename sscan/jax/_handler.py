@@ -10,6 +10,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +54,9 @@ def _call(text: bytes, kind: str) -> Call:
 # --- XLA's memory as arrays of a library, for `_arrays` ---------------------------------------------------------------
 
 
-class Memory(NamedTuple):
-    """An argument or a result."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Memory:
+    """An argument or a result; no tuple, which to ``_plans`` is several results."""
 
     region: Region
     device: str
@@ -66,7 +68,7 @@ _WRITEABLE = 0x200
 
 
 def _view(memory: Memory) -> Any:
-    (address, dtype, shape), device = memory
+    (address, dtype, shape), device = memory.region, memory.device
     size = math.prod(shape) * dtype.itemsize
     if device == "cpu":
         return np.ndarray(shape, dtype, _memory_view(address, size, _WRITEABLE)) if size else np.empty(shape, dtype)
