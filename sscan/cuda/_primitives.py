@@ -249,6 +249,17 @@ synchronize = _barrier("synchronize", "llvm.nvvm.barrier0")  # all threads of th
 synchronize_warp = _barrier("synchronize_warp", "llvm.nvvm.bar.warp.sync", 0xFFFFFFFF)
 
 
+def _barrier_of_warp(text):
+    """A barrier that all 32 lanes come to together, as PTX."""
+
+    def codegen(context, builder, sig, args):
+        barrier = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), text, "~{memory}", side_effect=True)
+        builder.call(barrier, [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return codegen
+
+
 @primitive("converge")
 def converge(typingctx):
     """Nothing has to be waited for, but warps are together, which ptxas should know. Later GPUs do without.
@@ -257,15 +268,16 @@ def converge(typingctx):
     than bar.warp.sync), and what lanes exchange for a call, with twice the registers. Barrier 1 is complete as soon as
     any warp arrives.
     """
+    return types.void(), _barrier_of_warp(f"bar.sync 1, 32; {BEFORE_SM_90}")
 
-    def codegen(context, builder, sig, args):
-        barrier = ir.InlineAsm(
-            ir.FunctionType(ir.VoidType(), []), f"bar.sync 1, 32; {BEFORE_SM_90}", "~{memory}", side_effect=True
-        )
-        builder.call(barrier, [], attrs=("convergent",))
-        return context.get_dummy_value()
 
-    return types.void(), codegen
+@primitive("ask_now")
+def ask_now(typingctx):
+    """Reads before this are sent before anything after it is done; else ptxas puts some off for want of registers.
+
+    A barrier that the warp is at anyway, of the kind that ``converge`` asks for.
+    """
+    return types.void(), _barrier_of_warp(f"bar.sync 1, 32; {BEFORE_SM_90}\n\tbar.warp.sync 0xffffffff; {FROM_SM_90}")
 
 
 @primitive("prefetch")
@@ -401,13 +413,23 @@ shuffle_from = _shuffle("shuffle_from", "idx", 31)  # of the lane given
 
 @primitive("in_all_lanes")
 def in_all_lanes(typingctx, condition):
-    """Whether a condition holds in all lanes of the warp; all 32 take part."""
+    """Whether a condition holds in all lanes of the warp; all 32 take part.
+
+    For GPUs before sm_90 ptxas takes a vote in a loop for a call, as ``converge`` says, and a barrier's sum for none.
+    """
+    text = f"""{{
+	.reg .pred p, q;
+	setp.ne.u32 q, $1, 0;
+	bar.red.and.pred p, 1, 32, q; {BEFORE_SM_90}
+	vote.sync.all.pred p, q, 0xffffffff; {FROM_SM_90}
+	selp.u32 $0, 1, 0, p;
+	}}"""
 
     def codegen(context, builder, sig, args):
-        condition = args[0] if args[0].type == _I1 else builder.trunc(args[0], _I1)
-        kind = ir.FunctionType(_I1, [_I32, _I1])
-        vote = cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.vote.all.sync")
-        return builder.call(vote, [ir.Constant(_I32, 0xFFFFFFFF), condition])
+        asked = builder.zext(args[0] if args[0].type == _I1 else builder.trunc(args[0], _I1), _I32)
+        vote = ir.InlineAsm(ir.FunctionType(_I32, [_I32]), text, "=r,r", side_effect=True)
+        held = builder.call(vote, [asked], attrs=("convergent",))
+        return builder.icmp_unsigned("!=", held, ir.Constant(_I32, 0))
 
     return types.boolean(types.boolean), codegen
 

@@ -227,6 +227,9 @@ class Emulator:
         self.warp_epoch += EPOCH
         self.known_thread = self.warp_epoch + self.thread
 
+    def ask_now(self) -> None:
+        """Nothing, as ``converge``."""
+
     def converge(self) -> None:
         """Nothing, as on newer GPUs: memory is not waited for."""
 

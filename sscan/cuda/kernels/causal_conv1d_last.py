@@ -16,6 +16,7 @@ import numpy as np
 from sscan.cuda._launch import Kernel, Shape
 from sscan.cuda._primitives import (
     INTEGER_READERS,
+    ask_now,
     await_previous,
     block_index,
     dtype_of,
@@ -27,12 +28,12 @@ from sscan.cuda._primitives import (
     select,
     stored_array,
     stored_reader,
-    synchronize_warp,
     thread_index,
     widener,
     writer,
 )
 from sscan.cuda._target import device
+from sscan.cuda._unroll import unroll
 from sscan.cuda.causal_conv1d import AGES, BLOCK
 from sscan.cuda.kernels.causal_conv1d import activations, element_reader, element_writer, real_of_storage, short
 
@@ -223,10 +224,10 @@ def forward_turn(storage, width, group, silu, mask, whole):
         take(X, halo, raw)
         if whole:
             ask_all(raw, at.x + TURN * step.x, step.x)
-            synchronize_warp()  # or the assembler would ask after the work, for the sake of registers
+            ask_now()
         else:
             ask(raw, at.x + TURN * step.x, step.x, short(left - TURN))
-        for i in range(TURN):
+        for i in unroll(TURN):
             there = whole | (left > i)
             age = age_of(row, t + i, there)
             state, head = first_state(row, age, t + i, there)
@@ -381,7 +382,7 @@ def backward_turn(storage, width, group, silu, mask, whole):
         else:
             ask(raw, at.x + TURN * step.x, step.x, short(left.looked - TURN))
             ask(raw_dy, at.dy + TURN * step.dy, step.dy, short(left.looked - TURN))
-        for i in range(TURN):
+        for i in unroll(TURN):
             valid = whole | (left.looked > i)
             A[halo + i] = age_of(row, t + i, valid)
             state, head = first_state(row, A[halo + i], t + i, valid & (row.initial_state != 0))
