@@ -6,10 +6,9 @@ import itertools
 import os
 from typing import Any
 
-import numpy as np
 import pytest
 
-from sscan import _plans
+from sscan import _arrays, _plans
 from sscan.cuda._launch import Kernel
 from sscan.cuda.kernels._scan import CHECKPOINT
 
@@ -41,12 +40,12 @@ def plans_repeat_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _kept(arrays: list[Any]) -> Any:
     """Which checkpoints there are: of packed sequences (``cu_seqlens``) each has room for one more than it may need."""
-    integers = [(x, str(x.dtype).removeprefix("torch.")) for x in arrays if x.ndim == 1 and "int" in str(x.dtype)]
+    integers = [x for x in map(_arrays.view, arrays) if x.ndim == 1 and x.dtype.kind in "iu"]
     if not integers:
         return slice(None)
-    ((cu_seqlens, dtype),) = integers
+    (cu_seqlens,) = integers
     places = []
-    for number, (begin, end) in enumerate(itertools.pairwise(np.frombuffer(_bytes(cu_seqlens), dtype).tolist())):
+    for number, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.get().tolist())):
         places += [begin // CHECKPOINT + number + k for k in range(-(-(end - begin) // CHECKPOINT))]
     return places
 
