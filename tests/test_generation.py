@@ -42,6 +42,13 @@ def model(request: pytest.FixtureRequest) -> Any:
     return model_of(request.param)
 
 
+def test_states_of_no_number_of_sequences_are_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="new_states: batch must be at least 0, got -1"):
+        model.new_states(-1)
+    with pytest.raises(TypeError, match="new_states: batch must be an integer"):
+        model.new_states("two")
+
+
 def tokens_for(model: Any, array: Any) -> Any:
     return array if isinstance(model, sscan.nn.MambaLM) else torch.from_numpy(array)
 

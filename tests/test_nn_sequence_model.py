@@ -117,6 +117,8 @@ def test_models_without_states_say_which_layers_have_none() -> None:
         model_of(*EVERY).new_states(1)
     with pytest.raises(NotImplementedError, match="states of constant size with absolute positions"):
         model_of(S6, positions="absolute").new_states(1)
+    with pytest.raises(ValueError, match="new_states: batch must be at least 0, got -1"):
+        model_of(*RECURRENT).new_states(-1)
     with pytest.raises(NotImplementedError, match="absolute positions do not begin anew in packed sequences"):
         model_of(S6, positions="absolute")(np.zeros((1, 4), np.int32), np.zeros((1, 4), np.int32))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sscan._arrays import array_module
+from sscan.models.arguments import check_integer
 from sscan.models.files import content_of, open_arrays, read_object
 from sscan.models.pretrained import CONFIG, WEIGHTS, save_model, weights_in
 from sscan.nn.language_model import Backbone, LanguageModel
@@ -95,6 +96,7 @@ class SequenceModel(LanguageModel):
         NotImplementedError
             If there are layers that have none, or absolute positions; it says which.
         """
+        check_integer("new_states", "batch", batch, least=0)
         states, without = [], ["absolute positions"] if self.config.positions == "absolute" else []
         for i, layer in enumerate(self.config.layers):
             try:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sscan.models.arguments import check_integer
 from sscan.models.files import load_arrays, save_arrays
 from sscan.models.generation import GenerationMixin
 from sscan.models.pretrained import open_model, save_model
@@ -127,6 +128,7 @@ class MambaLM(GenerationMixin, nn.Module):  # type: ignore[misc]
 
     def new_states(self, batch: int) -> States:
         """The states before the first token of ``batch`` sequences: their size is all that decoding ever needs."""
+        check_integer("new_states", "batch", batch, least=0)
         states = States()
         for layer in self.backbone.layers:
             conv, ssm = layer.mixer.allocate_inference_cache(batch, 0)
