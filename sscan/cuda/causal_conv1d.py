@@ -16,7 +16,9 @@ PART, PART_BACKWARD, WARPS, WARPS_BACKWARD = 64, 256, 32, 16
 STEPS = 2048  # of a warp of `wide_dweight`
 BLOCK, BLOCK_OF_STEP = 128, 256  # threads of the other kernels, and of `update`
 LONGEST = 16  # inputs in the state of a step that do not matter yet
-# Of threads with neighbouring channels: blocks that a multiprocessor runs at once, and what a chunk costs at its begin.
+TURN = 4  # steps that a thread with neighbouring channels works on at a time
+# Blocks of such threads that a multiprocessor runs at once; steps that the begin of a chunk takes as long as; how often
+# the GPU may be filled.
 RESIDENT, RESIDENT_BACKWARD, BEGIN, WAVES = 5, 4, 7, 8
 AGES = "float16"  # ages are whole numbers below the width
 
@@ -85,7 +87,7 @@ def _chunks(x, group, resident):
     in_row, rows_of_block = -(-across >> bits), BLOCK >> bits
 
     def cut(chunks):
-        chunk = 4 * -(-length // (4 * chunks))  # whole turns
+        chunk = TURN * -(-length // (TURN * chunks))
         chunks = -(-length // chunk)
         return chunks, chunk, bits, -(-batch * chunks * in_row // rows_of_block)
 

@@ -34,11 +34,10 @@ from sscan.cuda._primitives import (
 )
 from sscan.cuda._target import device
 from sscan.cuda._unroll import unroll
-from sscan.cuda.causal_conv1d import AGES, BLOCK
+from sscan.cuda.causal_conv1d import AGES, BLOCK, TURN
 from sscan.cuda.kernels.causal_conv1d import activations, element_reader, element_writer, real_of_storage, short
 
 read_integer = INTEGER_READERS[64]
-TURN = 4  # steps
 
 
 class Row(NamedTuple):
