@@ -43,7 +43,7 @@ def test_lines_for_older_gpus_are_for_them_alone() -> None:
     assert _launch.assemble(with_line, (8, 0))[0] != _launch.assemble(without, (8, 0))[0]
 
 
-OF_SUMS = _launch.Kernel("_sums", "over_parts", ("float32", "float32", 1))
+PLAIN = _launch.Kernel("ssm", "kernel_forward", ("float32",))  # which does not come early
 PROJECTION = ("bfloat16", "float32", 8, 6, True, 1, 1, 1, False, False)
 COME, AWAIT = "griddepcontrol.launch_dependents", "griddepcontrol.wait"
 
@@ -74,7 +74,7 @@ def test_a_kernel_that_waits_by_itself_comes_early_where_gpus_know_that(
 def test_other_kernels_do_not(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     asked: list[tuple[str, Any]] = []
     monkeypatch.setattr("cuda.core.Linker", _Linker("", asked))
-    ptx, _ = _launch.compile_ptx(OF_SUMS)
+    ptx, _ = _launch.compile_ptx(PLAIN)
     assert not _launch.comes_early(ptx, capability)
     _launch.assemble(ptx, capability)
     assert asked[0][0] == ptx
