@@ -109,13 +109,15 @@ def _table(name: str, kernels: dict[int, Kernel], capability: tuple[int, int]) -
     from sscan.cuda import _inspect
     from sscan.tasks.progress import Phase
 
-    print(
-        f"{name} on {_inspect.architecture(capability)}: registers and local bytes of a thread, shared bytes of a block"
+    head = (  # which a GPU that the assembler does not know gets nothing of
+        f"{name} on {_inspect.architecture(capability)}: "
+        "registers and local bytes of a thread, shared bytes of a block\n"
+        "   N  threads  registers  shared  local  specialisation\n"
     )
-    print("   N  threads  registers  shared  local  specialisation")
     for n, kernel in kernels.items():
         with Phase("compiling", sys.stderr), _known(capability):
             threads, (usage,) = _inspect.usages(kernel, capability)
         sizes = f"{n:>4}{threads:>9}{usage.registers:>11}{usage.shared:>8}{usage.stack:>7}"
-        print(f"{sizes}  {', '.join(str(part) or '-' for part in kernel.key)}", flush=True)
+        print(f"{head}{sizes}  {', '.join(str(part) or '-' for part in kernel.key)}", flush=True)
+        head = ""
     return 0
