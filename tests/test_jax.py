@@ -426,7 +426,9 @@ def test_gpu_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     during: list[Any] = []
     cuda = SimpleNamespace(
         runtime=SimpleNamespace(
-            getDeviceCount=lambda: 2, getDevice=lambda: 0, pointerGetAttributes=lambda _: SimpleNamespace(device=1)
+            getDeviceCount=lambda: 2,
+            getDevice=lambda: next(iter(entered), 0),
+            pointerGetAttributes=lambda _: SimpleNamespace(device=1),
         ),
         get_current_stream=lambda: SimpleNamespace(ptr=entered[-1]),
         Device=lambda number: Current(number, entered),

@@ -99,9 +99,10 @@ def _place(shape: tuple[int, ...], dtype: Any) -> Memory | None:
 def _empty(device: str, shape: tuple[int, ...], dtype: Any) -> Any:
     """Memory for a result: XLA's, else, and for workspaces, from the usual allocator."""
     memory = _place(shape, dtype)
-    if device == "cpu":
-        return np.empty(shape, dtype) if memory is None else _view(memory).reshape(shape)
-    array = sys.modules["cupy"].empty(shape, dtype) if memory is None else _view(memory).reshape(shape)
+    if memory is None:
+        array = (np if device == "cpu" else sys.modules["cupy"]).empty(shape, dtype)
+    else:
+        array = _view(memory).reshape(shape)
     _recording.allocated(array, _address(array), array.nbytes)
     return array
 
@@ -142,31 +143,21 @@ def _address(array: Any) -> int:
     return address
 
 
+_of_cupy: Any = _arrays.CUPY.planning
+
+
 def _like(result: Any, arrays: list[Any]) -> tuple[Callable[..., Any], int | None]:
     """Of results in the order of XLA's, so that each gets the one that is its own."""
-
-    def make() -> Any:
-        memory = _place(result_shape, result_dtype)
-        return sys.modules["cupy"].empty(result_shape, result_dtype) if memory is None else memory
-
-    result_shape, result_dtype = result.shape, result.dtype
-    return make, None
-
-
-def _workspace(size: int, device: int) -> Callable[[], Any]:
-    return functools.partial(sys.modules["cupy"].empty, size, np.uint8)
-
-
-def _stream(device: int) -> int:
-    stream: int = sys.modules["cupy"].cuda.get_current_stream().ptr  # of the device, which is the current one
-    return stream
+    shape, dtype = result.shape, result.dtype
+    otherwise, _ = _of_cupy.like(result, arrays)
+    return lambda: _place(shape, dtype) or otherwise(), None
 
 
 _arrays.register(
     Memory,
     _arrays.Library(
         lambda op, name, memory: _caller(memory.device), _view, lambda op, memory, arguments: None, _metadata,
-        planning=_arrays.Planning(_seen, _stream, _address, _like, _workspace),
+        planning=_arrays.Planning(_seen, _of_cupy.stream, _address, _like, _of_cupy.workspace),
     ),
 )  # fmt: skip
 
